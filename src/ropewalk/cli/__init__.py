@@ -1,0 +1,58 @@
+"""The front door. In: a command line. Out: one call of a stage room, its answer printed, an exit status.
+
+May import: the stage rooms and `recipe`, inside the command functions only; `--help` imports no torch.
+"""
+
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from ropewalk.cli import chat, doctor, evaluate, generate, prepare, recipe, resume, run, runs, train
+from ropewalk.errors import RopewalkError
+
+app = typer.Typer(
+    help="One recipe and one command, from raw text to a measured, served language model.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command("doctor")(doctor.command)
+app.command("prepare")(prepare.command)
+app.command("train")(train.command)
+app.command("resume")(resume.command)
+app.command("eval")(evaluate.command)
+app.command("generate")(generate.command)
+app.command("chat")(chat.command)
+app.command("run")(run.command)
+app.add_typer(runs.app, name="runs")
+app.add_typer(recipe.app, name="recipe")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line (by default this process's) and return its exit status: 0, 1, 2 or 130."""
+    words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    debug = "--debug" in words
+    try:
+        status = app(words, prog_name="ropewalk", standalone_mode=False)
+        return status if isinstance(status, int) else 0
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
+    except Exception as error:
+        if debug and not hasattr(error, "format_message"):
+            raise
+        message, status = _explain(error)
+        print(f"error: {message}", file=sys.stderr)
+        return status
+
+
+def _explain(error: Exception) -> tuple[str, int]:
+    """One message and the exit status for whatever ended a command."""
+    if isinstance(error, RopewalkError):
+        return str(error), error.exit_code
+    if hasattr(error, "format_message"):  # a usage error of click, whose module moves between typer versions
+        path = getattr(getattr(error, "ctx", None), "command_path", "ropewalk")
+        return f"{error.format_message().rstrip('.')}; see: {path} --help", 2
+    if isinstance(error, OSError) and error.strerror:
+        return f"{f'{error.filename}: ' if error.filename else ''}{error.strerror}", 1
+    return f"{type(error).__name__}: {error} (unexpected; --debug shows the traceback)", 1

@@ -1,0 +1,64 @@
+"""`ropewalk doctor`."""
+
+from typing import TYPE_CHECKING
+
+import typer
+
+from ropewalk.cli.options import Debug, Json, print_json
+
+if TYPE_CHECKING:
+    from ropewalk.doctor import Launch, Report
+
+
+def command(json: Json = False, debug: Debug = False) -> None:
+    """Find out by trying what this machine can really do.
+
+    Small computations are launched on every device, in every type, with every attention kernel, and
+    compiled; each is timed and compared with float64.
+    """
+    from dataclasses import asdict
+
+    from ropewalk.doctor import doctor
+
+    report = doctor()
+    if json:
+        print_json({**asdict(report), "healthy": report.healthy})
+    else:
+        print("\n".join(_lines(report)))
+    if not report.healthy:
+        raise typer.Exit(1)
+
+
+def _lines(report: "Report") -> list[str]:
+    here = report.environment
+    lines = [
+        f"machine     {here['cpu']}, {here['cores']} cores, {report.threads} threads, {here['platform']}",
+        f"python      {here['python']}",
+        "disk        " + ", ".join(f"{_gib(free)} free {where}" for where, free in report.disk_free.items()),
+    ]
+    for package in report.packages:
+        tested = "" if package.tested is None else f" (tested with {package.tested})"
+        lines.append(f"package     {package.name} {package.installed or 'MISSING'}{tested}")
+    for device in report.devices:
+        lines.append(
+            f"\n{device.name}: {device.model}, {_gib(device.memory_free)} free of {_gib(device.memory_total)}"
+        )
+        lines += [f"  {_launch(launch)}" for launch in device.launches]
+        lines += ["  attention kernels, forced one by one, forward and backward:"]
+        lines += [f"    {_launch(launch)}" for launch in device.attention]
+        lines += [f"  {_launch(device.compiles)}", f"  recommended precision: {device.recommended_precision}"]
+    lines += ["", *(f"advice: {text}" for text in report.advice)] if report.advice else ["", "all is well"]
+    return lines
+
+
+def _launch(launch: "Launch") -> str:
+    head = f"{launch.operation:<10} {launch.dtype:<9}"
+    if launch.milliseconds is None or launch.error is None:
+        return f"{head} no: {launch.reason}"
+    speed = f" {launch.gflops:7.0f} GFLOP/s" if launch.gflops else ""
+    verdict = "ok" if launch.ok else f"WRONG ({launch.reason})"
+    return f"{head} {launch.milliseconds:9.2f} ms{speed}  error {launch.error:.0e}  {verdict}"
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"

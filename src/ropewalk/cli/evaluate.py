@@ -1,0 +1,53 @@
+"""`ropewalk eval`."""
+
+from typing import Annotated
+
+import typer
+
+from ropewalk.cli.options import Debug, Json, ModelSource, Overrides, Overwrite, print_json
+
+
+def command(
+    model: ModelSource,
+    overrides: Overrides = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="Recipe whose evaluate section says what to measure; by default the run's."),
+    ] = None,
+    base: Annotated[bool, typer.Option("--base", help="Ask the tasks of evaluate.base.")] = False,
+    name: Annotated[str | None, typer.Option(help="Name of the result.")] = None,
+    overwrite: Overwrite = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure a model: perplexity, tasks, the prompt panel.
+
+    MODEL may also be a recipe file: then its own starting model is measured.
+    """
+    from pathlib import Path
+
+    from ropewalk.recipe import load_recipe
+
+    source: str | None = model
+    if recipe is None and model.endswith((".yaml", ".yml")):
+        source, recipe = None, model
+    if recipe is None and (Path(model) / "recipe.yaml").is_file():
+        recipe = str(Path(model) / "recipe.yaml")
+    checked = None if recipe is None else load_recipe(recipe, overrides or ())
+
+    from ropewalk.evaluate import evaluate
+    from ropewalk.stage import Stage
+
+    with Stage(f"evaluate {model}") as stage:
+        result = evaluate(
+            source,
+            checked,
+            name=name,
+            base=base,
+            overwrite=overwrite,
+            progress=stage.progress,
+        )
+    if json:
+        print_json(result.as_dict())
+    else:
+        print(result.table(), end="")

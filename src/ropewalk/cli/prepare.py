@@ -1,0 +1,34 @@
+"""`ropewalk prepare`."""
+
+from ropewalk.cli.options import Debug, Json, Overrides, Overwrite, RecipeFile, print_json
+
+
+def command(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    overwrite: Overwrite = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Turn documents into tokenized shards, with a report."""
+    from ropewalk.recipe import load_recipe
+
+    checked = load_recipe(recipe, overrides or ())  # a mistake in it is said before torch is loaded
+
+    from ropewalk.data import prepare
+    from ropewalk.stage import Stage
+
+    with Stage(f"prepare {recipe}") as stage:
+        prepared = prepare(
+            checked, overwrite=overwrite, progress=lambda n, t: stage.say(f"{n:,} documents, {t:,} tokens")
+        )
+    if json:
+        print_json(
+            {
+                "directory": prepared.directory,
+                "fingerprint": prepared.fingerprint,
+                "report": prepared.report,
+            }
+        )
+    else:
+        print(prepared.directory)

@@ -1,0 +1,76 @@
+"""`ropewalk runs ls|show|diff`."""
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ropewalk.cli.options import Debug, Json, print_json, print_table
+
+app = typer.Typer(help="What was done, from which data, with what result.")
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.", show_default=False)]
+
+
+@app.command("ls")
+def ls(
+    root: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of runs.")] = Path("runs"),
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """List the runs in a folder, oldest first."""
+    from ropewalk.track import list_runs
+
+    found = list_runs(root)
+    if json:
+        print_json({"runs": found})
+    elif not found:
+        print(f"no runs in {root}")
+    else:
+        header = ("run", "status", "started", "step", "loss", "validation", "tokens", "tokens/s", "minutes")
+        rows = [
+            (
+                run.path,
+                run.status,
+                None if run.started is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(run.started)),
+                f"{run.step}/{run.steps if run.steps is not None else '?'}",
+                run.loss,
+                run.validation_after if run.validation_after is not None else run.validation_before,
+                run.tokens_seen,
+                run.tokens_per_second,
+                run.seconds / 60,
+            )
+            for run in found
+        ]
+        print_table(header, rows)
+
+
+@app.command("show")
+def show(run: Run, json: Json = False, debug: Debug = False) -> None:
+    """Show one run: where it stands, what it was made from, its report."""
+    from ropewalk.track import RunDirectory, summarize
+
+    summary = summarize(run)
+    lineage = RunDirectory.open(run).read_json("lineage.json")
+    if json:
+        print_json({**vars(summary), "lineage": lineage})
+        return
+    rows = [(name, value) for name, value in vars(summary).items() if name != "path"]
+    print_table(("run", str(summary.path)), rows)
+    report = run / "report.md"
+    if report.is_file():
+        print(f"\n{report.read_text(encoding='utf-8')}", end="")
+
+
+@app.command("diff")
+def diff(first: Run, second: Run, json: Json = False, debug: Debug = False) -> None:
+    """Show how two runs differ: recipe, data, environment, results."""
+    from ropewalk.track import diff_runs
+
+    found = diff_runs(first, second)
+    if json:
+        print_json({key: [left, right] for key, left, right in found})
+    elif not found:
+        print("no difference")
+    else:
+        print_table(("what", str(first), str(second)), found)

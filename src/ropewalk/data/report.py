@@ -1,0 +1,217 @@
+"""What became of the data: counted while it is prepared, kept as a dictionary, written as report.md."""
+
+import heapq
+from array import array
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from ropewalk.data.packing import pack
+from ropewalk.data.records import BadRow, Record
+from ropewalk.data.tokenize import Tokens
+
+SAMPLES = 5
+NAMED = 1000
+"""Rows named for each reason; the count is always of all."""
+_SHOWN = 20
+_SAMPLE_CHARACTERS = 2000
+
+
+@dataclass
+class SplitTally:
+    """Documents of one split."""
+
+    lengths: array = field(default_factory=lambda: array("q"))
+    scored: int = 0
+    sources: dict[str, Counter] = field(default_factory=dict)
+    hashes: array = field(default_factory=lambda: array("Q"))
+    """of the contents of the records"""
+
+    def add(self, source: str, tokens: Tokens) -> None:
+        length, scored = len(tokens.ids), int(tokens.scored.sum())
+        self.lengths.append(length)
+        self.scored += scored
+        self.sources.setdefault(source, Counter()).update(documents=1, tokens=length, scored=scored)
+
+    def report(self, sequence_length: int) -> dict[str, Any]:
+        lengths = np.array(self.lengths, dtype=np.int64)
+        tokens = int(lengths.sum())
+        rows = {name: len(pack(lengths, sequence_length, name)) for name in ("best_fit", "none")}
+        edges = 2 ** np.arange(int(lengths.max()).bit_length() + 1)
+        counts = np.histogram(lengths, bins=edges)[0].tolist()
+        low, middle, high, top = np.percentile(lengths, [0, 50, 95, 100], method="lower").tolist()
+        return {
+            "documents": len(lengths),
+            "tokens": tokens,
+            "scored": self.scored,
+            "scored_share": self.scored / tokens,
+            "lengths": {"min": low, "median": middle, "p95": high, "max": top},
+            "histogram": [
+                {"from": int(a), "to": min(int(b) - 1, top), "documents": n}
+                for a, b, n in zip(edges[:-1], edges[1:], counts, strict=True)
+                if n
+            ],
+            "sources": {name: dict(counter) for name, counter in self.sources.items()},
+            "rows": rows,
+            "packing_efficiency": {name: tokens / (n * sequence_length) for name, n in rows.items()},
+        }
+
+
+@dataclass
+class Tally:
+    """Everything that is counted in one preparation."""
+
+    train: SplitTally = field(default_factory=SplitTally)
+    validation: SplitTally = field(default_factory=SplitTally)
+    kinds: Counter = field(default_factory=Counter)
+    skipped: list[BadRow] = field(default_factory=list)
+    changed: dict[str, list[str]] = field(default_factory=dict)
+    """what was done -> names of the rows it was done to"""
+    changes: Counter = field(default_factory=Counter)
+    truncated_tokens: int = 0
+    turns_without_end: int = 0
+    notes: list[str] = field(default_factory=list)
+    samples: list[tuple[int, str, Tokens]] = field(default_factory=list)
+
+    def read(self, record: Record) -> None:
+        if record.text is not None:
+            self.kinds["texts"] += 1
+        else:
+            self.kinds["conversations" if record.messages is not None else "prompts with completions"] += 1
+
+    def change(self, what: str, where: str) -> None:
+        self.changes[what] += 1
+        if self.changes[what] <= NAMED:
+            self.changed.setdefault(what, []).append(where)
+
+    def sample(self, content_hash: int, record: Record, tokens: Tokens) -> None:
+        """Keeps the rows with the highest hashes: as good as random, and always the same."""
+        if len(self.samples) < SAMPLES or content_hash > self.samples[0][0]:
+            heapq.heappush(self.samples, (content_hash, record.id, tokens))
+            if len(self.samples) > SAMPLES:
+                heapq.heappop(self.samples)
+
+    def report(self, tokenizer: Any, sequence_length: int) -> dict[str, Any]:
+        """The whole account, JSON-able."""
+        validation = self.validation.report(sequence_length) if self.validation.lengths else None
+        return {
+            "sequence_length": sequence_length,
+            "read": dict(self.kinds),
+            "train": self.train.report(sequence_length),
+            "validation": validation,
+            "skipped": {"count": len(self.skipped), "rows": [str(row) for row in self.skipped]},
+            "changed": {
+                what: {"count": self.changes[what], "rows": where} for what, where in self.changed.items()
+            },
+            "truncated_tokens": self.truncated_tokens,
+            "notes": [*self.notes, *self._found()],
+            "samples": [
+                {"id": id, "text": show(tokens, tokenizer)}
+                for _, id, tokens in sorted(self.samples, reverse=True)
+            ],
+        }
+
+    def _found(self) -> Iterable[str]:
+        if self.turns_without_end:
+            yield (
+                f"{self.turns_without_end:,} assistant turns end without a special token in this chat "
+                "template: nothing that would end an answer is learned from them"
+            )
+        train, validation = (np.array(s.hashes, dtype=np.uint64) for s in (self.train, self.validation))
+        unique = np.unique(train)
+        if len(unique) < len(train):
+            yield f"{len(train) - len(unique):,} of {len(train):,} training rows equal an earlier one"
+        common = int(np.isin(validation, unique).sum())
+        if common:
+            yield f"{common:,} of {len(validation):,} validation rows are also training rows"
+
+
+def show(tokens: Tokens, tokenizer: Any) -> str:
+    """The text of the tokens with what is scored between ⟦ and ⟧; of a long one the beginning and the end."""
+    edges = [0, *(np.flatnonzero(np.diff(tokens.scored)) + 1).tolist(), len(tokens.ids)]
+    parts = []
+    for a, b in pairwise(edges):
+        text = tokenizer.decode(
+            tokens.ids[a:b].tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        if len(text) > _SAMPLE_CHARACTERS:
+            half = _SAMPLE_CHARACTERS // 2
+            text = f"{text[:half]}\n[... {len(text) - 2 * half:,} characters ...]\n{text[-half:]}"
+        parts.append(f"⟦{text}⟧" if tokens.scored[a] else text)
+    return "".join(parts)
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """report.md."""
+    read = ", ".join(f"{count:,} {kind}" for kind, count in report["read"].items())
+    lines = ["# Prepared data", "", f"Read: {read}. Rows of {report['sequence_length']:,} tokens.", ""]
+    lines += [
+        "| | documents | tokens | scored | rows packed best-fit (filled) | one document a row (filled) |"
+    ]
+    lines += ["|---|---|---|---|---|---|"]
+    splits = {name: report[name] for name in ("train", "validation") if report[name]}
+    for name, split in splits.items():
+        rows = " | ".join(
+            f"{split['rows'][packing]:,} ({split['packing_efficiency'][packing]:.1%})"
+            for packing in ("best_fit", "none")
+        )
+        lines += [_row(name, split) + f" {rows} |"]
+    if not report["validation"]:
+        lines += ["", "There is no validation data."]
+    for name, split in splits.items():
+        lines += [
+            "",
+            f"## {name.capitalize()}",
+            "",
+            "| source | documents | tokens | scored |",
+            "|---|---|---|---|",
+        ]
+        lines += [
+            _row(source, {**counts, "scored_share": counts["scored"] / counts["tokens"]})
+            for source, counts in split["sources"].items()
+        ]
+        lengths = split["lengths"]
+        lines += ["", "Tokens in a document: " + ", ".join(f"{k} {v:,}" for k, v in lengths.items()) + "."]
+        lines += ["", "```", *_bars(split["histogram"]), "```"]
+    lines += ["", "## Changed and left out", ""]
+    if report["truncated_tokens"]:
+        lines += [f"- {report['truncated_tokens']:,} tokens were cut off."]
+    for what, done in report["changed"].items():
+        lines += _named(what, done)
+    lines += _named("skipped as bad rows", report["skipped"]) if report["skipped"]["count"] else []
+    if not (report["changed"] or report["skipped"]["count"]):
+        lines += ["Nothing."]
+    if report["notes"]:
+        lines += ["", "## Notes", "", *(f"- {note}." for note in report["notes"])]
+    lines += ["", "## Samples", "", "What is scored stands between ⟦ and ⟧."]
+    for sample in report["samples"]:
+        fence = "```"
+        while fence in sample["text"]:
+            fence += "`"
+        lines += ["", f"`{sample['id']}`", "", fence, sample["text"], fence]
+    return "\n".join(lines) + "\n"
+
+
+def _row(name: str, counts: dict[str, Any]) -> str:
+    share = f"{counts['scored']:,} ({counts['scored_share']:.1%})"
+    return f"| {name} | {counts['documents']:,} | {counts['tokens']:,} | {share} |"
+
+
+def _bars(histogram: list[dict[str, int]]) -> list[str]:
+    most = max(bin["documents"] for bin in histogram)
+    return [
+        f"{bin['from']:>9,} - {bin['to']:<9,} {'█' * -(-40 * bin['documents'] // most)} {bin['documents']:,}"
+        for bin in histogram
+    ]
+
+
+def _named(what: str, done: dict[str, Any]) -> list[str]:
+    lines = [f"- {done['count']:,} rows {what}:"]
+    lines += [f"  - {where}" for where in done["rows"][:_SHOWN]]
+    if done["count"] > _SHOWN:
+        lines += [f"  - and {done['count'] - _SHOWN:,} more"]
+    return lines

@@ -1,0 +1,253 @@
+"""Token shards on disk: a folder with token ids, a bit for each that is scored, and a table of documents.
+
+    tokens-00000.bin     little-endian uint16, or uint32 from a vocabulary of 65,537 on
+    scored-00000.bin     one bit for each token, the first in the lowest bit
+    documents.parquet    shard, start, end (tokens from the shard's beginning), id, source; in order
+    MANIFEST.json        type, counts, and the size and SHA-256 of every file; written last
+
+A document lies in one shard. Its first token is never scored, so that a label never crosses documents.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ropewalk.errors import RopewalkError
+from ropewalk.files import sha256
+
+FORMAT = "ropewalk-shards-1"
+SHARD_TOKENS = 1 << 30
+_BUFFER_TOKENS = 1 << 20
+_TABLE_ROWS = 1 << 16
+_DTYPES: dict[str, np.dtype] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+_TABLE = pa.schema(
+    {"shard": pa.int32(), "start": pa.int64(), "end": pa.int64(), "id": pa.string(), "source": pa.string()}
+)
+
+
+class DamagedDataError(RopewalkError):
+    """Token shards that are not what was written."""
+
+
+class Document(NamedTuple):
+    """tokens [n] unsigned, scored [n] bool."""
+
+    tokens: np.ndarray
+    scored: np.ndarray
+    id: str
+    source: str
+
+
+class ShardWriter:
+    """Writes documents in the order in which they come; `close` makes the folder readable."""
+
+    def __init__(self, directory: Path, vocab_size: int, shard_tokens: int = SHARD_TOKENS) -> None:
+        self.directory = directory
+        self.documents = self.tokens = self.scored = 0
+        self._dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
+        self._shard_tokens = shard_tokens
+        self._shard, self._filled = 0, 0
+        self._ids: list[np.ndarray] = []
+        self._bits: list[np.ndarray] = []
+        self._buffered = 0
+        self._rows: list[tuple[int, int, int, str, str]] = []
+        self._lengths = hashlib.sha256()
+        self._files: list[Path] = []
+        directory.mkdir(parents=True)
+        self._table = pq.ParquetWriter(directory / "documents.parquet", _TABLE)
+
+    def add(self, ids: np.ndarray, scored: np.ndarray, id: str, source: str) -> None:
+        """ids [n] of any integer type, scored [n] bool."""
+        if self._filled and self._filled + len(ids) > self._shard_tokens:
+            self._flush(everything=True)
+            self._shard, self._filled = self._shard + 1, 0
+        scored = np.array(scored, dtype=bool)
+        scored[:1] = False
+        self._ids.append(np.asarray(ids, dtype=_DTYPES[self._dtype]))
+        self._bits.append(scored)
+        self._rows.append((self._shard, self._filled, self._filled + len(ids), id, source))
+        self._filled += len(ids)
+        self._buffered += len(ids)
+        self.documents += 1
+        self.tokens += len(ids)
+        self.scored += int(scored.sum())
+        if self._buffered >= _BUFFER_TOKENS:
+            self._flush()
+        if len(self._rows) >= _TABLE_ROWS:
+            self._write_rows()
+
+    def close(self) -> None:
+        """Writes what is left, and the manifest."""
+        self._flush(everything=True)
+        self._write_rows()
+        self._table.close()
+        files = {
+            path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
+            for path in (*self._files, self.directory / "documents.parquet")
+        }
+        content = [
+            self._dtype,
+            self._lengths.hexdigest(),
+            *(files[path.name]["sha256"] for path in self._files),
+        ]
+        manifest = {
+            "format": FORMAT,
+            "dtype": self._dtype,
+            "documents": self.documents,
+            "tokens": self.tokens,
+            "scored": self.scored,
+            "shards": self._shard + 1,
+            "fingerprint": hashlib.sha256(json.dumps(content).encode()).hexdigest(),
+            "files": files,
+        }
+        (self.directory / "MANIFEST.json").write_text(json.dumps(manifest, indent=2) + "\n")
+
+    def _flush(self, everything: bool = False) -> None:
+        """Appends the buffers to the shard's files; the scored bits of a last part byte wait for the next."""
+        if self._ids:
+            self._append("tokens", np.concatenate(self._ids).tobytes())
+            bits = np.concatenate(self._bits)
+            whole = len(bits) if everything else len(bits) // 8 * 8
+            self._append("scored", np.packbits(bits[:whole], bitorder="little").tobytes())
+            self._ids, self._bits, self._buffered = [], [bits[whole:]], 0
+        elif everything and any(len(bits) for bits in self._bits):
+            self._append("scored", np.packbits(np.concatenate(self._bits), bitorder="little").tobytes())
+        if everything:
+            self._bits = []
+
+    def _append(self, kind: str, data: bytes) -> None:
+        path = self.directory / f"{kind}-{self._shard:05d}.bin"
+        if path not in self._files:
+            self._files.append(path)
+        with open(path, "ab") as file:
+            file.write(data)
+
+    def _write_rows(self) -> None:
+        if self._rows:
+            columns = dict(zip(_TABLE.names, map(list, zip(*self._rows, strict=True)), strict=True))
+            self._lengths.update(np.array([row[2] - row[1] for row in self._rows], dtype="<i8").tobytes())
+            self._table.write_table(pa.table(columns, schema=_TABLE))
+            self._rows = []
+
+
+@dataclass(frozen=True)
+class TokenShards:
+    """Memory-mapped documents. `lengths`, `starts` (tokens from the shard's beginning) and `shard`, all [n]
+    int64, are in memory; ids and sources are read when they are first asked for."""
+
+    directory: Path
+    fingerprint: str
+    """SHA-256 of the content: tokens, scored bits and lengths, wherever they came from."""
+    lengths: np.ndarray
+    starts: np.ndarray
+    shard: np.ndarray
+    tokens: int
+    scored: int
+    _tokens: tuple[np.ndarray, ...]
+    _scored: tuple[np.ndarray, ...]
+
+    @classmethod
+    def open(cls, path: str | Path) -> "TokenShards":
+        """Checks that everything is there in its full size; `verify` checks every byte.
+
+        Raises DamagedDataError that names the file.
+        """
+        directory = Path(path)
+        manifest = _manifest(directory)
+        for name, file in manifest["files"].items():
+            size = (directory / name).stat().st_size if (directory / name).is_file() else None
+            if size != file["bytes"]:
+                found = "is missing" if size is None else f"has {size:,} bytes of {file['bytes']:,}"
+                raise DamagedDataError(f"{directory / name}: {found}; prepare the data again")
+        shards, dtype = range(manifest["shards"]), _DTYPES[manifest["dtype"]]
+        try:
+            tokens = tuple(_map(directory / f"tokens-{i:05d}.bin", dtype) for i in shards)
+            scored = tuple(_map(directory / f"scored-{i:05d}.bin", np.dtype("u1")) for i in shards)
+            table = pq.read_table(directory / "documents.parquet", columns=["shard", "start", "end"])
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise DamagedDataError(f"{directory}: {error}; prepare the data again") from None
+        shard, starts, ends = (table[name].to_numpy().astype(np.int64) for name in ("shard", "start", "end"))
+        sizes = np.array([len(part) for part in tokens], dtype=np.int64)
+        good = len(shard) == manifest["documents"] and all(
+            len(bits) == -(-len(part) // 8) for part, bits in zip(tokens, scored, strict=True)
+        )
+        good = good and bool(((shard >= 0) & (shard < len(sizes))).all())
+        if not good or not ((starts >= 0) & (starts < ends) & (ends <= sizes[shard])).all():
+            raise DamagedDataError(
+                f"{directory}: the document table does not fit the tokens; prepare the data again"
+            )
+        counts = (manifest["tokens"], manifest["scored"])
+        return cls(directory, manifest["fingerprint"], ends - starts, starts, shard, *counts, tokens, scored)
+
+    def verify(self) -> None:
+        """Reads every byte and compares its SHA-256. Raises DamagedDataError that names the file."""
+        for name, file in _manifest(self.directory)["files"].items():
+            if sha256(self.directory / name) != file["sha256"]:
+                raise DamagedDataError(
+                    f"{self.directory / name}: its bytes have changed; prepare the data again"
+                )
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def document(self, i: int) -> Document:
+        i = range(len(self))[i]
+        at = self.starts[i] + np.arange(self.lengths[i])
+        tokens, scored = self._read(int(self.shard[i]), at)
+        return Document(tokens, scored, self._names["id"][i].as_py(), self._names["source"][i].as_py())
+
+    def ids(self, documents: np.ndarray) -> list[str]:
+        """The ids of some documents, in the order asked for."""
+        return self._names["id"].take(pa.array(documents)).to_pylist()
+
+    def read(self, at: np.ndarray, shard: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and scored (bool) at the places `at` [n], counted from the beginning of a shard: the first
+        lengths[0] of them in shard[0], the next lengths[1] in shard[1], and so on."""
+        if len(present := np.unique(shard[lengths > 0])) == 1:
+            return self._read(int(present[0]), at)
+        tokens = np.empty(len(at), dtype=self._tokens[0].dtype)
+        scored = np.empty(len(at), dtype=bool)
+        for i in present.tolist():
+            here = np.repeat(shard == i, lengths)
+            tokens[here], scored[here] = self._read(i, at[here])
+        return tokens, scored
+
+    def _read(self, shard: int, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        bits = self._scored[shard][at >> 3] >> (at & 7).astype(np.uint8)
+        return self._tokens[shard][at], (bits & 1).astype(bool)
+
+    @cached_property
+    def _names(self) -> pa.Table:
+        return pq.read_table(self.directory / "documents.parquet", columns=["id", "source"]).combine_chunks()
+
+
+def _manifest(directory: Path) -> dict[str, Any]:
+    path = directory / "MANIFEST.json"
+    try:
+        manifest = json.loads(path.read_bytes())
+        if manifest["format"] != FORMAT:
+            raise DamagedDataError(
+                f"{path}: format {manifest['format']!r}, not {FORMAT!r}; prepare the data again"
+            )
+        if manifest["dtype"] not in _DTYPES or not isinstance(manifest["shards"], int):
+            raise KeyError("dtype")
+        if any(Path(name).name != name for name in manifest["files"]):
+            raise KeyError("files")
+    except OSError as error:
+        raise DamagedDataError(f"{path}: {error.strerror}; prepare the data again") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedDataError(
+            f"{path}: not a manifest of token shards ({error}); prepare the data again"
+        ) from None
+    return manifest
+
+
+def _map(path: Path, dtype: np.dtype) -> np.ndarray:
+    return np.asarray(np.memmap(path, dtype=dtype, mode="r"))

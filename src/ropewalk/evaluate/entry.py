@@ -1,0 +1,160 @@
+"""`ropewalk eval`: all that a recipe's `evaluate` section asks for, on one model, kept in two files."""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ropewalk.data.readers import Source, files_of
+from ropewalk.errors import UserError
+from ropewalk.evaluate.panel import Sample, panel_markdown, run_panel
+from ropewalk.evaluate.perplexity import PerplexityResult, perplexity
+from ropewalk.evaluate.tasks import TaskResult, run_task
+from ropewalk.files import atomic_write
+from ropewalk.model import Transformer, load_model, load_tokenizer
+from ropewalk.recipe import Recipe, load_recipe, resolve
+
+Progress = Callable[[str, int, int], None]
+"""(what is measured, done, of)"""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured on one model. `perplexity` is by file; scores of tasks are from 0 to 100."""
+
+    name: str
+    source: str
+    perplexity: dict[str, PerplexityResult]
+    tasks: list[TaskResult]
+    panel: list[Sample]
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, rows included, as JSON-able values."""
+        return {
+            "name": self.name,
+            "source": self.source,
+            "seconds": round(self.seconds, 2),
+            "perplexity": {path: result.as_dict() for path, result in self.perplexity.items()},
+            "tasks": [task.as_dict() for task in self.tasks],
+            "panel": [{"prompt": sample.prompt, "answer": sample.answer} for sample in self.panel],
+        }
+
+    def table(self) -> str:
+        """The figures as a Markdown table, without rows."""
+        lines = ["| measure | on | value |", "|---|---|---|"]
+        for path, result in self.perplexity.items():
+            lines.append(f"| perplexity | {Path(path).name} | {result.perplexity:.3f} |")
+            lines.append(f"| bits per byte | {Path(path).name} | {result.bits_per_byte:.4f} |")
+        for task in self.tasks:
+            on = f"{task.name} ({len(task.rows)} rows, {task.shots}-shot)"
+            lines += [f"| {metric} | {on} | {score:.2f} |" for metric, score in task.scores.items()]
+        return "\n".join(lines) + "\n"
+
+    def markdown(self) -> str:
+        """A page to read: the table, then the prompt panel."""
+        page = f"# Evaluation: {self.name}\n\nModel: `{self.source}`. Took {self.seconds:.0f} s.\n\n"
+        page += self.table()
+        return page + (f"\n## Prompt panel\n\n{panel_markdown(self.panel)}" if self.panel else "")
+
+    def write(self, directory: str | Path) -> Path:
+        """Writes `evaluation-NAME.json` and `evaluation-NAME.md`; the path of the first."""
+        path = Path(directory) / f"evaluation-{self.name}.json"
+        atomic_write(path.with_suffix(".md"), self.markdown())
+        atomic_write(path, json.dumps(self.as_dict(), indent=1, ensure_ascii=False) + "\n")
+        return path
+
+
+def evaluate(
+    source: str | Path | None = None,
+    recipe: Recipe | str | Path | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    name: str | None = None,
+    loaded: tuple[Transformer, Any] | None = None,
+    base: bool = False,
+    directory: str | Path | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Measures the model at `source` (a run, or anything `load_model` takes) as `recipe.evaluate` says.
+
+    Without `source` it is the recipe's own starting model, without `recipe` the run's. `base` asks the
+    tasks in `evaluate.base` where there are any. `loaded` is (model, tokenizer) of `source`, to save
+    loading it. The result is written to `directory`, by default the run's; where there is none, it is
+    only returned. Raises UserError where there is nothing to measure, and before any work where the
+    result exists (unless `overwrite`).
+    """
+    run = Path(source) if source is not None and (Path(source) / "recipe.yaml").is_file() else None
+    if recipe is None:
+        if run is None:
+            raise UserError(
+                f"{source or 'eval'}: not a run; give the recipe that says what to measure (--recipe)"
+            )
+        recipe = run / "recipe.yaml"
+    resolved = resolve(load_recipe(recipe, overrides)).recipe
+    wanted = resolved.evaluate
+    tasks = wanted.base if base and wanted.base else wanted.tasks
+    if not (wanted.perplexity or tasks or wanted.prompts):
+        raise UserError("the recipe's evaluate section is empty; give evaluate.perplexity, tasks or prompts")
+    origin = source if source is not None else resolved.model.source
+    if origin is None:
+        raise UserError("the recipe's model is made from scratch; name the run to evaluate")
+    name = name or (run.name if run is not None else "base" if source is None else Path(source).stem)
+    directory = directory if directory is not None else run
+    if directory is not None and not overwrite:
+        for existing in Path(directory).glob(f"evaluation-{name}.json"):
+            raise UserError(f"{existing} exists; give --overwrite to replace it")
+    for field, path in _files(wanted.perplexity, tasks):
+        files_of(Source(path, field))
+    model, tokenizer = loaded or _load(str(origin), resolved, same=source is None)
+    evaluation = _measure(model, tokenizer, resolved, tasks, name, str(origin), progress)
+    if directory is not None:
+        evaluation.write(directory)
+    return evaluation
+
+
+def _files(perplexity_paths: Sequence[str], tasks: Sequence[Any]) -> list[tuple[str, str]]:
+    """Every file the evaluation will read, with the field it is named in."""
+    files = [("evaluate.perplexity", path) for path in perplexity_paths]
+    for task in tasks:
+        files.append((f"path of task {task.name}", task.path))
+        if task.shots_path is not None:
+            files.append((f"shots_path of task {task.name}", task.shots_path))
+    return files
+
+
+def _load(source: str, recipe: Recipe, same: bool) -> tuple[Transformer, Any]:
+    """The model in the recipe's precision and place; `same`: it is the one that recipe.model describes."""
+    revision = recipe.model.revision if same else None
+    model = load_model(source, dtype=recipe.train.precision, device=recipe.train.device, revision=revision)
+    return model, load_tokenizer(recipe.model.tokenizer if same else source, revision=revision)
+
+
+def _measure(
+    model: Transformer,
+    tokenizer: Any,
+    recipe: Recipe,
+    tasks: Sequence[Any],
+    name: str,
+    source: str,
+    progress: Progress | None,
+) -> Evaluation:
+    def part(what: str) -> Callable[[int, int], None] | None:
+        return None if progress is None else lambda done, of: progress(what, done, of)
+
+    wanted, start = recipe.evaluate, time.perf_counter()
+    window = wanted.window or recipe.data.sequence_length
+    stride = wanted.stride or max(1, window // 2)
+    figures = {
+        path: perplexity(model, tokenizer, path, window, stride, part(f"perplexity of {Path(path).name}"))
+        for path in wanted.perplexity
+    }
+    results = [
+        run_task(model, tokenizer, **dict(task), batch_size=wanted.batch_size, progress=part(task.name))
+        for task in tasks
+    ]
+    panel = run_panel(model, tokenizer, wanted.prompts, wanted.max_new_tokens, wanted.batch_size)
+    return Evaluation(name, source, figures, results, panel, time.perf_counter() - start)

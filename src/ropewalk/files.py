@@ -1,0 +1,129 @@
+"""Writes that are either whole or not there: a temporary name beside the target, fsync, rename.
+
+Leftovers of a killed process end in `.tmp`; nothing reads them and `remove_leftovers` deletes them.
+"""
+
+import errno
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ropewalk.errors import RopewalkError, UserError
+
+
+def atomic_write(path: str | Path, data: bytes | str) -> None:
+    """Replaces `path` by `data` (text as UTF-8), creating its folder; a crash leaves the old file or the new.
+
+    Raises RopewalkError when the disk is full; the old file is then untouched.
+    """
+    path = Path(path)
+    raw = data.encode() if isinstance(data, str) else data
+    temporary = _sibling(path)
+    with naming_full_disk(path, needed=len(raw)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "xb") as file:
+                file.write(raw)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _fsync(path.parent)
+
+
+@contextmanager
+def atomic_directory(
+    path: str | Path, overwrite: bool = False, needed: int | None = None
+) -> Iterator[Path]:
+    """Yields a new temporary folder beside `path`; renamed to `path` on success, removed on failure.
+
+    Everything in it is on the disk before the rename. Raises UserError when `path` exists (unless
+    `overwrite`), RopewalkError when the disk is full; its message says `needed`, the bytes foreseen.
+    """
+    path = Path(path)
+    if path.exists() and not overwrite:
+        raise UserError(f"{path}: already exists; nothing was overwritten")
+    temporary = _sibling(path)
+    try:
+        with naming_full_disk(path, needed):
+            temporary.mkdir(parents=True)
+            yield temporary
+            for folder, _, names in os.walk(temporary):
+                for name in names:
+                    _fsync(Path(folder, name))
+                _fsync(Path(folder))
+            if path.exists():  # a folder cannot be replaced in one step: move the old one out of the way
+                old = _sibling(path)
+                os.rename(path, old)
+                os.rename(temporary, path)
+                shutil.rmtree(old)
+            else:
+                os.rename(temporary, path)
+            _fsync(path.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def remove_leftovers(folder: str | Path) -> None:
+    """Deletes what killed writers left in `folder`; call it only while nobody else writes there."""
+    for leftover in Path(folder).glob(".*.tmp"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
+def sha256(path: str | Path) -> str:
+    """Hexadecimal SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def naming_full_disk(path: Path, needed: int | None = None) -> Iterator[None]:
+    """Turns "no space left" into one message that names the place and the bytes `needed` and free."""
+    try:
+        yield
+    except Exception as error:
+        # safetensors reports a full disk in an error of its own, which has the system's words but no errno
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or os.strerror(
+            errno.ENOSPC
+        ) in str(error)
+        if not full or isinstance(error, RopewalkError):
+            raise
+        raise full_disk(path, needed) from error
+
+
+def full_disk(path: Path, needed: int | None = None) -> RopewalkError:
+    """The error for a disk that has no room for `path`."""
+    room = f"{free_bytes(path):,} bytes free"
+    if needed is not None:
+        room = f"{needed:,} bytes needed, {room}"
+    return RopewalkError(f"{path}: the disk is full ({room}); make room and try again")
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes that can still be written at `path` or, where it does not exist, at its nearest parent."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def _sibling(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

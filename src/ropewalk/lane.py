@@ -1,0 +1,220 @@
+"""The whole lane: prepare, measure the base model, train, measure again, and say in a table what it brought.
+
+In: a recipe. Out: a run directory whose report.md compares base and tuned, and a `LaneResult`.
+May import: recipe and every stage room.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ropewalk.data import prepare
+from ropewalk.data.readers import Source, files_of
+from ropewalk.evaluate import Evaluation, TaskResult, evaluate
+from ropewalk.recipe import Recipe, load_recipe, resolve
+from ropewalk.stage import Stage
+from ropewalk.track import RunDirectory
+from ropewalk.train import train
+
+SAMPLES = 5
+"""Side-by-side answers in the report."""
+SMALLER_IS_BETTER = ("perplexity", "bits per byte")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One measure before and after. `prompt` names the base prompt that did best; None: not measured."""
+
+    measure: str
+    on: str
+    base: float | None
+    prompt: str
+    tuned: float
+
+    @property
+    def better(self) -> bool | None:
+        if self.base is None or self.base == self.tuned:
+            return None
+        return (self.tuned < self.base) == (self.measure in SMALLER_IS_BETTER)
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """One prompt with both models' answers; `reference` is None for the prompt panel."""
+
+    prompt: str
+    reference: str | None
+    base: str | None
+    tuned: str
+
+
+@dataclass(frozen=True)
+class LaneResult:
+    """What `run` did. `seconds` is by stage; an interrupted run has no comparisons."""
+
+    run: Path
+    interrupted: bool
+    comparisons: list[Comparison] = field(default_factory=list)
+    samples: list[SideBySide] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def run(
+    recipe: Recipe | str | Path | Mapping[str, Any], overrides: Sequence[str] = (), progress: bool = True
+) -> LaneResult:
+    """Prepare, evaluate the starting model, train, evaluate the trained one, report.
+
+    The starting model is asked in every way that `evaluate.base` lists, and its best score of each metric
+    is the one that counts. A model from scratch is measured after training only. Progress is on stderr.
+    Raises UserError for what the recipe has wrong, before any long work where it can be known.
+    """
+    recipe = resolve(load_recipe(recipe, overrides)).recipe
+    _check_files(recipe)
+    wanted = recipe.evaluate
+    measures = bool(wanted.perplexity or wanted.tasks or wanted.prompts)
+    stages = _Stages(
+        Console(stderr=True, highlight=False, soft_wrap=True, quiet=not progress), recipe, measures
+    )
+
+    with stages.next("prepare") as stage:
+        prepare(recipe, progress=lambda n, t: stage.say(f"{n:,} documents, {t:,} tokens"))
+    base = None
+    if measures and recipe.model.source is not None:
+        with stages.next("evaluate the base model") as stage:
+            base = evaluate(recipe=recipe, base=True, name="base", progress=stage.progress)
+    with stages.next("train"):
+        trained = train(recipe, progress=progress)
+    if trained.interrupted:
+        return LaneResult(trained.run, True, seconds=stages.seconds)
+    if base is not None:
+        base.write(trained.run)
+    if not measures:
+        return LaneResult(trained.run, False, seconds=stages.seconds)
+    with stages.next("evaluate the tuned model") as stage:
+        tuned = evaluate(trained.run, recipe, name="tuned", progress=stage.progress)
+    result = LaneResult(trained.run, False, compare(base, tuned), side_by_side(base, tuned), stages.seconds)
+    directory = RunDirectory.open(trained.run)
+    text = (trained.run / "report.md").read_text(encoding="utf-8")
+    directory.write_text("report.md", text.rstrip() + "\n\n" + markdown(result))
+    return result
+
+
+class _Stages:
+    """Numbered headings, and the seconds that each stage took."""
+
+    def __init__(self, console: Console, recipe: Recipe, measures: bool) -> None:
+        self.console = console
+        self.count = 2 + measures + (measures and recipe.model.source is not None)
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def next(self, name: str) -> Iterator[Stage]:
+        with Stage(f"{len(self.seconds) + 1}/{self.count} {name}", self.console) as stage:
+            yield stage
+        self.seconds[name] = stage.seconds
+
+
+def _check_files(recipe: Recipe) -> None:
+    """UserError for a missing file of the evaluation: better now than after the training."""
+    section = recipe.evaluate
+    named = [(f"evaluate.perplexity.{i}", path) for i, path in enumerate(section.perplexity)]
+    for kind in ("tasks", "base"):
+        for i, task in enumerate(getattr(section, kind)):
+            named.append((f"evaluate.{kind}.{i}.path", task.path))
+            if task.shots_path is not None:
+                named.append((f"evaluate.{kind}.{i}.shots_path", task.shots_path))
+    for name, path in named:
+        files_of(Source(path, name))
+
+
+# --- base against tuned ----------------------------------------------------------------------
+
+
+def compare(base: Evaluation | None, tuned: Evaluation) -> list[Comparison]:
+    """Every figure of `tuned` beside the base model's best."""
+    found = []
+    for path, result in tuned.perplexity.items():
+        before = base.perplexity.get(path) if base else None
+        name = Path(path).name
+        old = (before.perplexity, before.bits_per_byte) if before else (None, None)
+        found.append(Comparison("perplexity", name, old[0], "", result.perplexity))
+        found.append(Comparison("bits per byte", name, old[1], "", result.bits_per_byte))
+    for task in tuned.tasks:
+        rivals = _same_questions(base, task)
+        for metric, score in task.scores.items():
+            scored = [rival for rival in rivals if metric in rival.scores]
+            best = max(scored, key=lambda rival: rival.scores[metric], default=None)
+            found.append(
+                Comparison(
+                    metric,
+                    f"{task.name} ({len(task.rows)} rows)",
+                    best.scores[metric] if best else None,
+                    _prompt_name(best),
+                    score,
+                )
+            )
+    return found
+
+
+def _same_questions(base: Evaluation | None, task: TaskResult) -> list[TaskResult]:
+    """The base model's results on the rows of a task, whatever they were called and however asked."""
+    asked = [row["prompt"] for row in task.rows]
+    return [rival for rival in (base.tasks if base else []) if [row["prompt"] for row in rival.rows] == asked]
+
+
+def _prompt_name(task: TaskResult | None) -> str:
+    return "" if task is None else f"{task.name}, {task.shots}-shot" if task.shots else task.name
+
+
+def side_by_side(base: Evaluation | None, tuned: Evaluation) -> list[SideBySide]:
+    """Answers to the same questions, spread evenly over the first task (or the prompt panel): not chosen."""
+    if not tuned.tasks:
+        old = {sample.prompt: sample.answer for sample in base.panel} if base else {}
+        return [SideBySide(s.prompt, None, old.get(s.prompt), s.answer) for s in tuned.panel[:SAMPLES]]
+    task = tuned.tasks[0]
+    metric = "chrf" if "chrf" in task.scores else next(iter(task.scores))
+    best = max(_same_questions(base, task), key=lambda rival: rival.scores.get(metric, 0.0), default=None)
+    count = min(SAMPLES, len(task.rows))
+    picked = [i * len(task.rows) // count for i in range(count)]
+    return [
+        SideBySide(
+            prompt=task.rows[i]["prompt"],
+            reference=task.rows[i]["reference"],
+            base=best.rows[i]["answer"] if best else None,
+            tuned=task.rows[i]["answer"],
+        )
+        for i in picked
+    ]
+
+
+def markdown(result: LaneResult) -> str:
+    """The comparison as the end of report.md."""
+    lines = [
+        "## Base against tuned",
+        "",
+        "| measure | on | base | base prompt | tuned |",
+        "|---|---|---|---|---|",
+    ]
+    for row in result.comparisons:
+        old = "-" if row.base is None else f"{row.base:.2f}"
+        lines.append(f"| {row.measure} | {row.on} | {old} | {row.prompt} | {row.tuned:.2f} |")
+    lines += ["", "| stage | seconds |", "|---|---|"]
+    lines += [f"| {name} | {seconds:.1f} |" for name, seconds in result.seconds.items()]
+    lines += ["", "## Side by side", ""]
+    for sample in result.samples:
+        lines += [_fenced(sample.prompt), ""]
+        answers = (("reference", sample.reference), ("base", sample.base), ("tuned", sample.tuned))
+        lines += [f"- {who}: {' '.join(text.split())}" for who, text in answers if text is not None]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _fenced(text: str) -> str:
+    fence = "```"
+    while fence in text:
+        fence += "`"
+    return f"{fence}text\n{text.strip()}\n{fence}"

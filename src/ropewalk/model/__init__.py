@@ -1,0 +1,30 @@
+"""The model room. In: Hugging Face configs and weights, GGUF files. Out: the one Transformer, its tokenizer and cache.
+
+May import ropewalk.ops, ropewalk.files and ropewalk.errors (and ropewalk.adapt, to load a run that trained one).
+"""
+
+from ropewalk.model.cache import KVCache
+from ropewalk.model.config import ModelConfig
+from ropewalk.model.families_config import config_from_hf, config_to_hf
+from ropewalk.model.families_weights import WeightRule, weight_map
+from ropewalk.model.init import from_config
+from ropewalk.model.load import load_model
+from ropewalk.model.save import save_model
+from ropewalk.model.source import resolve_source
+from ropewalk.model.tokenizer import load_tokenizer
+from ropewalk.model.transformer import Transformer
+
+__all__ = [
+    "KVCache",
+    "ModelConfig",
+    "Transformer",
+    "WeightRule",
+    "config_from_hf",
+    "config_to_hf",
+    "from_config",
+    "load_model",
+    "load_tokenizer",
+    "resolve_source",
+    "save_model",
+    "weight_map",
+]

@@ -1,0 +1,315 @@
+"""Hugging Face config dictionaries <-> ModelConfig, refusing by name whatever cannot be said."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from ropewalk.errors import UserError
+from ropewalk.model.config import ModelConfig
+from ropewalk.model.families import FAMILIES, HARMLESS, REQUIRED, Family
+
+ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast", "relu")
+
+# rope_type -> the parameters it must and may have (names as in transformers' modeling_rope_utils).
+_ORIGINAL = "original_max_position_embeddings"
+_ROPE: dict[str, tuple[set[str], set[str]]] = {
+    "default": (set(), {"factor", _ORIGINAL}),
+    "linear": ({"factor"}, {_ORIGINAL}),
+    "dynamic": ({"factor"}, {_ORIGINAL}),
+    "llama3": ({"factor", "low_freq_factor", "high_freq_factor", _ORIGINAL}, set()),
+    "yarn": (
+        {"factor", _ORIGINAL},
+        {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"},
+    ),
+    "longrope": ({"short_factor", "long_factor", _ORIGINAL}, {"factor", "attention_factor"}),
+}
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
+
+
+class _Reader:
+    """A config dictionary that remembers which of its keys were understood."""
+
+    def __init__(self, config: Mapping[str, Any], where: str) -> None:
+        self.config, self.where, self.seen = config, where, set[str]()
+
+    def take(self, key: str, default: Any = None) -> Any:
+        self.seen.add(key)
+        value = self.config.get(key, default)
+        if value is REQUIRED:
+            raise UserError(f"{self.where}: the config has no {key}; add it")
+        return value
+
+    def refuse(self, key: str, reason: str) -> UserError:
+        return UserError(f"{self.where}: {key} = {_short(self.config.get(key))}: {reason}")
+
+
+def config_from_hf(config: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
+    """A Hugging Face config (the content of config.json, of transformers 4 or 5) as a ModelConfig.
+
+    Missing keys take the defaults of transformers' config class; sizes have none. `where` starts the error
+    message. Raises UserError, naming the field, for an architecture, field or value that is not supported.
+    """
+    model_type = config.get("model_type")
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    if family is None:
+        hint = "; of Gemma 3 only the text models (gemma3_text)" if model_type == "gemma3" else ""
+        raise UserError(
+            f"{where}: architecture {model_type!r} is not supported{hint}; supported: {', '.join(FAMILIES)}"
+        )
+    reader = _Reader(config, where)
+    fields: dict[str, Any] = {"family": model_type, **family.fixed}
+    for name, (key, default) in family.keys.items():
+        fields[name] = reader.take(key, default)
+    if model_type == "qwen3_moe" and "num_experts" not in config:  # transformers 5 writes this one
+        fields["num_experts"] = reader.take("num_local_experts", fields["num_experts"])
+    elif model_type == "qwen3_moe":
+        reader.seen.add("num_local_experts")
+    for key, allowed in family.expect.items():
+        if (value := reader.take(key)) is not None and value not in allowed:
+            wanted = " or ".join(map(repr, allowed)) or "no value"
+            raise reader.refuse(key, f"not supported for {model_type}, only {wanted} is")
+    if isinstance(fields["eos_token_id"], list):
+        fields["eos_token_id"] = tuple(fields["eos_token_id"])
+    _fill_sizes(reader, family, fields)
+    _fill_experts(reader, fields)
+    _fill_windows(reader, family, fields)
+    if fields.get("position") != "learned":
+        _fill_rope(reader, fields)
+    for key, value in config.items():
+        if key not in reader.seen and key not in HARMLESS and value is not None and value is not False:
+            raise reader.refuse(key, f"not a config field that is understood for {model_type}")
+    result = ModelConfig(**fields)
+    _check(result, where)
+    return result
+
+
+def _fill_sizes(reader: _Reader, family: Family, fields: dict[str, Any]) -> None:
+    """Derive what a config may leave out, and check that sizes are positive integers."""
+
+    def check(*names: str) -> None:
+        for name in names:
+            value = fields[name]
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
+                key = family.keys.get(name, (name,))[0]
+                raise UserError(f"{reader.where}: {key} = {_short(value)}: must be a positive integer")
+
+    check("hidden_size", "num_attention_heads")
+    heads = fields["num_attention_heads"]
+    if fields.get("num_key_value_heads") is None:
+        fields["num_key_value_heads"] = heads
+    if fields.get("intermediate_size") is None:
+        fields["intermediate_size"] = 4 * fields["hidden_size"]
+    default = family.keys.get("head_dim", ("head_dim", None))[1]
+    even, rest = divmod(fields["hidden_size"], heads)
+    head_dim = reader.take("head_dim", default) or even
+    if not family.head_dim and (head_dim != even or rest):
+        raise reader.refuse("head_dim", f"{fields['family']} needs hidden_size / num_attention_heads")
+    fields["head_dim"] = head_dim
+    check(*_SIZES)
+    if heads % fields["num_key_value_heads"]:
+        raise reader.refuse("num_key_value_heads", f"does not divide the {heads} attention heads")
+
+
+def _fill_experts(reader: _Reader, fields: dict[str, Any]) -> None:
+    """Which layers are mixtures of experts: all in mixtral, by step and exception in qwen3_moe."""
+    layers = range(fields["num_hidden_layers"])
+    if fields["family"] == "mixtral":
+        fields |= {"moe_layers": tuple(layers), "moe_intermediate_size": fields["intermediate_size"]}
+    elif fields["family"] == "qwen3_moe":
+        step, dense = reader.take("decoder_sparse_step", 1), set(reader.take("mlp_only_layers") or ())
+        fields["moe_layers"] = tuple(i for i in layers if i not in dense and (i + 1) % step == 0)
+
+
+def _fill_windows(reader: _Reader, family: Family, fields: dict[str, Any]) -> None:
+    """layer_types, spelled out for every layer that slides; () where none does."""
+    layers = fields["num_hidden_layers"]
+    sliding: list[bool] = []
+    if family.windows == "all":
+        sliding = [fields["sliding_window"] is not None] * layers
+    elif family.windows == "switched":
+        reader.take("max_window_layers")  # written by Qwen, read by nobody
+        sliding = [bool(reader.take("use_sliding_window", False))] * layers
+    elif family.windows == "layer_types":
+        sliding = _sliding_layers(reader, fields)
+    if not any(sliding):
+        return
+    window = fields["sliding_window"]
+    if not isinstance(window, int) or window < 1:
+        raise reader.refuse("sliding_window", "sliding layers need a positive number of tokens")
+    fields["layer_types"] = tuple("sliding_attention" if s else "full_attention" for s in sliding)
+
+
+def _sliding_layers(reader: _Reader, fields: dict[str, Any]) -> list[bool]:
+    """Per layer, from layer_types or else the family's own pattern."""
+    layers, family = fields["num_hidden_layers"], fields["family"]
+    types = reader.take("layer_types")
+    if family.startswith("qwen"):
+        first = reader.take("max_window_layers", 28)
+        pattern = [i >= first for i in range(layers)]
+        if not reader.take("use_sliding_window", False):
+            # transformers then drops the window whatever layer_types says.
+            return [False] * layers
+    else:
+        reader.seen.add("_sliding_window_pattern")
+        every = reader.take("sliding_window_pattern", 6) if family == "gemma3_text" else 2
+        pattern = [bool((i + 1) % every) for i in range(layers)]
+    if types is None:
+        return pattern
+    if len(types) != layers or not set(types) <= {"full_attention", "sliding_attention"}:
+        raise reader.refuse(
+            "layer_types", f"must be full_attention or sliding_attention for each of the {layers} layers"
+        )
+    return [t == "sliding_attention" for t in types]
+
+
+def _fill_rope(reader: _Reader, fields: dict[str, Any]) -> None:
+    """RoPE from transformers 4's rope_theta + rope_scaling or transformers 5's rope_parameters."""
+    family = fields["family"]
+    key = "rope_scaling" if reader.config.get("rope_scaling") else "rope_parameters"
+    reader.seen.update(("rope_scaling", "rope_parameters"))
+    given = reader.config.get(key) or {}
+    if not isinstance(given, Mapping):
+        raise reader.refuse(key, "must be a mapping")
+    theta = reader.take("rope_theta", 1e6 if family in ("mixtral", "gemma3_text") else 1e4)
+    partial = reader.take("partial_rotary_factor", 1.0)
+    if family == "gpt_neox":
+        theta, partial = reader.take("rotary_emb_base", theta), reader.take("rotary_pct", 0.25)
+    if family == "gemma3_text":
+        local = reader.take("rope_local_base_freq", 1e4)
+        if "sliding_attention" in given or "full_attention" in given:
+            sliding = given.get("sliding_attention") or {}
+            if sliding.get("rope_type", "default") != "default":
+                raise reader.refuse(key, "scaling of the sliding layers' RoPE is not supported")
+            local, given = sliding.get("rope_theta", local), given.get("full_attention") or {}
+        fields["rope_local_theta"] = float(local)
+    scaling = {k: v for k, v in given.items() if v is not None}
+    fields["rope_theta"] = float(scaling.pop("rope_theta", theta))
+    fields["partial_rotary_factor"] = float(scaling.pop("partial_rotary_factor", partial))
+    old_name = scaling.pop("type", "default")
+    kind = scaling.pop("rope_type", old_name)
+    if family == "phi3" and kind in ("su", "yarn"):  # longrope's first names
+        kind = "longrope"
+    if (original := reader.take(_ORIGINAL, 4096 if family == "phi3" else None)) is not None:
+        scaling[_ORIGINAL] = original  # it goes before the one inside the mapping, as in transformers
+    elif kind in ("llama3", "yarn", "longrope"):
+        scaling.setdefault(_ORIGINAL, fields["max_position_embeddings"])
+    fields["rope_scaling"] = _check_rope(reader, family, key, kind, scaling)
+
+
+def _check_rope(
+    reader: _Reader, family: str, key: str, kind: str, scaling: dict[str, Any]
+) -> dict[str, Any] | None:
+    """The scaling with its type in it; None for plain RoPE."""
+    supported = ("default", "longrope") if family == "phi3" else tuple(_ROPE)
+    if kind not in supported:
+        raise reader.refuse(
+            key, f"rope_type {kind!r} is not supported for {family}; supported: {', '.join(supported)}"
+        )
+    required, optional = _ROPE[kind]
+    if missing := required - scaling.keys():
+        raise reader.refuse(key, f"rope_type {kind!r} needs {', '.join(sorted(missing))}")
+    if unknown := scaling.keys() - required - optional:
+        raise reader.refuse(key, f"{', '.join(sorted(unknown))} is not understood for rope_type {kind!r}")
+    for name, value in scaling.items():
+        numbers = value if isinstance(value, list) else [value]
+        if not all(isinstance(n, int | float) and math.isfinite(n) for n in numbers):
+            raise reader.refuse(key, f"{name} must be a finite number")
+    if kind in ("linear", "dynamic"):
+        scaling.pop(_ORIGINAL, None)
+    return None if kind == "default" else {"rope_type": kind, **scaling}
+
+
+def _check(config: ModelConfig, where: str) -> None:
+    """What no single field shows."""
+    if config.hidden_act not in ACTIVATIONS:
+        raise UserError(
+            f"{where}: hidden_act {config.hidden_act!r} is not supported; supported: {', '.join(ACTIVATIONS)}"
+        )
+    if config.position == "learned":
+        return
+    rotary = int(config.head_dim * config.partial_rotary_factor)
+    if config.partial_rotary_factor != 1.0 and config.family not in ("phi3", "gpt_neox"):
+        raise UserError(f"{where}: partial_rotary_factor is not supported for {config.family}")
+    half = (rotary + 1) // 2
+    if not 0 < 2 * half <= config.head_dim:
+        raise UserError(f"{where}: RoPE over {rotary} of head_dim {config.head_dim} elements is not possible")
+    for name in ("short_factor", "long_factor"):
+        if (factors := (config.rope_scaling or {}).get(name)) is not None and len(factors) != half:
+            raise UserError(f"{where}: rope_scaling.{name} has {len(factors)} numbers, RoPE needs {half}")
+    if config.moe_layers and not 0 < config.num_experts_per_tok <= config.num_experts:
+        raise UserError(
+            f"{where}: num_experts_per_tok = {config.num_experts_per_tok} of {config.num_experts} experts"
+        )
+
+
+def config_to_hf(config: ModelConfig) -> dict[str, Any]:
+    """The Hugging Face config of a model, as transformers 4 (rope_theta, rope_scaling) and 5 read it.
+
+    Transformers 5 writes rope_parameters alone, and 4 then silently takes rope_theta = 10000: both are here.
+    """
+    family = FAMILIES[config.family]
+    result: dict[str, Any] = {"model_type": config.family, "architectures": [family.architecture]}
+    for name, (key, _) in family.keys.items():
+        value = getattr(config, name)
+        result[key] = list(value) if isinstance(value, tuple) else value
+    if family.head_dim:
+        result["head_dim"] = config.head_dim
+    if config.query_pre_attn_scalar is not None:
+        result["query_pre_attn_scalar"] = int(config.query_pre_attn_scalar)
+    if config.family == "gpt2":  # transformers' default is 0.1; this model was run without
+        result |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    if config.family == "qwen3_moe":
+        result |= {"num_local_experts": config.num_experts, "decoder_sparse_step": 1}
+        dense = sorted(set(range(config.num_hidden_layers)) - set(config.moe_layers))
+        result["mlp_only_layers"] = dense
+    _write_windows(config, family, result)
+    if config.position == "rope":
+        _write_rope(config, result)
+    return result
+
+
+def _write_windows(config: ModelConfig, family: Family, result: dict[str, Any]) -> None:
+    types = config.layer_types or ("full_attention",) * config.num_hidden_layers
+    sliding = [i for i, t in enumerate(types) if t == "sliding_attention"]
+    if family.windows == "layer_types":
+        result["layer_types"] = list(types)
+    if config.family.startswith("qwen"):
+        result["use_sliding_window"] = bool(sliding)
+    if config.family in ("qwen2", "qwen3"):
+        result["max_window_layers"] = sliding[0] if sliding else config.num_hidden_layers
+
+
+def _write_rope(config: ModelConfig, result: dict[str, Any]) -> None:
+    scaling = config.rope_scaling
+    parameters = {"rope_type": "default", **(scaling or {}), "rope_theta": config.rope_theta}
+    partial = config.partial_rotary_factor
+    if partial != 1.0 or config.family in ("phi3", "gpt_neox"):
+        parameters["partial_rotary_factor"] = partial
+        result["partial_rotary_factor"] = partial
+    result |= {"rope_theta": config.rope_theta, "rope_scaling": scaling, "rope_parameters": parameters}
+    if config.family == "gpt_neox":
+        result |= {"rotary_emb_base": config.rope_theta, "rotary_pct": partial}
+    if config.family == "phi3":
+        result[_ORIGINAL] = (scaling or {}).get(_ORIGINAL, config.max_position_embeddings)
+        if scaling is not None and not scaling.keys() & {"factor", "attention_factor"}:
+            # transformers 4 accepts exactly three keys here
+            factors = {k: scaling[k] for k in ("short_factor", "long_factor")}
+            result["rope_scaling"] = {"type": "longrope"} | factors
+    if config.rope_local_theta is not None:
+        local = {"rope_type": "default", "rope_theta": config.rope_local_theta}
+        result["rope_local_base_freq"] = config.rope_local_theta
+        result["rope_parameters"] = {"full_attention": parameters, "sliding_attention": local}
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

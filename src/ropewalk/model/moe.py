@@ -1,0 +1,60 @@
+"""Mixture of experts with top-k routing and the load-balancing loss of Switch Transformer (arXiv 2101.03961)."""
+
+import torch
+from torch import Tensor, nn
+
+from ropewalk.model.config import ModelConfig
+from ropewalk.model.layers import MLP
+
+RouterStatistics = tuple[Tensor, Tensor]
+"""Per expert, `[num_experts]` float32 each: sum of router probabilities over the tokens (with gradient), and
+how often the expert was chosen."""
+
+
+class MixtureOfExperts(nn.Module):
+    """Each token goes to the `num_experts_per_tok` experts that the router likes best; outputs are weighted."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.top_k, self.normalize = config.num_experts_per_tok, config.norm_topk_prob
+        self.router = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.experts = nn.ModuleList(
+            MLP(config, config.moe_intermediate_size) for _ in range(config.num_experts)
+        )
+
+    def forward(self, hidden: Tensor, real: Tensor | None) -> tuple[Tensor, RouterStatistics]:
+        """hidden `[B, S, hidden_size]` -> (the same shape, statistics); `real` `[B * S]` leaves padding out of them."""
+        x = hidden.flatten(0, 1)
+        probabilities = self.router(x).softmax(-1, dtype=torch.float32)
+        weights, chosen = probabilities.topk(self.top_k, dim=-1)
+        if self.normalize:
+            weights = weights / weights.sum(-1, keepdim=True)
+        # Sort the (token, expert) pairs by expert, so that each expert reads one contiguous slice.
+        order = chosen.flatten().argsort(stable=True)
+        counts = torch.bincount(chosen.flatten(), minlength=len(self.experts))
+        token = order // self.top_k
+        slices = x[token].split(counts.tolist())
+        outputs = [expert(part) for expert, part in zip(self.experts, slices, strict=True) if len(part)]
+        weighted = torch.cat(outputs) * weights.flatten()[order].to(x.dtype).unsqueeze(-1)
+        result = torch.zeros_like(x).index_add(0, token, weighted)
+        return result.view(hidden.shape), self._statistics(probabilities, chosen, counts, real)
+
+    def _statistics(
+        self, probabilities: Tensor, chosen: Tensor, counts: Tensor, real: Tensor | None
+    ) -> RouterStatistics:
+        if real is None:
+            return probabilities.sum(0), counts.float()
+        counts = torch.bincount(chosen[real].flatten(), minlength=len(self.experts))
+        return (probabilities * real.unsqueeze(-1)).sum(0), counts.float()
+
+
+def load_balancing_loss(statistics: list[RouterStatistics], tokens: int | Tensor) -> Tensor:
+    """0-d float32; as transformers computes it, over all layers at once.
+
+    `tokens` is the number of tokens, padding excluded, that each layer saw. The loss is top_k when the load is
+    even, more when it is not.
+    """
+    total = tokens * len(statistics)
+    probabilities = torch.stack([p for p, _ in statistics]).sum(0) / total
+    share = torch.stack([c for _, c in statistics]).sum(0) / total
+    return (probabilities * share).sum() * len(share)

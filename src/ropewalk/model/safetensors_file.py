@@ -1,0 +1,135 @@
+"""The safetensors format (github.com/huggingface/safetensors), read and written in pieces.
+
+The `safetensors` package maps whole files into memory, where every page that was read counts as used. To
+load into another dtype with little more than the model itself in memory, tensors are read a few megabytes
+at a time. Headers are untrusted: sizes are checked against the file before anything is allocated.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ropewalk.errors import UserError
+
+MAX_HEADER_BYTES = 100_000_000
+CHUNK_BYTES = 8 << 20
+
+FLOATS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+_ITEM_BYTES = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0"), 1),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
+    **dict.fromkeys(("U32", "I32", "F32"), 4),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 8),
+}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies: bytes `[start, stop)` of the file."""
+
+    file: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a file by name; raises UserError for a damaged or truncated one."""
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+                raise _damaged(path, "its header does not fit the file")
+            header = json.loads(file.read(length))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}; copy or download it again") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
+        raise _damaged(path, "its header is not JSON") from None
+    if not isinstance(header, dict):
+        raise _damaged(path, "its header is not a JSON object")
+    header.pop("__metadata__", None)
+    tensors = {name: _entry(path, name, entry, 8 + length) for name, entry in header.items()}
+    end = max((t.stop for t in tensors.values()), default=8 + length)
+    if end > size:
+        raise _damaged(path, f"it is truncated: {end - size:,} of {end:,} bytes are missing")
+    return tensors
+
+
+def _entry(path: Path, name: str, entry: Any, data: int) -> StoredTensor:
+    try:
+        dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        numbers = (*shape, start, stop)
+        well_formed = all(type(n) is int and 0 <= n < 1 << 62 for n in numbers)
+        fits = well_formed and stop - start == math.prod(shape) * _ITEM_BYTES[dtype]
+    except (KeyError, TypeError, ValueError):
+        fits = False
+    if not fits:
+        raise _damaged(path, f"the header's entry for {name!r} makes no sense")
+    return StoredTensor(path, name, dtype, shape, data + start, data + stop)
+
+
+def read_chunks(tensor: StoredTensor) -> Iterator[torch.Tensor]:
+    """The values of a floating-point tensor in order, flat, a few megabytes at a time.
+
+    Every chunk is the same memory again: copy what is to stay.
+    """
+    dtype = FLOATS[tensor.dtype]
+    buffer = torch.empty(min(CHUNK_BYTES, tensor.stop - tensor.start), dtype=torch.uint8)
+    view = buffer.numpy().data
+    with open(tensor.file, "rb", buffering=0) as file:
+        file.seek(tensor.start)
+        left = tensor.stop - tensor.start
+        while left:
+            count = min(left, len(view))
+            fill(file, view[:count], tensor)
+            yield buffer[:count].view(dtype)
+            left -= count
+
+
+def fill(file: Any, view: memoryview, tensor: StoredTensor) -> None:
+    """Reads exactly `view`'s length (one read may return less, above 2 GiB always)."""
+    done = 0
+    while done < len(view):
+        count = file.readinto(view[done:])
+        if not count:
+            raise _damaged(tensor.file, f"it ends within {tensor.name!r}")
+        done += count
+
+
+def write_safetensors(
+    path: Path, entries: list[tuple[str, str, tuple[int, ...]]], values: Iterable[np.ndarray]
+) -> None:
+    """Writes (name, dtype F32/F16/BF16, shape) entries, with float32 values made one after the other."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, dtype, shape in entries:
+        stop = at + math.prod(shape) * _ITEM_BYTES[dtype]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, stop]}
+        at = stop
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    with open(path, "wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        for (name, dtype, shape), array in zip(entries, values, strict=True):
+            if array.size != math.prod(shape):
+                raise ValueError(f"{name}: {array.shape} is not {shape}")
+            tensor = torch.from_numpy(np.ascontiguousarray(array)).to(FLOATS[dtype])
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _damaged(path: Path, problem: str) -> UserError:
+    return UserError(f"{path}: not a usable safetensors file: {problem}; copy or download it again")

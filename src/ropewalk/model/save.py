@@ -1,0 +1,97 @@
+"""A model as a Hugging Face directory that transformers opens without conversion."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ropewalk.errors import RopewalkError
+from ropewalk.files import atomic_directory
+from ropewalk.model.config import ModelConfig
+from ropewalk.model.families_config import config_to_hf
+from ropewalk.model.families_weights import WeightRule, weight_map
+from ropewalk.model.transformer import Transformer
+
+SHARD_BYTES = 5_000_000_000
+"""Weights above this are spread over several files."""
+
+
+def save_model(
+    model: Transformer,
+    tokenizer: Any,
+    path: str | Path,
+    *,
+    overwrite: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write config.json, generation_config.json, safetensors weights and the tokenizer's files, or nothing.
+
+    Weights keep their dtype, bit for bit; a tied head is written once. `tokenizer` is a transformers tokenizer
+    or None. Raises UserError if `path` exists (unless `overwrite`), RopewalkError if the disk is full or the
+    model holds something that is not part of its config (an adapter that is not merged).
+    """
+    parameters = dict(model.named_parameters())
+    rules = weight_map(model.config)
+    _check_complete(model.config, rules, parameters)
+    needed = sum(p.numel() * p.element_size() for p in parameters.values())
+    with atomic_directory(path, overwrite, needed) as folder:
+        dtype = str(model.embed.weight.dtype).removeprefix("torch.")
+        _write_json(folder / "config.json", config_to_hf(model.config) | {"dtype": dtype, "torch_dtype": dtype})
+        _write_json(folder / "generation_config.json", _generation(model.config))
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        _write_weights(rules, parameters, folder, shard_bytes)
+
+
+def _check_complete(config: ModelConfig, rules: list[WeightRule], parameters: dict[str, Tensor]) -> None:
+    wanted = {part for rule in rules for part in rule.parts}
+    if odd := wanted.symmetric_difference(parameters):
+        some = ", ".join(sorted(odd)[:3])
+        raise RopewalkError(f"not a plain {config.family} model ({some}, ...): merge its adapters before saving")
+
+
+def _write_weights(
+    rules: list[WeightRule], parameters: dict[str, Tensor], folder: Path, shard_bytes: int
+) -> None:
+    """One file, or shards with an index; only one shard is put together at a time."""
+    from safetensors.torch import save_file
+
+    shards: list[list[WeightRule]] = [[]]
+    total = room = 0
+    for rule in rules:
+        size = sum(parameters[part].numel() * parameters[part].element_size() for part in rule.parts)
+        if shards[-1] and room + size > shard_bytes:
+            shards.append([])
+            room = 0
+        shards[-1].append(rule)
+        total, room = total + size, room + size
+    names = ["model.safetensors"]
+    if len(shards) > 1:
+        names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+        where = {rule.hf: name for name, shard in zip(names, shards, strict=True) for rule in shard}
+        _write_json(
+            folder / "model.safetensors.index.json",
+            {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))},
+        )
+    for name, shard in zip(names, shards, strict=True):
+        tensors = {rule.hf: _joined(rule, parameters) for rule in shard}
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+
+
+@torch.no_grad()
+def _joined(rule: WeightRule, parameters: dict[str, Tensor]) -> Tensor:
+    return rule.join([parameters[part].detach() for part in rule.parts]).cpu().contiguous()
+
+
+def _generation(config: ModelConfig) -> dict[str, Any]:
+    """The special ids, which transformers' generate reads here and not in config.json."""
+    ids = {"bos_token_id": config.bos_token_id, "pad_token_id": config.pad_token_id}
+    eos = config.eos_token_id
+    ids["eos_token_id"] = list(eos) if isinstance(eos, tuple) else eos
+    return {"_from_model_config": True} | {name: value for name, value in ids.items() if value is not None}
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

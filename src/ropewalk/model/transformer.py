@@ -1,0 +1,223 @@
+"""The one decoder-only transformer: every family is this module with another ModelConfig."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ropewalk.errors import UserError
+from ropewalk.model.cache import KVCache
+from ropewalk.model.config import ModelConfig
+from ropewalk.model.layers import MLP, Attention, Context, Tables, make_norm
+from ropewalk.model.moe import MixtureOfExperts, RouterStatistics, load_balancing_loss
+from ropewalk.ops.attention import AttentionLayout
+from ropewalk.ops.rope import depends_on_length, effective_length, rope_frequencies, rope_tables
+
+
+class Block(nn.Module):
+    """Attention and MLP with their norms and residual connections."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        before, after = config.norm_placement != "post", config.norm_placement != "pre"
+        size = config.hidden_size
+        self.parallel = config.parallel_residual
+        self.attention_norm = make_norm(config, size) if before else None
+        self.attention = Attention(config, layer)
+        self.post_attention_norm = make_norm(config, size) if after else None
+        self.mlp_norm = make_norm(config, size) if before else None
+        self.mlp = MixtureOfExperts(config) if layer in config.moe_layers else MLP(config, config.intermediate_size)
+        self.post_mlp_norm = make_norm(config, size) if after else None
+
+    def forward(self, hidden: Tensor, context: Context) -> tuple[Tensor, RouterStatistics | None]:
+        """hidden `[B, S, hidden_size]` -> (the same shape, statistics of the router if there is one)."""
+        out = self.attention(hidden if self.attention_norm is None else self.attention_norm(hidden), context)
+        if self.post_attention_norm is not None:
+            out = self.post_attention_norm(out)
+        residual = hidden + out
+        source = hidden if self.parallel else residual
+        x = source if self.mlp_norm is None else self.mlp_norm(source)
+        statistics = None
+        if isinstance(self.mlp, MixtureOfExperts):
+            out, statistics = self.mlp(x, context.real)
+        else:
+            out = self.mlp(x)
+        if self.post_mlp_norm is not None:
+            out = self.post_mlp_norm(out)
+        return residual + out, statistics
+
+
+class Transformer(nn.Module):
+    """`model.logits(model(tokens))`. Plain: no ranks, no dropout; build it under `torch.device("meta")` for size 0.
+
+    `checkpointing`: keep only each block's input in training, and compute the rest again (arXiv 1604.06174).
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.checkpointing = False
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        if config.position == "learned":
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.norm = make_norm(config, config.hidden_size)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tie_head()
+        self._frequencies: dict[Any, tuple[Tensor, float]] = {}
+        self._router: tuple[list[RouterStatistics], int | Tensor] = ([], 0)
+
+    def tie_head(self) -> None:
+        """Let head and embedding be one Parameter again, where the config says so."""
+        if self.config.tie_word_embeddings:
+            self.head.weight = self.embed.weight
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Transformer":
+        super()._apply(fn, recurse)
+        self.tie_head()  # to_empty() and other replacements of parameters untie it
+        return self
+
+    @property
+    def output_weight(self) -> nn.Parameter:
+        """`[vocab_size, hidden_size]`: what turns hidden states into logits."""
+        return self.head.weight
+
+    @property
+    def output_bias(self) -> nn.Parameter | None:
+        """No family here has one."""
+        return self.head.bias
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        segments: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Hidden states after the final norm, `[B, S, hidden_size]`.
+
+        tokens    `[B, S]` int64
+        positions `[B, S]` int64, index in the document; by default from 0 in each row, in each segment, or on
+                  from where the cache ends; -1 is padding (on the left, with a cache)
+        segments  `[B, S]`, document of each token in a packed row, -1 in padding; attention never leaves a document
+        cache     appended to; not together with segments
+        """
+        if cache is not None and segments is not None:
+            raise ValueError("segments and a cache cannot be used together")
+        if cache is not None and cache.length and self._outgrows(cache, tokens, positions):
+            return self._again(tokens, positions, cache)
+        context, positions = self._context(tokens, positions, segments, cache)
+        hidden = self.embed(tokens)
+        if self.config.scale_embeddings:
+            hidden = hidden * torch.tensor(self.config.hidden_size**0.5, dtype=hidden.dtype)
+        if self.config.position == "learned":
+            hidden = hidden + self.embed_positions(positions)
+        else:
+            self._add_rope(context, positions, hidden.dtype)
+        statistics = []
+        recompute = self.checkpointing and self.training and torch.is_grad_enabled()
+        for block in self.blocks:
+            if recompute:
+                hidden, routed = checkpoint(block, hidden, context, use_reentrant=False)
+            else:
+                hidden, routed = block(hidden, context)
+            if routed is not None:
+                statistics.append(routed)
+        if cache is not None:
+            cache.length += tokens.shape[1]
+        real = tokens.numel() if context.real is None else context.real.sum()
+        self._router = (statistics if self.training else [], real)
+        return self.norm(hidden)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden `[..., hidden_size]` -> `[..., vocab_size]`, soft-capped where the family does (gemma2)."""
+        logits = self.head(hidden)
+        cap = self.config.final_logit_softcapping
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def auxiliary_loss(self) -> Tensor | None:
+        """Load-balancing loss of the last forward in training mode, times its coefficient; None without experts."""
+        statistics, tokens = self._router
+        if not statistics:
+            return None
+        return load_balancing_loss(statistics, tokens) * self.config.router_aux_loss_coef
+
+    def _context(
+        self, tokens: Tensor, positions: Tensor | None, segments: Tensor | None, cache: KVCache | None
+    ) -> tuple[Context, Tensor]:
+        """What blocks share, and positions `[B or 1, S]` with none below 0."""
+        batch, length = tokens.shape
+        layout: AttentionLayout | None = AttentionLayout.rows(batch, length)
+        real = query_positions = None
+        if cache is not None:
+            positions = query_positions = cache.begin(tokens, positions)
+            if cache.length:
+                layout = None
+            elif cache.ragged:
+                segments = torch.where(positions >= 0, 0, -1)
+        if segments is not None:
+            layout = AttentionLayout.from_segments(segments)
+            real = (segments >= 0).flatten() if self.config.moe_layers else None
+            if positions is None:
+                positions = _restarting(segments)
+        if positions is None:
+            positions = torch.arange(length, device=tokens.device)[None]
+        limit = self.config.max_position_embeddings
+        if self.config.position == "learned" and (last := int(positions.max())) >= limit:
+            raise UserError(f"{last + 1} tokens: this {self.config.family} model has only {limit} positions")
+        context = Context(layout, cache=cache, query_positions=query_positions, real=real)
+        return context, positions.clamp(min=0)
+
+    def _add_rope(self, context: Context, positions: Tensor, dtype: torch.dtype) -> None:
+        config = self.config
+        context.rope = self._tables(config.rope_theta, config.rope_scaling, positions, dtype)
+        if config.rope_local_theta is not None:
+            context.local_rope = self._tables(config.rope_local_theta, None, positions, dtype)
+
+    def _tables(
+        self, theta: float, scaling: dict[str, Any] | None, positions: Tensor, dtype: torch.dtype
+    ) -> Tables:
+        """cos and sin; frequencies are computed once for each device, or each length where they depend on it."""
+        config = self.config
+        length = None
+        if scaling is not None and depends_on_length(scaling):
+            used = int(positions.max()) + 1
+            length = effective_length(scaling, config.max_position_embeddings, used)
+        key = (theta, length, positions.device)
+        if key not in self._frequencies:
+            if length is not None:
+                self._frequencies.clear()
+            dim = int(config.head_dim * config.partial_rotary_factor)
+            frequency, factor = rope_frequencies(theta, dim, scaling, config.max_position_embeddings, length)
+            self._frequencies[key] = frequency.to(positions.device), factor
+        return rope_tables(positions, *self._frequencies[key], dtype)
+
+    def _outgrows(self, cache: KVCache, tokens: Tensor, positions: Tensor | None) -> bool:
+        """Whether these tokens take longrope past its original context, where all frequencies change."""
+        scaling = self.config.rope_scaling
+        if scaling is None or scaling["rope_type"] != "longrope":
+            return False
+        original = scaling["original_max_position_embeddings"]
+        last = int(cache.positions.max())
+        end = last + tokens.shape[1] if positions is None else int(positions.max())
+        return last < original <= end
+
+    def _again(self, tokens: Tensor, positions: Tensor | None, cache: KVCache) -> Tensor:
+        """Read everything in the cache again together with the new tokens."""
+        used = cache.length
+        before = cache.positions[:, :used]
+        if positions is None:
+            positions = before[:, -1:] + 1 + torch.arange(tokens.shape[1], device=tokens.device)
+        tokens = torch.cat((cache.tokens[:, :used], tokens), 1)
+        positions = torch.cat((before, positions), 1)
+        cache.truncate(0)
+        return self(tokens, positions, cache=cache)[:, used:]
+
+
+def _restarting(segments: Tensor) -> Tensor:
+    """Positions that count from 0 in each run of equal segments."""
+    index = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
+    start = torch.ones_like(segments, dtype=torch.bool)
+    start[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    return index - torch.where(start, index, 0).cummax(1).values

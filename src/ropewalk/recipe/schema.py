@@ -1,0 +1,252 @@
+"""The typed recipe: every field there is, one line of doc each, frozen, unknown keys refused.
+
+A field whose default is None or "auto" is *derived*: `derive.py` says what from, and
+`ropewalk recipe show` prints the value beside the reason.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+
+def _no_boolean(value: Any) -> Any:
+    """pydantic takes True for 1; a recipe that says `steps: true` is a mistake."""
+    if isinstance(value, bool):
+        raise PydanticCustomError("boolean_for_number", "true and false are no numbers")
+    return value
+
+
+Integer = Annotated[int, BeforeValidator(_no_boolean)]
+Number = Annotated[float, BeforeValidator(_no_boolean)]
+Positive = Annotated[Integer, Field(gt=0)]
+Count = Annotated[Integer, Field(ge=0)]
+PositiveNumber = Annotated[Number, Field(gt=0)]
+NonNegative = Annotated[Number, Field(ge=0.0)]
+Fraction = Annotated[Number, Field(ge=0.0, le=1.0)]
+BelowOne = Annotated[Number, Field(ge=0.0, lt=1.0)]
+
+
+class Section(BaseModel):
+    """Base of every part of a recipe: immutable, no unknown keys, field docs taken from the schema."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
+    )
+
+
+class Model(Section):
+    source: str | None = None
+    """Hugging Face directory or hub id, .gguf file, run directory, or package://DISTRIBUTION/FILE."""
+    config: dict[str, Any] | str | None = None
+    """Shape of a model from scratch: Hugging Face config fields, or a YAML/JSON file of them."""
+    tokenizer: str | None = None
+    """Where the tokenizer comes from; derived: model.source."""
+    revision: str | None = None
+    """Commit, tag or branch of a hub id."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "Model":
+        if (self.source is None) == (self.config is None):
+            raise ValueError(
+                "give exactly one of model.source (a pretrained model) and model.config (from scratch)"
+            )
+        if self.config is not None and self.tokenizer is None:
+            raise ValueError("a model from scratch needs model.tokenizer")
+        return self
+
+
+class Source(Section):
+    """One set of documents."""
+
+    path: str
+    """A .jsonl/.json/.parquet/.csv file, a folder of .txt/.md/.py files, or a glob of either."""
+    name: str | None = None
+    """Name of the source in reports; derived: the path's last part."""
+    text: str | None = None
+    """Column that holds plain text; derived: `text` where the file has it."""
+    messages: str | None = None
+    """Column that holds a list of {role, content}; derived: `messages` where the file has it."""
+    prompt: str | None = None
+    """Column that holds the prompt; derived: `prompt` where the file has it."""
+    completion: str | None = None
+    """Column that holds the completion; derived: `completion` where the file has it."""
+
+
+class Data(Section):
+    train: tuple[Source, ...]
+    """What to train on."""
+    validation: tuple[Source, ...] = ()
+    """What to validate on; where empty, documents are split off the training sources by hash."""
+    validation_fraction: Fraction = 0.02
+    """Share of documents split off for validation when data.validation is empty; 0 for none."""
+    sequence_length: Positive = 1024
+    """Tokens in a row; no document in a row is longer."""
+    packing: Literal["best_fit", "none"] = "best_fit"
+    """Put several documents in a row (they never see each other), or one."""
+    too_long: Literal["auto", "error", "truncate", "split", "drop"] = "auto"
+    """A document longer than a row: auto splits plain text and refuses conversations. The report counts."""
+    score: Literal["auto", "all", "assistant"] = "auto"
+    """Which tokens count in the loss: auto is everything for text, the assistant's for conversations."""
+    chat_template: str | None = None
+    """Path of a Jinja chat template that replaces the tokenizer's."""
+    append_eos: bool = True
+    """End each plain-text document with the end-of-sequence token."""
+    max_bad_rows: Count = 0
+    """How many unreadable rows may be skipped (they are listed in the report)."""
+    workers: Count = 0
+    """Processes that tokenize; 0: as many as there are cores."""
+    directory: str = "prepared"
+    """Where prepared data is kept; each data set in a folder named by the content it was made from."""
+
+
+class Adapt(Section):
+    method: Literal["full", "lora"] = "full"
+    """Train every weight, or low-rank adapters beside frozen ones (arXiv 2106.09685)."""
+    rank: Positive = 16
+    """Rank of the LoRA matrices."""
+    alpha: PositiveNumber | None = None
+    """LoRA scale is alpha / rank; derived: 2 x rank."""
+    dropout: BelowOne = 0.0
+    """Dropout on the adapter's input."""
+    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """Module names to adapt (q_proj, v_proj, ...), or all linear layers but the output head."""
+
+
+class Optimizer(Section):
+    name: Literal["adamw"] = "adamw"
+    """AdamW (arXiv 1711.05101)."""
+    learning_rate: PositiveNumber | None = None
+    """Peak learning rate; derived: 2e-4 for LoRA, 2e-5 for full fine-tuning, 6e-4 from scratch."""
+    weight_decay: NonNegative = 0.0
+    """Decoupled weight decay, on matrices only (not on biases, norms, embeddings)."""
+    beta1: BelowOne = 0.9
+    """Decay of the first moment."""
+    beta2: BelowOne = 0.95
+    """Decay of the second moment."""
+    epsilon: PositiveNumber = 1e-8
+    """Added to the root of the second moment."""
+
+
+class Schedule(Section):
+    name: Literal["cosine", "linear", "constant", "warmup_stable_decay"] = "cosine"
+    """Shape of the learning rate after warm-up."""
+    warmup_steps: Count | None = None
+    """Steps of linear warm-up; derived: warmup_fraction of the run."""
+    warmup_fraction: Fraction = 0.03
+    """Share of the run spent warming up, where warmup_steps is not given."""
+    decay_fraction: Fraction = 0.2
+    """Share of the run in which warmup_stable_decay falls."""
+    minimum: Fraction = 0.1
+    """Last learning rate as a share of the peak."""
+
+
+class Train(Section):
+    steps: Positive | None = None
+    """Length of the run in optimizer steps (one of steps, epochs, tokens)."""
+    epochs: PositiveNumber | None = None
+    """Length of the run in passes over the training rows."""
+    tokens: Positive | None = None
+    """Length of the run in tokens, padding included."""
+    batch_size: Positive | None = None
+    """Rows in an optimizer step (one of batch_size and batch_tokens); derived: 8."""
+    batch_tokens: Positive | None = None
+    """Tokens in an optimizer step; rounded to whole rows of data.sequence_length."""
+    micro_batch_size: Positive | None = None
+    """Rows in one forward pass; derived: as many as are 8,192 tokens on a GPU, 2,048 on a CPU."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto: a GPU where there is one."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the computation, beside float32 master weights; auto: bfloat16 where it is fast."""
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    clip: NonNegative = 1.0
+    """Largest global gradient norm; 0 for no clipping."""
+    checkpointing: Literal["none", "full"] = "none"
+    """Keep all activations, or only each block's input and recompute the rest (arXiv 1604.06174)."""
+    compile: bool = False
+    """torch.compile each block: faster steps for a slower first one."""
+    loss_chunk: Positive = 1024
+    """Rows of the output head computed at once."""
+    threads: Count = 0
+    """CPU threads; 0: as many as there are cores."""
+    log_every: Positive = 1
+    """Steps between lines of metrics."""
+    evaluate_every: Count = 0
+    """Steps between validation losses; 0: only before the first and after the last step."""
+    evaluate_rows: Positive = 64
+    """Validation rows in each of those."""
+    sample_every: Count = 0
+    """Steps between generations from the prompt panel; 0: only after the last step."""
+    checkpoint_every: Count = 0
+    """Steps between checkpoints; 0: only after the last step."""
+    keep: Positive = 2
+    """Newest checkpoints kept, besides the best."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "Train":
+        if sum(x is not None for x in (self.steps, self.epochs, self.tokens)) != 1:
+            raise ValueError("give exactly one of train.steps, train.epochs and train.tokens")
+        if self.batch_size is not None and self.batch_tokens is not None:
+            raise ValueError("give one of train.batch_size and train.batch_tokens, not both")
+        return self
+
+
+class Task(Section):
+    """A generation task: prompts with references from a JSONL file."""
+
+    name: str
+    """Name in reports."""
+    path: str
+    """JSONL with `messages` (the last one is the reference) or `prompt` and `completion`."""
+    metrics: tuple[Literal["exact_match", "chrf", "rouge_l"], ...] = ("exact_match", "chrf")
+    """How an answer is compared with its reference."""
+    instruction: str | None = None
+    """Text put before every prompt (shown to the model, not scored)."""
+    shots: Count = 0
+    """Worked examples put before the prompt, taken from shots_path."""
+    shots_path: str | None = None
+    """JSONL the examples come from; derived: nothing, and shots must be 0."""
+    limit: Positive | None = None
+    """Use the first so many rows; derived: all."""
+    max_new_tokens: Positive = 64
+    """Longest answer."""
+    stop: tuple[str, ...] = ()
+    """Strings that end an answer."""
+
+
+class Evaluate(Section):
+    perplexity: tuple[str, ...] = ()
+    """Text files (or JSONL with `text`) to measure perplexity on."""
+    window: Positive | None = None
+    """Tokens the model sees at once in perplexity; derived: data.sequence_length."""
+    stride: Positive | None = None
+    """Tokens scored per window; derived: half the window."""
+    tasks: tuple[Task, ...] = ()
+    """Generation tasks."""
+    base: tuple[Task, ...] = ()
+    """Prompts for the untrained model in `ropewalk run`: its fairest chance; derived: the same as tasks."""
+    prompts: tuple[str, ...] = ()
+    """The fixed prompt panel, answered at every checkpoint."""
+    max_new_tokens: Positive = 64
+    """Longest answer in the prompt panel."""
+    batch_size: Positive = 16
+    """Prompts generated at once."""
+
+
+class Recipe(Section):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """Name of the run; its directory is RUNS/NAME-ID."""
+    seed: Annotated[Integer, Field(ge=0, lt=2**32)] = 0
+    """Seed of everything that is random."""
+    runs: str = "runs"
+    """Folder that holds run directories."""
+    model: Model
+    data: Data
+    adapt: Adapt = Adapt()
+    train: Train
+    evaluate: Evaluate = Evaluate()

@@ -1,0 +1,50 @@
+"""Headings with elapsed seconds for long commands, and a line that says how far they are. All on stderr."""
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.status import Status
+
+EVERY = 15.0
+"""Seconds between lines where there is no terminal to redraw one on."""
+
+
+class Stage:
+    """`with Stage("evaluate") as stage:` prints the heading, and at the end how long it took."""
+
+    def __init__(self, title: str, console: Console | None = None) -> None:
+        self.title = title
+        self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)
+        self.seconds = 0.0
+        self._status: Status | None = None
+
+    def __enter__(self) -> "Stage":
+        self._start = self._said = time.perf_counter()
+        self.console.print(f"== {self.title}", markup=False, style="bold")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.seconds = time.perf_counter() - self._start
+        if self._status is not None:
+            self._status.stop()
+        if error is None:
+            self.console.print(f"   {self.seconds:.1f} s", style="dim")
+
+    def progress(self, what: str, done: int, of: int) -> None:
+        """Say that `done` of `of` are done of `what`."""
+        self.say(f"{what}: {done}/{of}")
+
+    def say(self, text: str) -> None:
+        """Say how far the stage is: on a terminal at once, else now and then."""
+        text = f"   {text}"
+        if self.console.is_terminal:
+            if self._status is None:
+                self._status = self.console.status(text)
+                self._status.start()
+            self._status.update(text)
+        elif time.perf_counter() - self._said >= EVERY:
+            self._said = time.perf_counter()
+            self.console.print(text, markup=False)

@@ -1,0 +1,200 @@
+"""Checkpoints that are whole or not there, and that prove it.
+
+    step-00000100/
+      model/         a Hugging Face directory, or a PEFT adapter directory
+      state/         tensors.safetensors (optimizer, RNG) and state.json (step, data position, ...)
+      MANIFEST.json  size and SHA-256 of every file, written last
+
+A checkpoint is written under a temporary name, fsynced and renamed. Nothing in it is pickled: a checkpoint
+from elsewhere can be wrong, but it cannot run code.
+"""
+
+import hashlib
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ropewalk.errors import RopewalkError
+from ropewalk.files import atomic_directory, atomic_write, free_bytes, full_disk, remove_leftovers, sha256
+
+FORMAT = 1
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    *,
+    save_weights: Callable[[Path], None],
+    tensors: dict[str, Tensor],
+    state: dict[str, Any],
+    needed: int,
+    validation_loss: float | None = None,
+    keep: int = 2,
+) -> Path:
+    """Writes `folder/step-XXXXXXXX`, then deletes all but the `keep` newest and the best by validation loss.
+
+    `save_weights` fills the `model/` directory it is given; `needed` is about how many bytes will be written.
+    Raises RopewalkError where the disk is full: then nothing is left behind and nothing was deleted.
+    """
+    path = folder / checkpoint_name(step)
+    if free_bytes(folder) < needed:
+        raise full_disk(path, needed)
+    remove_leftovers(folder)
+    random_tensors, random_json = random_state()
+    with atomic_directory(path, overwrite=True, needed=needed) as temporary:
+        save_weights(temporary / "model")
+        (temporary / "state").mkdir()
+        save_file({**tensors, **random_tensors}, temporary / "state" / "tensors.safetensors")
+        (temporary / "state" / "state.json").write_text(
+            json.dumps({**state, "step": step, "random": random_json})
+        )
+        write_manifest(temporary, step, validation_loss)
+    _prune(folder, keep)
+    return path
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def load_state(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, state) of a checkpoint that was verified."""
+    state = json.loads((checkpoint / "state" / "state.json").read_text(encoding="utf-8"))
+    return load_file(checkpoint / "state" / "tensors.safetensors"), state
+
+
+def newest_valid_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint of a run that is as it was written, and a warning for each one skipped.
+
+    None where there is no checkpoint. Raises RopewalkError where there are some and all are damaged.
+    """
+    warnings: list[str] = []
+    for checkpoint in reversed(list_checkpoints(run / "checkpoints")):
+        damage = find_damage(checkpoint)
+        if damage is None:
+            return checkpoint, warnings
+        warnings.append(f"{damage}; checkpoint {checkpoint.name} is not used")
+    if warnings:
+        raise RopewalkError(
+            "; ".join(warnings) + "; no whole checkpoint is left, so train again from the start"
+        )
+    return None, warnings
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """All checkpoint directories, oldest first, damaged ones included and half-written ones not."""
+    return sorted(path for path in folder.glob("step-[0-9]*") if path.is_dir())
+
+
+def best_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint with the lowest validation loss; None where none was measured."""
+    losses = {path: loss for path in list_checkpoints(folder) if (loss := _validation_loss(path)) is not None}
+    return min(losses, key=lambda path: losses[path]) if losses else None
+
+
+def note_validation(checkpoint: Path, loss: float) -> None:
+    """Adds a validation loss that was measured after the checkpoint was written."""
+    manifest = json.loads((checkpoint / "MANIFEST.json").read_text(encoding="utf-8"))
+    atomic_write(checkpoint / "MANIFEST.json", _sealed({**manifest, "validation_loss": loss}))
+
+
+def write_manifest(checkpoint: Path, step: int, validation_loss: float | None) -> None:
+    files = {
+        str(path.relative_to(checkpoint)): {"size": path.stat().st_size, "sha256": sha256(path)}
+        for path in sorted(checkpoint.rglob("*"))
+        if path.is_file()
+    }
+    manifest: dict[str, Any] = {
+        "format": FORMAT,
+        "step": step,
+        "validation_loss": validation_loss,
+        "files": files,
+    }
+    (checkpoint / "MANIFEST.json").write_text(_sealed(manifest))
+
+
+def find_damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, naming the file; None where every size and hash is right."""
+    path = checkpoint / "MANIFEST.json"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        said = manifest.pop("sha256")
+        files = {
+            checkpoint / name: (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()
+        }
+        if manifest["format"] != FORMAT:
+            return f"{path}: format {manifest['format']} is not {FORMAT}, which this version reads"
+    except FileNotFoundError:
+        return f"{path}: missing"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{path}: not a manifest"
+    if said != _digest(manifest):
+        return f"{path}: does not match its own hash"
+    for file, (size, digest) in files.items():
+        if not file.is_file():
+            return f"{file}: missing"
+        if file.stat().st_size != size:
+            return f"{file}: has {file.stat().st_size:,} bytes instead of {size:,}"
+        if sha256(file) != digest:
+            return f"{file}: does not match its hash in MANIFEST.json"
+    return None
+
+
+def random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """States of torch's (every device), Python's and numpy's global generators, as tensors and as JSON."""
+    tensors = {"random.cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        for index, state in enumerate(torch.cuda.get_rng_state_all()):
+            tensors[f"random.cuda.{index}"] = state
+    version, words, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    return tensors, {
+        "python": [version, list(words), gauss],
+        "numpy": [name, np.asarray(keys).tolist(), int(position), int(has_gauss), float(cached)],
+    }
+
+
+def set_random_state(tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+    """Restores what `random_state` gave; a CUDA device that is gone is left alone."""
+    torch.set_rng_state(tensors["random.cpu"].clone())
+    for index in range(torch.cuda.device_count()):
+        if f"random.cuda.{index}" in tensors:
+            torch.cuda.set_rng_state(tensors[f"random.cuda.{index}"].clone(), index)
+    version, words, gauss = values["python"]
+    random.setstate((version, tuple(words), gauss))
+    np.random.set_state(tuple(values["numpy"]))
+
+
+def _prune(folder: Path, keep: int) -> None:
+    best = best_checkpoint(folder)
+    for path in list_checkpoints(folder)[:-keep]:
+        if path != best:
+            doomed = path.with_name(f".{path.name}.tmp")  # a kill in the middle leaves no half checkpoint
+            path.rename(doomed)
+            shutil.rmtree(doomed)
+
+
+def _validation_loss(checkpoint: Path) -> float | None:
+    try:
+        loss = json.loads((checkpoint / "MANIFEST.json").read_text(encoding="utf-8"))["validation_loss"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return float(loss) if isinstance(loss, int | float) else None
+
+
+def _sealed(manifest: dict[str, Any]) -> str:
+    """The manifest as text, with a hash of itself: a flipped byte in it must not go unnoticed either."""
+    manifest.pop("sha256", None)
+    return json.dumps({**manifest, "sha256": _digest(manifest)}, indent=2) + "\n"
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,182 @@
+"""`train` and `resume`: from a recipe or a run directory to a finished run."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ropewalk.adapt import left_out
+from ropewalk.data import DamagedDataError, TokenShards, prepare
+from ropewalk.errors import UserError
+from ropewalk.files import remove_leftovers
+from ropewalk.recipe import Recipe, load_recipe, resolve, to_yaml
+from ropewalk.track import RunDirectory, environment
+from ropewalk.train.checkpoint import list_checkpoints, newest_valid_checkpoint
+from ropewalk.train.job import Job, lineage, model_identity, open_job
+from ropewalk.train.loop import run_loop
+from ropewalk.train.progress import Reporter
+from ropewalk.train.report import write_report
+from ropewalk.train.signals import StopRequest
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What became of a run. Losses are means per scored token; None where nothing was measured."""
+
+    run: Path
+    step: int
+    steps: int
+    interrupted: bool
+    losses: list[float]
+    """of the steps done by this call"""
+    validation_before: float | None
+    validation_after: float | None
+    checkpoint: Path | None
+    """the newest"""
+    tokens_per_second: float
+    """padding, evaluation and checkpoints excluded"""
+    peak_memory_bytes: int
+
+
+def train(
+    recipe: Recipe | str | Path | Mapping[str, Any], overrides: Sequence[str] = (), progress: bool = True
+) -> TrainResult:
+    """Prepares the data, trains, and leaves a run directory under `recipe.runs`.
+
+    A stop by SIGINT or SIGTERM is no error: the result says `interrupted`, and `resume` goes on.
+    Raises UserError for what the recipe has wrong and RopewalkError for what fails on the way.
+    """
+    recipe = anchored(resolve(load_recipe(recipe, overrides)).recipe)
+    prepared = prepare(recipe)
+    job = open_job(recipe, prepared.train, prepared.validation)
+    run = RunDirectory.create(recipe.runs, recipe.name, to_yaml(recipe), lineage(recipe, prepared))
+    run.write_json("environment.json", environment(**facts(job)))
+    with run.lock():
+        return finish(job, run, Reporter(progress))
+
+
+def resume(run: str | Path, progress: bool = True) -> TrainResult:
+    """Finishes an interrupted run, bit for bit as if it had never stopped, from its newest whole checkpoint.
+
+    Its metrics after that checkpoint are dropped and made again. Damaged checkpoints are skipped, and said.
+    A run that is finished is left as it is.
+    """
+    directory, reporter = RunDirectory.open(run), Reporter(progress)
+    with directory.lock():
+        remove_leftovers(directory.checkpoints_path)
+        checkpoint, warnings = newest_valid_checkpoint(directory.path)
+        for warning in warnings:
+            reporter.warn(warning)
+        recipe = load_recipe(directory.path / "recipe.yaml")
+        check_unchanged(directory, recipe, reporter)
+        job = open_job(recipe, *same_data(directory, recipe), checkpoint)
+        for record in directory.truncate(job.step):
+            if record["kind"] == "validation":
+                job.validation_losses[record["step"]] = record["loss"]
+        if job.step == job.steps and (directory.path / "report.md").exists():
+            reporter.say(f"{directory.path}: all {job.steps} steps are done; nothing to do")
+            return result_of(job, directory, [], interrupted=False)
+        return finish(job, directory, reporter)
+
+
+def finish(job: Job, run: RunDirectory, reporter: Reporter) -> TrainResult:
+    """Runs the loop to its end or to a stop, and says how it went."""
+    trainable, adapted = job.built.trainable(), job.built.adapted
+    run.log(
+        {"kind": "start", "step": job.step, "steps": job.steps, "trainable": trainable, "time": time.time()}
+    )
+    what = f"{trainable:,} parameters" + (f" in {len(adapted)} adapters" if adapted else "")
+    begin = f"from step {job.step}" if job.step else "from the start"
+    reporter.say(f"{run.path}: {job.steps} steps of {job.rows} rows {begin}, training {what} on {job.device}")
+    if adapted and (sentence := left_out(job.built.model)):
+        reporter.say(sentence)
+    reporter.start(job.steps, job.step)
+    try:
+        with StopRequest() as stop:
+            losses = run_loop(job, run, reporter, stop)
+    finally:
+        reporter.stop()
+        run.close()
+    result = result_of(job, run, losses, interrupted=bool(stop))
+    if stop:
+        reporter.say(
+            f"stopped by {stop.signal} after step {job.step} of {job.steps}; all of it is in "
+            f"{result.checkpoint}; go on with: ropewalk resume {run.path}"
+        )
+    else:
+        write_report(job, run)
+        reporter.say(f"{run.path}: done; see {run.path / 'report.md'}")
+    return result
+
+
+def result_of(job: Job, run: RunDirectory, losses: list[float], interrupted: bool) -> TrainResult:
+    measured = [job.validation_losses[step] for step in sorted(job.validation_losses)]
+    saved = list_checkpoints(run.checkpoints_path)
+    return TrainResult(
+        run=run.path,
+        step=job.step,
+        steps=job.steps,
+        interrupted=interrupted,
+        losses=losses,
+        validation_before=measured[0] if measured else None,
+        validation_after=measured[-1] if len(measured) > 1 else None,
+        checkpoint=saved[-1] if saved else None,
+        tokens_per_second=job.meter.tokens_per_second,
+        peak_memory_bytes=job.meter.peak_memory(),
+    )
+
+
+def anchored(recipe: Recipe) -> Recipe:
+    """The recipe with absolute paths to its model, so that the run can be used from any directory."""
+    names = {"source": recipe.model.source, "tokenizer": recipe.model.tokenizer}
+    local = {key: str(Path(name).absolute()) for key, name in names.items() if name and Path(name).exists()}
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update=local)})
+
+
+def facts(job: Job) -> dict[str, Any]:
+    """What environment.json says about torch's side of the process."""
+    gpu = torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else None
+    return {"device": job.device.type, "gpu": gpu, "threads": torch.get_num_threads()}
+
+
+def same_data(run: RunDirectory, recipe: Recipe) -> tuple[TokenShards, TokenShards | None]:
+    """The (train, validation) shards that the run began with, even if their sources have changed since.
+
+    Prepared again where they are gone or damaged; UserError where that gives other data.
+    """
+    used = (run.read_json("lineage.json") or {}).get("data", {})
+    wanted = (used.get("train"), used.get("validation"))
+    parts: list[TokenShards | None] = []
+    try:
+        for name, fingerprint in zip(("train", "validation"), wanted, strict=True):
+            part = TokenShards.open(Path(used["directory"], name)) if fingerprint else None
+            if part is not None:
+                part.verify()
+            parts.append(part)
+    except (DamagedDataError, KeyError):
+        prepared = prepare(recipe)
+        parts = [prepared.train, prepared.validation]
+    if wanted != tuple(part and part.fingerprint for part in parts):
+        raise UserError(
+            f"{run.path}: the prepared data that this run was trained on ({used.get('directory')}) is gone "
+            "or changed, and its sources now give other data; put it back, or train anew"
+        )
+    train, validation = parts
+    assert train is not None
+    return train, validation
+
+
+def check_unchanged(run: RunDirectory, recipe: Recipe, reporter: Reporter) -> None:
+    """UserError where the base model is another one; a warning where last bits may differ."""
+    before = (run.read_json("lineage.json") or {}).get("model", {})
+    if recipe.adapt.method == "lora" and before != model_identity(recipe):
+        raise UserError(f"{run.path}: {recipe.model.source} is no longer the model that this run began with")
+    then, now = run.read_json("environment.json") or {}, environment()
+    pairs = [("cpu", then.get("cpu"), now["cpu"])]
+    pairs += [(name, then.get("packages", {}).get(name), now["packages"][name]) for name in ("torch",)]
+    for name, old, new in pairs:
+        if old != new:
+            reporter.warn(f"the run began with {name} {old}, now it is {new}: last bits may differ")

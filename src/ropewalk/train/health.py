@@ -1,0 +1,53 @@
+"""Errors that stop a run before it does harm, and that say where to look."""
+
+import torch
+
+from ropewalk.adapt import lora_parameters
+from ropewalk.data import Batch
+from ropewalk.errors import RopewalkError
+from ropewalk.model import Transformer
+
+SHOWN = 12
+
+
+def not_finite(
+    model: Transformer, step: int, loss: float, gradient_norm: float, parts: list[Batch]
+) -> RopewalkError:
+    """For a step whose loss or gradient is NaN or infinite; `parts` are the micro-batches to blame."""
+    broken = broken_parameter(model)
+    if broken is not None:
+        return RopewalkError(
+            f"step {step}: the model's weight {broken} is not finite; the weights are damaged"
+        )
+    return RopewalkError(
+        f"step {step}: the loss is {loss:.4g} and the gradient norm {gradient_norm:.4g}; stopped before the "
+        f"update, so the weights are unharmed; it came with {named_documents(parts)}; look at them, or lower "
+        "train.optimizer.learning_rate"
+    )
+
+
+def broken_parameter(model: Transformer) -> str | None:
+    """The first parameter that holds a NaN or an infinity; None where all are sound."""
+    return next((name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())), None)
+
+
+def no_gradient(model: Transformer) -> RopewalkError:
+    """For a first step in which every gradient is zero: it would train nothing, however long it ran."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    adapters = lora_parameters(model).values()
+    if not trained:
+        why = "every parameter is frozen; set adapt.method to lora or full"
+    elif adapters and not any(p.any() for p in adapters):
+        why = "all LoRA matrices are zero, which no gradient can leave"
+    elif not any(p.any() for p in trained):
+        why = "all trained weights are zero"
+    else:
+        why = "the loss does not depend on the trained weights; is the output head or a norm all zeros?"
+    return RopewalkError(f"step 1: the gradient is zero, so nothing would be learned: {why}")
+
+
+def named_documents(parts: list[Batch]) -> str:
+    """`document a, b, c and 4 more`: the documents of some rows, for a message."""
+    names = [name for part in parts for row in part.documents for name in row]
+    shown = ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+    return f"document{'s' if len(names) != 1 else ''} {shown}"

@@ -1,0 +1,200 @@
+"""Everything that a run needs, opened once: data, model, optimizer, position; new or from a checkpoint."""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ropewalk.data import Loader, Prepared, TokenShards
+from ropewalk.errors import UserError
+from ropewalk.files import sha256
+from ropewalk.model import resolve_source
+from ropewalk.recipe import Recipe
+from ropewalk.track import RunDirectory
+from ropewalk.track.environment import git_commit
+from ropewalk.train.build import DTYPES, Built, build
+from ropewalk.train.checkpoint import load_state, save_checkpoint, set_random_state
+from ropewalk.train.metrics import Meter
+from ropewalk.train.optim import AdamW
+from ropewalk.train.schedule import learning_rate
+
+
+@dataclass
+class Job:
+    """A run in progress. `step` optimizer steps of `steps` are done."""
+
+    recipe: Recipe
+    device: torch.device
+    built: Built
+    optimizer: AdamW
+    loader: Loader
+    validation: Loader | None
+    steps: int
+    meter: Meter
+    step: int = 0
+    validation_losses: dict[int, float] = field(default_factory=dict)
+    """by step"""
+    saved: Path | None = None
+    """the newest checkpoint written, or the one that the run went on from"""
+
+    @property
+    def rows(self) -> int:
+        """Rows in an optimizer step."""
+        assert self.recipe.train.batch_size is not None
+        return self.recipe.train.batch_size
+
+    @property
+    def micro_rows(self) -> int:
+        return self.recipe.train.micro_batch_size or self.rows
+
+    @property
+    def warmup(self) -> int:
+        schedule = self.recipe.train.schedule
+        if schedule.warmup_steps is not None:
+            return schedule.warmup_steps
+        return round(schedule.warmup_fraction * self.steps)
+
+    def learning_rate(self) -> float:
+        """The learning rate of this step, the `step`-th of `steps`."""
+        optimizer, schedule = self.recipe.train.optimizer, self.recipe.train.schedule
+        assert optimizer.learning_rate is not None
+        return learning_rate(
+            self.step,
+            self.steps,
+            peak=optimizer.learning_rate,
+            name=schedule.name,
+            warmup=self.warmup,
+            decay_fraction=schedule.decay_fraction,
+            minimum=schedule.minimum,
+        )
+
+    def due(self, every: int) -> bool:
+        """Whether something that happens each `every` steps (0: never before the end) happens now."""
+        return self.step == self.steps or (every > 0 and self.step % every == 0)
+
+    def save(self, run: RunDirectory) -> Path:
+        """Writes the checkpoint of this step."""
+        run.sync()
+        tensors = self.optimizer.state_tensors()
+        weights = self.optimizer.parameters.values()
+        return save_checkpoint(
+            run.checkpoints_path,
+            self.step,
+            save_weights=self.built.save,
+            tensors=tensors,
+            state={"steps": self.steps, "loader": self._position(), **self.meter.totals()},
+            needed=sum(t.nbytes for t in (*tensors.values(), *weights)),
+            validation_loss=self.validation_losses.get(self.step),
+            keep=self.recipe.train.keep,
+        )
+
+    def restore(self, checkpoint: Path) -> None:
+        """Goes on from a verified checkpoint. UserError where it belongs to other data or another model."""
+        tensors, state = load_state(checkpoint)
+        self.step, self.saved = state["step"], checkpoint
+        if state["loader"] != self._position():
+            raise UserError(
+                f"{checkpoint}: was made with other data ({state['loader']}, now {self._position()}); "
+                "put the prepared data back, or train anew"
+            )
+        try:
+            self.optimizer.load_state_tensors(tensors)
+        except ValueError as error:
+            raise UserError(f"{checkpoint}: {error}") from None
+        for name in self.meter.totals():
+            setattr(self.meter, name, state[name])
+        set_random_state(tensors, state["random"])
+
+    def _position(self) -> dict[str, Any]:
+        return self.loader.state(self.step * self.rows)
+
+
+def open_job(
+    recipe: Recipe, data: TokenShards, held_out: TokenShards | None, checkpoint: Path | None = None
+) -> Job:
+    """Builds all parts of a resolved recipe's run, at the step of `checkpoint` (verified) or at step 0."""
+    train = recipe.train
+    if train.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("train.device: cuda, but torch finds no usable GPU here (see `ropewalk doctor`)")
+    if train.threads:
+        torch.set_num_threads(train.threads)
+    device = torch.device(train.device)
+    built = build(recipe, device, checkpoint)
+    optimizer = AdamW(
+        built.model,
+        weight_decay=train.optimizer.weight_decay,
+        betas=(train.optimizer.beta1, train.optimizer.beta2),
+        epsilon=train.optimizer.epsilon,
+    )
+    pad = built.tokenizer.pad_token_id
+
+    def rows_of(shards: TokenShards) -> Loader:
+        return Loader(
+            shards,
+            recipe.data.sequence_length,
+            recipe.data.packing,
+            train.batch_size or 1,
+            recipe.seed,
+            pad if pad is not None else 0,
+        )
+
+    loader = rows_of(data)
+    validation = rows_of(held_out) if held_out is not None and len(held_out) else None
+    meter = Meter(
+        built.model.config, device, DTYPES[train.precision], built.trainable() if built.adapted else None
+    )
+    steps = total_steps(recipe, loader)
+    job = Job(recipe, device, built, optimizer, loader, validation, steps, meter)
+    if checkpoint is not None:
+        job.restore(checkpoint)
+    return job
+
+
+def total_steps(recipe: Recipe, loader: Loader) -> int:
+    """Optimizer steps in the run; a last batch that is not full is filled from the next epoch."""
+    train = recipe.train
+    rows = train.batch_size or 1
+    if train.steps is not None:
+        return train.steps
+    if train.tokens is not None:
+        return math.ceil(train.tokens / (rows * recipe.data.sequence_length))
+    assert train.epochs is not None
+    whole = int(train.epochs)
+    wanted: float = sum(loader.rows_per_epoch(epoch) for epoch in range(whole))
+    if train.epochs > whole:
+        wanted += (train.epochs - whole) * loader.rows_per_epoch(whole)
+    return max(1, math.ceil(wanted / rows))
+
+
+def lineage(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
+    """What a run was made from: data, first weights, code, and the run that its model comes from."""
+    return {
+        "data": {
+            "directory": str(prepared.directory.absolute()),
+            "fingerprint": prepared.fingerprint,
+            "train": prepared.train.fingerprint,
+            "validation": prepared.validation.fingerprint if prepared.validation is not None else None,
+        },
+        "model": model_identity(recipe),
+        "git_commit": git_commit(),
+        "parent_run": _parent_run(recipe.model.source),
+    }
+
+
+def model_identity(recipe: Recipe) -> dict[str, Any]:
+    """The source of a model and the SHA-256 of its weight files; for one from scratch its shape and seed."""
+    source = recipe.model.source
+    if source is None:
+        return {"config": recipe.model.config, "seed": recipe.seed}
+    folder = resolve_source(source, revision=recipe.model.revision)
+    weights = sorted(folder.glob("*.safetensors"))
+    return {"source": source, "files": {file.name: sha256(file) for file in weights}}
+
+
+def _parent_run(source: str | None) -> str | None:
+    path = Path(source).absolute() if source is not None else None
+    if path is None or not path.exists():
+        return None
+    return next((str(p) for p in (path, *path.parents) if (p / "recipe.yaml").exists()), None)

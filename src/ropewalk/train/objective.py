@@ -1,0 +1,31 @@
+"""What is minimized: next-token cross-entropy, through the one loss core."""
+
+from torch import Tensor
+
+from ropewalk.data import Batch
+from ropewalk.model import Transformer
+from ropewalk.ops import linear_cross_entropy
+
+
+def loss_sum(model: Transformer, batch: Batch, chunk: int) -> Tensor:
+    """Cross-entropy summed over the scored tokens of a batch on the model's device: 0-d float32."""
+    hidden = model(batch.tokens, positions=batch.positions, segments=batch.segments)
+    return linear_cross_entropy(
+        hidden.flatten(0, 1),
+        model.output_weight,
+        batch.labels.flatten(),
+        bias=model.output_bias,
+        softcap=model.config.final_logit_softcapping,
+        chunk=chunk,
+    )
+
+
+def without_padding(batch: Batch) -> Batch:
+    """The batch less the columns that are padding in every row, to a multiple of 64 columns."""
+    used = (batch.segments >= 0).any(0).nonzero()
+    width = min(batch.tokens.shape[1], -(-(int(used[-1]) + 1) // 64) * 64) if len(used) else 0
+    if width == batch.tokens.shape[1]:
+        return batch
+    parts = (batch.tokens, batch.labels, batch.positions, batch.segments)
+    tokens, labels, positions, segments = (part[:, :width] for part in parts)
+    return Batch(tokens, labels, positions, segments, batch.documents)

@@ -1,0 +1,58 @@
+"""report.md of a finished run: what was trained, on what, with what result."""
+
+import json
+
+from ropewalk.evaluate import Sample, panel_markdown
+from ropewalk.track import RunDirectory
+from ropewalk.train.job import Job
+
+
+def write_report(job: Job, run: RunDirectory) -> None:
+    """Writes report.md; whoever finds one knows that the run is finished."""
+    run.write_text("report.md", "\n".join(_lines(job, run)) + "\n")
+
+
+def _lines(job: Job, run: RunDirectory) -> list[str]:
+    recipe, meter = job.recipe, job.meter
+    lineage = run.read_json("lineage.json") or {}
+    trained = [record for record in run.read() if record["kind"] == "train"]
+    sizes = [p.numel() for p in job.built.model.parameters()]
+    scope = f"{job.built.trainable():,} parameters of {sum(sizes):,}"
+    if job.built.adapted:
+        scope += f", LoRA of rank {recipe.adapt.rank} on {len(job.built.adapted)} layers"
+    peak = max((record["peak_memory_bytes"] for record in trained), default=meter.peak_memory())
+    rows = [
+        ("model", job.built.source),
+        ("trained", scope),
+        ("precision", f"{recipe.train.precision} on {job.device}"),
+        ("data", ", ".join(source.path for source in recipe.data.train)),
+        ("data fingerprint", lineage.get("data", {}).get("fingerprint", "")),
+        ("steps", f"{job.steps:,} of {job.rows} rows of {recipe.data.sequence_length} tokens"),
+        ("tokens", f"{meter.tokens_seen:,} (padding excluded), {meter.scored_seen:,} of them scored"),
+        ("time in steps", f"{meter.train_seconds:,.1f} s"),
+        ("speed", f"{meter.tokens_per_second:,.0f} tokens/s"),
+        ("peak memory", f"{peak / 2**20:,.0f} MiB"),
+    ]
+    lines = [
+        f"# {run.path.name}",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {name} | {text} |" for name, text in rows),
+        "",
+    ]
+    lines += ["## Loss", "", "| | step | loss |", "|---|---|---|"]
+    ends = [trained[0], trained[-1]] if len(trained) > 1 else trained
+    lines += [f"| training | {record['step']} | {record['loss']:.4f} |" for record in ends]
+    lines += [f"| validation | {step} | {loss:.4f} |" for step, loss in sorted(job.validation_losses.items())]
+    if job.validation is None:
+        lines.append("\nNo validation data, so nothing says how well this works on text it has not seen.")
+    return lines + _samples(run, job.steps)
+
+
+def _samples(run: RunDirectory, step: int) -> list[str]:
+    path = run.samples_path / f"step-{step:08d}.jsonl"
+    if not path.exists():
+        return []
+    rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return ["", "## Samples", "", panel_markdown([Sample(**row) for row in rows])]

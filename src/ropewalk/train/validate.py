@@ -1,0 +1,76 @@
+"""What is measured on the way: the validation loss, and answers to the prompt panel."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ropewalk.data import Loader
+from ropewalk.evaluate import run_panel
+from ropewalk.files import atomic_write
+from ropewalk.model import Transformer
+from ropewalk.train.objective import loss_sum, without_padding
+
+
+@torch.no_grad()
+def validation_loss(
+    model: Transformer,
+    loader: Loader,
+    *,
+    rows: int,
+    micro_batch: int,
+    chunk: int,
+    device: torch.device,
+    stop: Callable[[], bool] = lambda: False,
+) -> tuple[float, int] | None:
+    """(mean loss per scored token, scored tokens) over the loader's first `rows` rows, each at most once.
+
+    None where `stop()` became true on the way.
+    """
+    rows = min(rows, loader.rows_per_epoch(0))
+    total, scored = torch.zeros((), dtype=torch.float64, device=device), 0
+    with evaluating(model):
+        for start in range(0, rows, micro_batch):
+            if stop():
+                return None
+            batch = without_padding(loader.batch(start, min(micro_batch, rows - start)))
+            scored += int((batch.labels != -100).sum())
+            total += loss_sum(model, batch.to(device), chunk)
+    return total.item() / max(1, scored), scored
+
+
+def write_samples(
+    model: Transformer,
+    tokenizer: Any,
+    prompts: tuple[str, ...],
+    path: Path,
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    compiled: bool = False,
+) -> None:
+    """Greedy answers to the prompt panel, one JSON line `{prompt, answer}` each.
+
+    `compiled`: the model's blocks are, for the shapes of training; here they run as they are.
+    """
+    # torch.compile's machinery is 2.5 s and 73 MB: not imported by those who do not use it
+    eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+    with evaluating(model), eager:
+        samples = run_panel(model, tokenizer, prompts, max_new_tokens, batch_size)
+    atomic_write(path, "".join(json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in samples))
+
+
+@contextmanager
+def evaluating(model: Transformer) -> Iterator[None]:
+    """Evaluation mode inside; the mode and torch's generators are afterwards as they were before."""
+    training = model.training
+    with torch.random.fork_rng():
+        model.eval()
+        try:
+            yield
+        finally:
+            model.train(training)

@@ -1,0 +1,160 @@
+"""What a recipe leaves open is filled in, each value with its reason."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ropewalk.errors import UserError
+from ropewalk.recipe import Machine, json_schema, load_recipe, load_with_origins, resolve, to_yaml
+from ropewalk.recipe.derive import leaves
+from ropewalk.recipe.machine import _cpu_has_bfloat16
+
+ROOT = Path(__file__).resolve().parents[2]
+OLD = Machine(cores=4, cpu_bfloat16=False)
+NEW = Machine(cores=4, cpu_bfloat16=True)
+GPU = Machine(cores=4, cpu_bfloat16=False, gpu=True, gpu_bfloat16=True)
+OLD_GPU = Machine(cores=4, cpu_bfloat16=True, gpu=True, gpu_bfloat16=False)
+BASE = {
+    "name": "x",
+    "model": {"source": "folder"},
+    "data": {"train": [{"path": "texts/a.jsonl"}]},
+    "train": {"steps": 100},
+}
+
+
+def resolved(*overrides: str, machine: Machine = OLD):
+    return resolve(load_recipe(BASE, overrides), machine=machine)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "rate"),
+    [
+        (["adapt.method=lora"], 2e-4),
+        ([], 2e-5),
+        (["model.config=shape.yaml", "model.tokenizer=t"], 6e-4),
+        (["adapt.method=lora", "train.optimizer.learning_rate=3"], 3.0),
+    ],
+)
+def test_learning_rate_by_method(overrides, rate):
+    assert resolved(*overrides).recipe.train.optimizer.learning_rate == rate
+
+
+@pytest.mark.parametrize(
+    ("machine", "overrides", "expected"),
+    [
+        (OLD, [], ("cpu", "float32")),
+        (NEW, [], ("cpu", "bfloat16")),
+        (GPU, [], ("cuda", "bfloat16")),
+        (OLD_GPU, [], ("cuda", "float32")),
+        (GPU, ["train.device=cpu"], ("cpu", "float32")),
+        (NEW, ["train.precision=float32"], ("cpu", "float32")),
+    ],
+)
+def test_device_and_precision(machine, overrides, expected):
+    train = resolved(*overrides, machine=machine).recipe.train
+    assert (train.device, train.precision) == expected
+
+
+@pytest.mark.parametrize(
+    ("overrides", "machine", "expected"),
+    [
+        ([], OLD, (8, 2)),
+        ([], GPU, (8, 8)),
+        (["data.sequence_length=512"], OLD, (8, 4)),
+        (["train.batch_size=6", "data.sequence_length=512"], OLD, (6, 3)),
+        (["train.batch_size=7"], OLD, (7, 1)),
+        (["data.sequence_length=100000"], GPU, (8, 1)),
+        (["train.batch_tokens=16384"], GPU, (16, 8)),
+        (["train.batch_tokens=3"], OLD, (1, 1)),
+        (["train.batch_size=6", "train.micro_batch_size=2"], OLD, (6, 2)),
+    ],
+)
+def test_batch_and_micro_batch(overrides, machine, expected):
+    train = resolved(*overrides, machine=machine).recipe.train
+    assert (train.batch_size, train.micro_batch_size) == expected
+    assert train.batch_size % train.micro_batch_size == 0
+
+
+def test_a_micro_batch_that_does_not_divide_is_refused():
+    with pytest.raises(UserError, match=r"train\.micro_batch_size: 4 does not divide the batch of 6 rows"):
+        resolved("train.batch_size=6", "train.micro_batch_size=4")
+
+
+def test_warmup_follows_the_length_where_it_is_known():
+    assert resolved().recipe.train.schedule.warmup_steps == 3
+    by_tokens = resolved("train.tokens=819201", "train.schedule.warmup_fraction=0.5")  # 100 steps and a bit
+    assert by_tokens.recipe.train.schedule.warmup_steps == 50
+    by_epochs = resolved("train.epochs=2")
+    assert by_epochs.recipe.train.schedule.warmup_steps is None
+    assert "epochs" in by_epochs.origins["train.schedule.warmup_steps"].why
+
+
+def test_the_rest():
+    recipe = resolved("adapt.method=lora", "adapt.rank=4", "data.sequence_length=300").recipe
+    assert recipe.model.tokenizer == "folder"
+    assert recipe.data.train[0].name == "a.jsonl"
+    assert recipe.adapt.alpha == 8.0
+    assert (recipe.evaluate.window, recipe.evaluate.stride) == (300, 150)
+    assert (recipe.train.threads, recipe.data.workers) == (4, 4)
+
+
+@pytest.mark.parametrize(
+    "overrides", [[], ["train.epochs=2"], ["train.batch_tokens=9000", "adapt.method=lora"]]
+)
+def test_a_resolved_recipe_is_resolved_and_reloads_equal(tmp_path, overrides):
+    """runs/NAME/recipe.yaml is one: what it says does not depend on the machine that reads it."""
+    once = resolved(*overrides, machine=NEW).recipe
+    path = tmp_path / "recipe.yaml"
+    path.write_text(to_yaml(once))
+    assert load_recipe(path) == once
+    assert resolve(load_recipe(path), machine=GPU).recipe == once
+
+
+def test_every_leaf_says_where_it_comes_from(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text(json.dumps(BASE))
+    found = resolve(*load_with_origins(path, ["train.batch_size=4"]), machine=OLD)
+    assert list(found.origins) == [name for name, _ in leaves(found.recipe)]
+    kinds = {name: origin.kind for name, origin in found.origins.items()}
+    assert kinds["train.steps"] == "file"
+    assert kinds["train.batch_size"] == "override"
+    assert kinds["train.clip"] == "default"
+    assert kinds["train.micro_batch_size"] == "derived"
+    assert all(origin.why for origin in found.origins.values() if origin.kind == "derived")
+
+
+def test_processors_with_bfloat16(tmp_path):
+    for text, expected in (
+        ("processor : 0\nflags\t\t: fpu sse2 avx512_bf16 amx_tile\n", True),
+        ("flags : fpu amx_bf16\n", True),
+        ("Features\t: fp asimd bf16\n", True),
+        ("flags : fpu avx2\n", False),
+        ("", False),
+    ):
+        (tmp_path / "cpuinfo").write_text(text)
+        assert _cpu_has_bfloat16(tmp_path / "cpuinfo") is expected
+    assert not _cpu_has_bfloat16(tmp_path / "missing")
+
+
+def test_the_schema_file_is_current_and_complete():
+    """After a change of the schema: ropewalk recipe schema --out recipes/schema.json"""
+    text = (ROOT / "recipes" / "schema.json").read_text()
+    assert json.loads(text) == json_schema()
+
+
+def test_every_field_has_a_line_of_documentation():
+    schema = json_schema()
+    undocumented = [
+        f"{name}.{field}"
+        for name, section in {**schema["$defs"], "Recipe": schema}.items()
+        for field, value in section["properties"].items()
+        if "description" not in value and "$ref" not in value
+    ]
+    assert undocumented == []
+
+
+def test_about_a_hundred_fields_at_most():
+    from ropewalk.recipe.fields import all_fields
+
+    assert len(all_fields()) <= 130
