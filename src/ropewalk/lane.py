@@ -81,7 +81,7 @@ def run(
     )
 
     with stages.next("prepare") as stage:
-        prepare(recipe, progress=lambda n, t: stage.say(f"{n:,} documents, {t:,} tokens"))
+        prepare(recipe, progress=stage.progress)
     base = None
     if measures and recipe.model.source is not None:
         with stages.next("evaluate the base model") as stage:
@@ -208,7 +208,9 @@ def markdown(result: LaneResult) -> str:
     for sample in result.samples:
         lines += [_fenced(sample.prompt), ""]
         answers = (("reference", sample.reference), ("base", sample.base), ("tuned", sample.tuned))
-        lines += [f"- {who}: {' '.join(text.split())}" for who, text in answers if text is not None]
+        lines += [
+            f"- {who}: {' '.join(text.split()) or '(nothing)'}" for who, text in answers if text is not None
+        ]
         lines.append("")
     return "\n".join(lines)
 

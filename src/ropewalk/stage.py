@@ -35,11 +35,7 @@ class Stage:
 
     def progress(self, what: str, done: int, of: int) -> None:
         """Say that `done` of `of` are done of `what`."""
-        self.say(f"{what}: {done}/{of}")
-
-    def say(self, text: str) -> None:
-        """Say how far the stage is: on a terminal at once, else now and then."""
-        text = f"   {text}"
+        text = f"   {what}: {done:,}/{of:,}"
         if self.console.is_terminal:
             if self._status is None:
                 self._status = self.console.status(text)

@@ -1,4 +1,4 @@
-"""One tiny model of every family, as transformers builds it (on disk and in memory) and as Ropewalk loads it."""
+"""One tiny model of every family, as transformers builds it and as Ropewalk loads it."""
 
 from dataclasses import dataclass
 from functools import cache

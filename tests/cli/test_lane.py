@@ -68,3 +68,19 @@ def test_the_report_quotes_prompts_whole(tmp_path, prompt):
     assert prompt in text
     fence = next(line for line in text.splitlines() if line.startswith("```"))
     assert fence.removesuffix("text") not in prompt
+
+
+def test_an_interrupted_training_ends_the_lane_and_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    from types import SimpleNamespace
+
+    from ropewalk.cli import main
+
+    recipe = tmp_path / "x.yaml"
+    recipe.write_text("{name: x, model: {source: m}, data: {train: [{path: p}]}, train: {steps: 5}}")
+    stopped = SimpleNamespace(run=tmp_path / "run", interrupted=True)
+    monkeypatch.setattr("ropewalk.lane.prepare", lambda *a, **k: None)
+    monkeypatch.setattr("ropewalk.lane.train", lambda *a, **k: stopped)
+    assert main(["run", str(recipe)]) == 130
+    out = capsys.readouterr().out
+    assert f"ropewalk resume {tmp_path / 'run'}" in out
+    assert "talk to it" not in out

@@ -1,4 +1,4 @@
-"""Chat templates of every common style, each with a plain Python account of what it writes and what is scored."""
+"""Chat templates of every common style, each with an account in Python of what it writes and scores."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ Pieces = list[tuple[str, bool]]
 """(text, whether the assistant wrote it), one after the other."""
 
 SPECIAL = (
-    "<pad> <s> </s> <|im_start|> <|im_end|> <|begin_of_text|> <|start_header_id|> <|end_header_id|> <|eot_id|> "
-    "[INST] [/INST] <bos> <start_of_turn> <end_of_turn>"
+    "<pad> <s> </s> <|im_start|> <|im_end|> <|begin_of_text|> <|start_header_id|> <|end_header_id|> "
+    "<|eot_id|> [INST] [/INST] <bos> <start_of_turn> <end_of_turn>"
 ).split()
 TEXT = [
     "The ropewalk is a long straight building in which loose fibre becomes rope.",

@@ -62,7 +62,9 @@ def test_scored_tokens_are_those_of_the_styles_own_account(name, messages, token
 def test_a_prompt_is_the_beginning_of_the_conversation_and_what_follows_it_is_scored(name, tokenizers):
     """So what is learned is what `generate` asks for: from the first token after the prompt on."""
     for messages in CONVERSATIONS:
-        if messages[-1]["role"] != "assistant" or (name in ("mistral", "gemma") and messages[0]["role"] == "system"):
+        if messages[-1]["role"] != "assistant" or (
+            name in ("mistral", "gemma") and messages[0]["role"] == "system"
+        ):
             continue
         prompt = render_prompt(messages[:-1], tokenizers[name])
         assert prompt == tokenizers[name].apply_chat_template(
@@ -114,7 +116,9 @@ CONTENT = st.text(alphabet="ab \n🙂<|>", min_size=1, max_size=8).filter(str.st
 @pytest.mark.parametrize("name", [name for name in STYLES if name != "marked"])
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(contents=st.lists(CONTENT, min_size=2, max_size=6))
-def test_both_ways_of_finding_the_turns_give_the_characters_of_the_account(name, contents, tokenizers, styles):
+def test_both_ways_of_finding_the_turns_give_the_characters_of_the_account(
+    name, contents, tokenizers, styles
+):
     """By shape and turn by turn, on any contents (here without a system turn)."""
     messages = talk(*contents)
     template = ChatTemplate(tokenizers[name])
@@ -168,7 +172,10 @@ def test_bos_is_not_doubled(tokenizers, backend):
     bos = inner.token_to_id("<bos>")
     inner.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", bos)])
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner, bos_token="<bos>", eos_token="</s>", chat_template=tokenizers["gemma"].chat_template
+        tokenizer_object=inner,
+        bos_token="<bos>",
+        eos_token="</s>",
+        chat_template=tokenizers["gemma"].chat_template,
     )
     assert render(talk("a", "b"), tokenizer)[0].count(bos) == 1
     assert render_prompt(talk("a"), tokenizer).count(bos) == 1
@@ -261,7 +268,7 @@ def test_two_conversations_of_one_shape_do_not_mix(tokenizers):
 
 
 def test_sentencepiece_like_tokenizers_are_never_cut():
-    """They put a space before every text, so that pieces cannot be encoded alone: a row is refused by name."""
+    """They put a space before every text, so that pieces cannot be encoded alone: the row is refused."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -277,10 +284,35 @@ def test_sentencepiece_like_tokenizers_are_never_cut():
     bad = Record("2", "s", "f:2", prompt="Answer: ", completion="yes")
     first, second = tokenization([good, bad])
     assert not isinstance(first, BadRow)
-    assert first.ids[first.scored].tolist() == inner.encode(" yes").ids + [inner.token_to_id("</s>")]
+    assert first.ids[first.scored].tolist() == [*inner.encode(" yes").ids, inner.token_to_id("</s>")]
     assert isinstance(second, BadRow)
     assert second.where == "f:2"
     assert "move the white space" in second.reason
+
+
+@pytest.mark.parametrize("answer", ["yes", "  yes", "yes\n", "yes  "])
+def test_control_tokens_that_take_white_space_along(answer):
+    """Phi-3's swallow what follows them: the header's newline, but never the answer's own white space."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    inner = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(sorted(alphabet))}, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    names = ["<|user|>", "<|assistant|>", "<|end|>"]
+    inner.add_special_tokens([AddedToken(name, special=True, rstrip=True) for name in names])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|end|>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+    )
+    messages = talk("q", answer, "q", answer)
+    ids, scored = render(messages, tokenizer)
+    prompt = render_prompt(messages[:1], tokenizer)
+    assert ids[: len(prompt)] == prompt
+    learned = tokenizer.decode([i for i, s in zip(ids, scored, strict=True) if s])
+    assert learned == f"{answer}<|end|>" * 2
 
 
 def test_render_error_is_a_value_error_so_that_rows_can_be_blamed():

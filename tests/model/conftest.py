@@ -70,7 +70,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-tied": ("llama", SINGLE | BIASES | {"mlp_bias": True, "hidden_act": "gelu"}),
     "llama-wide": ("llama", EVEN | {"head_dim": 12, "rms_norm_eps": 1e-2}),
     "llama-linear": ("llama", GROUPED | rope("linear", factor=3.0)),
-    "llama-dynamic": ("llama", GROUPED | {"max_position_embeddings": 8, "head_dim": 8} | rope("dynamic", factor=3.0)),
+    "llama-dynamic": (
+        "llama",
+        GROUPED | {"max_position_embeddings": 8, "head_dim": 8} | rope("dynamic", factor=3.0),
+    ),
     "llama-llama3": ("llama", GROUPED | {"head_dim": 10} | rope("llama3", **LLAMA3)),
     "llama-yarn": ("llama", GROUPED | {"head_dim": 16} | rope("yarn", **YARN)),
     "llama-yarn-mscale": ("llama", GROUPED | {"head_dim": 16} | rope("yarn", **MSCALE)),
@@ -82,21 +85,32 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral-full": ("mistral", SINGLE | {"sliding_window": None}),
     "mistral-wide": ("mistral", EVEN | {"head_dim": 6, "sliding_window": 1}),
     "qwen2-grouped": ("qwen2", GROUPED | {"tie_word_embeddings": True}),
-    "qwen2-window": ("qwen2", GROUPED | {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
+    "qwen2-window": (
+        "qwen2",
+        GROUPED | {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+    ),
     "qwen2-yarn": ("qwen2", SINGLE | rope("yarn", **YARN)),
     "qwen3-grouped": ("qwen3", GROUPED | {"head_dim": 10}),
-    "qwen3-window": ("qwen3", GROUPED | MIXED | {"head_dim": 8, "use_sliding_window": True, "sliding_window": 4}),
+    "qwen3-window": (
+        "qwen3",
+        GROUPED | MIXED | {"head_dim": 8, "use_sliding_window": True, "sliding_window": 4},
+    ),
     "qwen3-tied": ("qwen3", SINGLE | BIASES | {"head_dim": 14}),
     "gemma2-grouped": ("gemma2", GROUPED | {"head_dim": 10, "sliding_window": 5, "query_pre_attn_scalar": 7}),
     "gemma2-pattern": (
         "gemma2",
-        GROUPED | MIXED | {"head_dim": 6, "sliding_window": 3, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+        GROUPED
+        | MIXED
+        | {"head_dim": 6, "sliding_window": 3, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
     ),
     "gemma2-uncapped": (
         "gemma2",
         EVEN | BIASES | {"head_dim": 8, "attn_logit_softcapping": None, "final_logit_softcapping": None},
     ),
-    "gemma3-grouped": ("gemma3_text", GROUPED | {"head_dim": 10, "sliding_window": 5, "sliding_window_pattern": 2}),
+    "gemma3-grouped": (
+        "gemma3_text",
+        GROUPED | {"head_dim": 10, "sliding_window": 5, "sliding_window_pattern": 2},
+    ),
     "gemma3-linear": (
         "gemma3_text",
         GROUPED
@@ -108,7 +122,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             }
         },
     ),
-    "gemma3-untied": ("gemma3_text", EVEN | {"head_dim": 6, "sliding_window": 30, "final_logit_softcapping": 5.0}),
+    "gemma3-untied": (
+        "gemma3_text",
+        EVEN | {"head_dim": 6, "sliding_window": 30, "final_logit_softcapping": 5.0},
+    ),
     "phi3-grouped": ("phi3", GROUPED),
     "phi3-partial": ("phi3", SINGLE | {"sliding_window": 6} | rope("default", partial_rotary_factor=0.67)),
     "phi3-longrope-short": (
@@ -124,7 +141,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo2-even": ("olmo2", EVEN | rope("linear", factor=2.0)),
     "gpt2": ("gpt2", GPT2),
     "gpt2-inner": ("gpt2", GPT2 | {"n_inner": 17, "n_embd": 20, "n_head": 5, "vocab_size": 53}),
-    "gpt2-untied": ("gpt2", GPT2 | {"tie_word_embeddings": False, "activation_function": "relu", "n_head": 1}),
+    "gpt2-untied": (
+        "gpt2",
+        GPT2 | {"tie_word_embeddings": False, "activation_function": "relu", "n_head": 1},
+    ),
     "gpt_neox": ("gpt_neox", GROUPED | NO_GROUPS),
     "gpt_neox-sequential": (
         "gpt_neox",
@@ -135,16 +155,25 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         SINGLE | NO_GROUPS | {"hidden_size": 60} | rope("default", partial_rotary_factor=0.25),
     ),
     "mixtral-grouped": ("mixtral", GROUPED | {"num_local_experts": 5, "head_dim": 8}),
-    "mixtral-window": ("mixtral", SINGLE | {"num_local_experts": 3, "num_experts_per_tok": 1, "sliding_window": 4}),
+    "mixtral-window": (
+        "mixtral",
+        SINGLE | {"num_local_experts": 3, "num_experts_per_tok": 1, "sliding_window": 4},
+    ),
     "mixtral-even": ("mixtral", EVEN | {"num_local_experts": 4, "num_experts_per_tok": 4}),
-    "qwen3_moe-grouped": ("qwen3_moe", GROUPED | {"num_experts": 5, "num_experts_per_tok": 2, "head_dim": 10}),
+    "qwen3_moe-grouped": (
+        "qwen3_moe",
+        GROUPED | {"num_experts": 5, "num_experts_per_tok": 2, "head_dim": 10},
+    ),
     "qwen3_moe-sparse": (
         "qwen3_moe",
         GROUPED
         | {"num_experts": 4, "num_experts_per_tok": 3, "norm_topk_prob": True, "mlp_only_layers": [2]}
         | {"decoder_sparse_step": 1, "use_sliding_window": True, "sliding_window": 5},
     ),
-    "qwen3_moe-tied": ("qwen3_moe", SINGLE | {"num_experts": 3, "num_experts_per_tok": 1, "decoder_sparse_step": 2}),
+    "qwen3_moe-tied": (
+        "qwen3_moe",
+        SINGLE | {"num_experts": 3, "num_experts_per_tok": 1, "decoder_sparse_step": 2},
+    ),
 }
 
 
@@ -174,7 +203,9 @@ def build_theirs(name: str, seed: int = 0) -> nn.Module:
 
     transformers.logging.set_verbosity_error()
     model_type, fields = CASES[name]
-    fields = json.loads(json.dumps({k: v for k, v in fields.items() if v is not None or k.endswith("window")}))
+    fields = json.loads(
+        json.dumps({k: v for k, v in fields.items() if v is not None or k.endswith("window")})
+    )
     if model_type == "gemma2":
         fields |= {k: v for k, v in CASES[name][1].items() if k.endswith("capping")}
     if model_type == "gpt_neox":
@@ -187,11 +218,11 @@ def build_theirs(name: str, seed: int = 0) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
-            deviation = 0.3 if "norm" in parameter_name or parameter.dim() == 1 else 0.4
-            center = 1.0 if "norm" in parameter_name and "weight" in parameter_name else 0.0
-            if "gemma" in model_type and center:
-                center = 0.2
-            parameter.normal_(center, deviation, generator=generator)
+            of_norm = "norm" in parameter_name or ".ln_" in parameter_name
+            center = 1.0 if of_norm and parameter_name.endswith("weight") else 0.0
+            if of_norm and "gemma" in model_type:
+                center = 0.2  # it multiplies by 1 + weight
+            parameter.normal_(center, 0.25, generator=generator)
     return model
 
 

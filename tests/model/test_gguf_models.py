@@ -16,7 +16,7 @@ import torch
 import transformers
 
 from ropewalk.errors import UserError
-from ropewalk.model.gguf import CHUNK_VALUES, GgufFile, can_dequantize
+from ropewalk.model.gguf import GgufFile
 from ropewalk.model.gguf_convert import convert
 from ropewalk.model.load import load_model
 
@@ -311,35 +311,6 @@ def test_llama_cpp_reads_the_file_as_we_do(case: str, tmp_path: Path, tiny_token
     got = torch.tensor([next(x["logprob"] for x in first if x["id"] == i) for i in range(VOCAB)])
     # llama.cpp computes gelu through a float16 table
     torch.testing.assert_close(got, wanted, atol=5e-3, rtol=0)
-
-
-QUANTIZED = [k for k in gguf.GGMLQuantizationType if can_dequantize(k)]
-
-
-@pytest.mark.parametrize("kind", QUANTIZED, ids=lambda k: k.name)
-def test_every_type_is_read_as_gguf_dequantizes_it(
-    kind: gguf.GGMLQuantizationType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whole and by rows, also when a tensor is larger than what is dequantized at once."""
-    block, size = gguf.GGML_QUANT_SIZES[kind]
-    columns = max(block, 256)
-    random = np.random.default_rng(0)
-    raw = random.integers(0, 256, (7, columns // block * size), np.uint8)
-    writer = gguf.GGUFWriter(tmp_path / "t.gguf", "llama")
-    writer.add_tensor("first", np.zeros(5, np.float32))
-    writer.add_tensor("x", raw, raw_shape=raw.shape, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    with np.errstate(all="ignore"):
-        wanted = gguf.quants.dequantize(raw, kind)
-    file = GgufFile.open(tmp_path / "t.gguf")
-    np.testing.assert_array_equal(file.read(file.tensors["x"]), wanted)
-    monkeypatch.setattr("ropewalk.model.gguf.CHUNK_VALUES", 2 * columns)
-    assert 2 * columns < CHUNK_VALUES
-    np.testing.assert_array_equal(file.read(file.tensors["x"]), wanted)
-    np.testing.assert_array_equal(file.read(file.tensors["x"], 3, 2), wanted[3:5])
 
 
 def test_types_that_nobody_can_dequantize_are_refused_by_name(

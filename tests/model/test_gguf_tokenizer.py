@@ -289,6 +289,7 @@ def test_templates_run_in_a_sandbox(tiny_llama_dir: Path, tmp_path: Path) -> Non
         ({"merges": ["a b", "no such"]}, "the merge 'no such' speaks of tokens"),
         ({"merges": ["nospace"]}, "the merge 'nospace' speaks of tokens"),
         ({"tokens": ["a", "b", "a"], "merges": [""]}, "the token 'a' occurs twice"),
+        ({"model": "llama", "tokens": ["a", "b" * 100_000]}, "a token of 100,000 characters"),
         ({"token_type": [1, 2]}, "token_type does not have 4,000 numbers"),
         ({"token_type": "x"}, "token_type is not of type ndarray"),
         ({"add_eos_token": True, "eos_token_id": 999_999}, "does not say which"),

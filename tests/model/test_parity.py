@@ -76,7 +76,9 @@ def _compare_expert_gradients(pair):
 def test_cached_decoding_equals_the_whole_sequence(pair):
     """A prompt at once, then a chunk, then token by token, gives the logits of one forward."""
     if pair.name == "llama-dynamic":
-        pytest.skip("dynamic RoPE past its context changes old keys too; transformers' cache keeps them, as ours")
+        pytest.skip(
+            "dynamic RoPE past its context changes old keys too; transformers' cache keeps them, as ours"
+        )
     tokens = pair.tokens()
     length = tokens.shape[1]
     expected = pair.theirs(tokens).logits

@@ -1,6 +1,7 @@
 """linear_cross_entropy equals the plain form in loss and gradients, for every option, chunking and dtype."""
 
 import itertools
+from importlib import import_module
 
 import pytest
 import torch
@@ -8,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ropewalk.errors import UserError
-from ropewalk.ops import linear_cross_entropy as module
 from ropewalk.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+
+module = import_module("ropewalk.ops.linear_cross_entropy")  # the room exports a function of that name
 
 OPTIONS = [
     {"softcap": cap, "z_loss": z, "with_bias": bias}

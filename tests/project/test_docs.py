@@ -25,15 +25,14 @@ def code_lines(path: Path) -> list[str]:
 def commands(*starts: str) -> list[tuple[Path, str]]:
     found = [(page, line) for page in PAGES for line in code_lines(page)]
     for recipe in sorted(ROOT.glob("recipes/*.yaml")):
-        comments = [
-            line.lstrip("# ").strip() for line in recipe.read_text().splitlines() if line.startswith("#")
-        ]
-        found += [(recipe, line) for line in comments]
-    return [
-        (page, line.removeprefix(".venv/bin/"))
-        for page, line in found
-        if line.removeprefix(".venv/bin/").startswith(starts)
-    ]
+        lines = recipe.read_text().splitlines()
+        found += [(recipe, line.lstrip("# ").strip()) for line in lines if line.startswith("#")]
+    plain = [(page, line.removeprefix(".venv/bin/")) for page, line in found]
+    return [(page, line) for page, line in plain if line.startswith(starts)]
+
+
+def shown(value: object) -> str:
+    return str(value)[-60:]
 
 
 def words_of(line: str) -> list[str]:
@@ -41,7 +40,7 @@ def words_of(line: str) -> list[str]:
     return shlex.split(re.split(r"\s{2,}", line)[0], comments=True)
 
 
-@pytest.mark.parametrize(("page", "line"), commands("ropewalk "), ids=lambda value: str(value)[-60:])
+@pytest.mark.parametrize(("page", "line"), commands("ropewalk "), ids=shown)
 def test_ropewalk_lines_parse(page, line):
     command = typer.main.get_command(app)
     words = words_of(line)[1:]
@@ -72,7 +71,7 @@ def test_there_are_commands_to_check():
     assert len(commands("ropewalk ")) >= 5
 
 
-@pytest.mark.parametrize(("page", "line"), commands("make "), ids=lambda value: str(value)[-60:])
+@pytest.mark.parametrize(("page", "line"), commands("make "), ids=shown)
 def test_make_lines_name_targets(page, line):
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for word in words_of(line)[1:]:

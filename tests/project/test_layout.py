@@ -13,28 +13,20 @@ PACKAGE = ROOT / "src" / "ropewalk"
 
 LOW = {"model", "ops", "adapt", "parallel"}
 STAGES = set("data train align evaluate plan sweep compress export serve board compare".split())
-    "data",
-    "train",
-    "align",
-    "evaluate",
-    "plan",
-    "sweep",
-    "compress",
-    "export",
-    "serve",
-    "board",
-    "compare",
-}
 LEAVES = {"errors", "files", "stage"}
 """Single modules that everybody may use."""
 WHOLE_LANE = {"cli", "lane", "doctor"}
 """What stands above the rooms; nothing below may import it."""
 MAY_USE_RECIPE_AND_TRACK = {
-    "data": {"prepare"},
+    "data": {"entry"},
     "evaluate": {"entry"},
     "train": {"entry", "job", "build", "loop", "report"},
 }
 """Entry modules of a stage room: what is below them takes plain values."""
+
+
+UPWARDS = {("model.load", "adapt")}
+"""Deferred imports against the order: a run that trained adapters is a source of `load_model`."""
 
 
 def modules() -> dict[str, Path]:
@@ -101,7 +93,7 @@ def test_imports_go_downwards_only():
 def test_no_cycles_between_rooms():
     graph = defaultdict(set)
     for source, target in EDGES:
-        if room(source) != room(target) and target:
+        if room(source) != room(target) and target and (source, target) not in UPWARDS:
             graph[room(source)].add(room(target))
     done: set[str] = set()
 
@@ -114,6 +106,7 @@ def test_no_cycles_between_rooms():
 
     for start in sorted(graph):
         visit(start, ())
+    assert set(EDGES) >= UPWARDS  # no exception that nobody needs
 
 
 def test_every_room_says_what_it_is():
@@ -162,7 +155,10 @@ def test_nothing_is_tied_to_one_machine():
 
 def test_no_unsafe_loading_of_files_from_elsewhere():
     """No pickle, no remote code, no full YAML loader, anywhere in the package."""
-    pattern = r"trust_remote_code\s*=\s*True|\bpickle\b\.|import pickle|weights_only\s*=\s*False|yaml\.(?:unsafe_)?load\("
+    pattern = (
+        r"trust_remote_code\s*=\s*True|\bpickle\.|import pickle"
+        r"|weights_only\s*=\s*False|yaml\.(?:unsafe_)?load\("
+    )
     found = [
         f"{name}: {match.group()}"
         for name, path in modules().items()

@@ -8,7 +8,7 @@ import pytest
 from ropewalk.errors import UserError
 from ropewalk.recipe import Machine, json_schema, load_recipe, load_with_origins, resolve, to_yaml
 from ropewalk.recipe.derive import leaves
-from ropewalk.recipe.machine import _cpu_has_bfloat16
+from ropewalk.recipe.machine import _cpu_has_bfloat16, _gpu_capability, _torch_has_cuda
 
 ROOT = Path(__file__).resolve().parents[2]
 OLD = Machine(cores=4, cpu_bfloat16=False)
@@ -158,3 +158,32 @@ def test_about_a_hundred_fields_at_most():
     from ropewalk.recipe.fields import all_fields
 
     assert len(all_fields()) <= 130
+
+
+@pytest.mark.parametrize(
+    ("said", "visible", "expected"),
+    [
+        ("9.0\n8.6", None, 8.6),  # the weakest decides
+        ("7.5", None, 7.5),
+        ("No devices were found", None, None),
+        ("9.0", "", None),
+        ("9.0", "-1", None),
+        ("9.0", "0", 9.0),
+    ],
+)
+def test_gpus_are_found_without_torch(tmp_path, monkeypatch, said, visible, expected):
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\ncat <<END\n{said}\nEND\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert _gpu_capability() == expected
+
+
+def test_what_is_said_of_this_machine_is_what_torch_says():
+    import torch
+
+    assert _torch_has_cuda() == (torch.version.cuda is not None)
+    assert Machine.here().gpu == torch.cuda.is_available()

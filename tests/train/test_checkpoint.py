@@ -3,7 +3,10 @@
 import json
 import os
 import random
+import shutil
+import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -111,6 +114,51 @@ def test_a_save_that_fails_leaves_nothing_and_touches_nothing(
     with pytest.raises(RuntimeError):
         save(run, 2, keep=1)
     assert list((run / "checkpoints").iterdir()) == [before]
+
+
+OPERATIONS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.listdir", "os.scandir")
+
+
+def save_and_die(run: Path, event: int) -> bool:
+    """In a child: saves step 2 over step 1 with keep=1, killed at its n-th file operation; whether it was."""
+    child = os.fork()
+    if child == 0:
+        left = event
+
+        def watch(name: str, _: tuple[object, ...]) -> None:
+            nonlocal left
+            if name in OPERATIONS:
+                left -= 1
+                if left == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        try:
+            sys.addaudithook(watch)
+            save(run, 2, keep=1)
+            os._exit(0)
+        finally:
+            os._exit(1)  # whatever goes wrong, a child must not go on with the tests
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status in (0, -signal.SIGKILL)
+    return status != 0
+
+
+def test_a_save_killed_at_any_file_operation_leaves_a_whole_checkpoint(run: Path) -> None:
+    event, found = 1, set()
+    while True:
+        save(run, 1)
+        killed = save_and_die(run, event)
+        checkpoint, warnings = newest_valid_checkpoint(run)
+        assert checkpoint is not None, event
+        assert warnings == []
+        found.add(checkpoint.name)
+        shutil.rmtree(run)
+        (run / "checkpoints").mkdir(parents=True)
+        if not killed:
+            break
+        event += 1
+    assert event > 20
+    assert found == {"step-00000001", "step-00000002"}
 
 
 def test_leftovers_of_a_killed_save_are_ignored_and_then_cleaned(run: Path) -> None:

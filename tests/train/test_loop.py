@@ -140,6 +140,23 @@ def test_measuring_on_the_way_changes_nothing(make_recipe: Make) -> None:
     assert isinstance(row["answer"], str)
 
 
+def test_the_validation_loss_is_that_of_the_saved_model(make_recipe: Make) -> None:
+    """Measured again on what the run left behind, one document at a time: dropout played no part."""
+    from ropewalk.data import TokenShards
+
+    result = run(make_recipe(steps=4, adapt={**LORA, "dropout": 0.5}, evaluate_rows=1000))
+    model = rw.load_model(str(result.run))
+    data = json.loads((result.run / "lineage.json").read_text())["data"]
+    shards = TokenShards.open(Path(data["directory"]) / "validation")
+    total, scored = 0.0, 0
+    for i in range(len(shards)):
+        tokens = torch.from_numpy(shards.document(i).tokens.astype("int64"))
+        logits = model.logits(model(tokens[None, :-1]))[0]
+        total += torch.nn.functional.cross_entropy(logits, tokens[1:], reduction="sum").item()
+        scored += len(tokens) - 1
+    assert result.validation_after == pytest.approx(total / scored, rel=1e-4)
+
+
 def test_the_validation_loss_is_weighted_by_tokens(make_recipe: Make) -> None:
     """Two rows at a time or all at once: the same mean over tokens."""
     losses = [run(make_recipe(steps=1, batch_size=4, micro_batch_size=m)).validation_before for m in (1, 4)]

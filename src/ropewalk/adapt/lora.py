@@ -77,6 +77,7 @@ def apply_lora(model: Transformer, config: LoraConfig, seed: int = 0) -> list[st
     A layer's initial A depends only on `seed`, the targets and the model's shape. Raises UserError for an
     unknown target and for a model that carries adapters already.
     """
+    check_plain(model)
     names = select(model, config.targets)
     generator = torch.Generator().manual_seed(seed)
     adapt(model, {name: (config.rank, config.alpha) for name in names}, config.dropout, generator)
@@ -90,13 +91,17 @@ def adapt(
     generator: torch.Generator | None = None,
 ) -> None:
     """Freezes the model and puts a new adapter of (rank, alpha) beside each named layer, in place."""
-    if carrying := unmerged(model):
-        raise UserError(f"the model carries adapters already ({carrying[0]}, ...); merge them first")
     model.requires_grad_(False)
     for name, (rank, alpha) in ranks.items():
         base = model.get_submodule(name)
         assert isinstance(base, nn.Linear)
         model.set_submodule(name, LoRALinear(base, rank, alpha, dropout, generator), strict=True)
+
+
+def check_plain(model: Transformer) -> None:
+    """Raises UserError for a model that carries adapters."""
+    if carrying := unmerged(model):
+        raise UserError(f"the model carries adapters already ({carrying[0]}, ...); merge them first")
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:

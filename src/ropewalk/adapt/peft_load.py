@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ropewalk.adapt.lora import adapt, lora_layers
+from ropewalk.adapt.lora import adapt, check_plain, lora_layers
 from ropewalk.adapt.peft_save import CONFIG, PREFIX, WEIGHTS
 from ropewalk.adapt.targets import StoredModule, linear_layers, stored_modules
 from ropewalk.errors import UserError
@@ -39,6 +39,7 @@ def load_adapter(model: Transformer, path: str | Path) -> list[str]:
     is cut up exactly: each part gets the A and its rows of B. Raises UserError, naming file and field or
     tensor, for everything that PEFT can do and this cannot, and for files that do not fit the model.
     """
+    check_plain(model)
     path = Path(path)
     config = _read_config(path / CONFIG)
     if not (path / WEIGHTS).is_file():
@@ -49,8 +50,7 @@ def load_adapter(model: Transformer, path: str | Path) -> list[str]:
     for name, (module, stored_a, stored_b) in _match(model, path / WEIGHTS).items():
         rank = stored_a.shape[0]
         alpha = _alpha(config, name, rank, path)
-        for part, rows in zip(module.parts, module.rule.unstack(_read(stored_b)), strict=True):
-            a, b = _without_dead_columns(_read(stored_a), rows)
+        for part, (a, b) in _cut(module, _read(stored_a), _read(stored_b)).items():
             matrices[part] = a, b
             shapes[part] = len(a), alpha * len(a) / rank
     order = [name for name in linear_layers(model) if name in matrices]
@@ -176,9 +176,9 @@ def _read(tensor: StoredTensor) -> Tensor:
     return values
 
 
-def _without_dead_columns(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Drops ranks whose column of B is zero, unless all are: a fused matrix holds them for its other parts."""
-    alive = b.any(0)
-    if alive.all() or not alive.any():
-        return a, b
-    return a[alive], b[:, alive]
+def _cut(module: StoredModule, a: Tensor, b: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """A and B of each part. Ranks of a fused B that are zero in a part's rows are not that part's."""
+    parts = dict(zip(module.parts, module.rule.unstack(b), strict=True))
+    if len(parts) == 1 or not b.any():
+        return {part: (a, rows) for part, rows in parts.items()}
+    return {part: (a[rows.any(0)], rows[:, rows.any(0)]) for part, rows in parts.items() if rows.any()}

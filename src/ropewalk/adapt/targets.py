@@ -10,28 +10,28 @@ from ropewalk.model.config import ModelConfig
 from ropewalk.model.families_weights import WeightRule, weight_map
 from ropewalk.model.transformer import Transformer
 
-_EXPERT, _ROUTER = ".mlp.experts.", ".mlp.router"
-
 
 def linear_layers(model: Transformer) -> list[str]:
-    """Names of the linear layers in the blocks; not the output head, routers and experts."""
+    """Names of the linear layers that can be adapted: in the blocks, or their attention beside experts.
+
+    transformers keeps the experts of a layer in one tensor, which is no linear layer to PEFT, and peft (0.21)
+    reads even the plain MLPs of such a model as experts.
+    """
+    room = ".attention." if model.config.moe_layers else "."
     return [
         name
         for name, module in model.blocks.named_modules(prefix="blocks")
-        if isinstance(module, nn.Linear) and _EXPERT not in name and not name.endswith(_ROUTER)
+        if isinstance(module, nn.Linear) and room in name
     ]
 
 
 def left_out(model: Transformer) -> str | None:
     """One sentence on what `all-linear` leaves out of a mixture of experts; None for other models."""
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    experts = sum(_EXPERT in name for name in names)
-    if not experts:
+    if not model.config.moe_layers:
         return None
-    routers = sum(name.endswith(_ROUTER) for name in names)
+    matrices = sum(".mlp." in name for name, module in model.named_modules() if isinstance(module, nn.Linear))
     return (
-        f"not adapted: {experts} expert matrices and {routers} routers (transformers keeps the experts of a "
-        "layer in one tensor, which is no linear layer to PEFT)"
+        f"{matrices:,} matrices of experts, routers and MLPs are not adapted: PEFT has no linear layers there"
     )
 
 

@@ -19,9 +19,7 @@ def command(
     from ropewalk.stage import Stage
 
     with Stage(f"prepare {recipe}") as stage:
-        prepared = prepare(
-            checked, overwrite=overwrite, progress=lambda n, t: stage.say(f"{n:,} documents, {t:,} tokens")
-        )
+        prepared = prepare(checked, overwrite=overwrite, progress=stage.progress)
     if json:
         print_json(
             {

@@ -59,6 +59,7 @@ def show(result: "LaneResult", console: "Console") -> None:
         console.print(table)
     console.print(f"report       {result.run / 'report.md'}", soft_wrap=True)
     if result.interrupted:
-        console.print(f"interrupted  go on with: ropewalk resume {result.run}", soft_wrap=True)
+        console.print(f"interrupted  ropewalk resume {result.run}", soft_wrap=True)
+        console.print(f"and then     ropewalk eval {result.run}", soft_wrap=True)
     else:
         console.print(f"talk to it   ropewalk chat {result.run}", soft_wrap=True)

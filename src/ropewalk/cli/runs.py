@@ -32,7 +32,7 @@ def ls(
             (
                 run.path,
                 run.status,
-                None if run.started is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(run.started)),
+                _when(run.started),
                 f"{run.step}/{run.steps if run.steps is not None else '?'}",
                 run.loss,
                 run.validation_after if run.validation_after is not None else run.validation_before,
@@ -45,6 +45,10 @@ def ls(
         print_table(header, rows)
 
 
+def _when(seconds: float | None) -> str | None:
+    return None if seconds is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
+
+
 @app.command("show")
 def show(run: Run, json: Json = False, debug: Debug = False) -> None:
     """Show one run: where it stands, what it was made from, its report."""
@@ -55,8 +59,9 @@ def show(run: Run, json: Json = False, debug: Debug = False) -> None:
     if json:
         print_json({**vars(summary), "lineage": lineage})
         return
-    rows = [(name, value) for name, value in vars(summary).items() if name != "path"]
-    print_table(("run", str(summary.path)), rows)
+    facts = {**vars(summary), "started": _when(summary.started)}
+    del facts["path"]
+    print_table(("run", str(summary.path)), facts.items())
     report = run / "report.md"
     if report.is_file():
         print(f"\n{report.read_text(encoding='utf-8')}", end="")

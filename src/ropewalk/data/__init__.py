@@ -4,9 +4,9 @@ May import: recipe and model (in `prepare` only), files, errors; torch in batch 
 """
 
 from ropewalk.data.batch import Batch
+from ropewalk.data.entry import Prepared, prepare
 from ropewalk.data.loader import Loader, prefetch
 from ropewalk.data.packing import pack
-from ropewalk.data.prepare import Prepared, prepare
 from ropewalk.data.shards import DamagedDataError, Document, ShardWriter, TokenShards
 from ropewalk.data.tokenize import Tokenization, render, render_prompt
 

@@ -55,6 +55,8 @@ class Build:
         self.options = options
         self.tokenizer = tokenizer
         self.tokenization = Tokenization(tokenizer, score=options.score, append_eos=options.append_eos)
+        if options.sequence_length < 3 + len(self.tokenization.begin):
+            raise UserError(f"data.sequence_length: {options.sequence_length} is too short for any document")
         self.folder = folder
         self.vocab_size = max(tokenizer.get_vocab().values()) + 1
         self.writers: dict[str, ShardWriter] = {}
@@ -177,9 +179,7 @@ class Build:
     def _unscored(self, record: Record, tokens: Tokens) -> str:
         if tokens.scored.any():
             limit = self.options.sequence_length
-            return (
-                f"none of its first {limit:,} tokens is scored; raise data.sequence_length or drop such rows"
-            )
+            return f"none of its first {limit:,} tokens is scored; raise data.sequence_length"
         if all(message["role"] != "assistant" for message in record.conversation or ()):
             return "no token is scored: it has " + (
                 "no message of the assistant" if record.messages is not None else "only one token"

@@ -91,8 +91,11 @@ class Columns(NamedTuple):
 
 def record_from_row(row: Mapping[str, Any], columns: Columns, *, id: str, source: str, where: str) -> Record:
     """Raises ValueError that says what is wrong with the row."""
+    for column in columns:
+        if column is not None and column not in row:
+            raise ValueError(f"{column} is missing; there is {', '.join(row) or 'nothing'}")
     if columns.messages is not None:
-        messages = row.get(columns.messages)
+        messages = row[columns.messages]
         if isinstance(messages, str):  # CSV has no lists
             try:
                 messages = json.loads(messages)

@@ -111,32 +111,35 @@ class Tokenization:
 
     def _marked(self, text: str, spans: list[Span], encoding: Any, plain: bool) -> Tokens:
         ids = np.array(encoding.ids, dtype=np.uint32)
-        mask = _mask(encoding, spans, len(text))
-        if mask is None or not all(self._begins_alike(text, encoding, span.start) for span in spans):
-            ids, mask = self._cut(text, spans)
+        mask = np.zeros(len(ids), dtype=bool)
+        for span in spans:
+            edges = _edges(encoding, span, len(text))
+            if edges is None or not self._begins_alike(text[: span.start], encoding, edges[0]):
+                ids, mask = self._cut(text, spans)
+                break
+            mask[slice(*edges)] = True
         open_ended = 0 if plain else sum(span.end == span.content_end for span in spans)
         finished = self._finish(ids, None if self.score == "all" else mask, begin=plain, end=plain)
         return Tokens(finished.ids, finished.scored, open_ended)
 
-    def _begins_alike(self, text: str, encoding: Any, start: int) -> bool:
-        """Whether the tokens before `start` are those of the text that ends there, as in a prompt.
+    def _begins_alike(self, prompt: str, encoding: Any, first: int) -> bool:
+        """Whether the tokens before the `first` scored one are those of the prompt alone.
 
         They may differ even where none lies across: many a pre-tokenizer looks ahead from white space to
         what follows. Control tokens cut a text, so that only what is after the last one needs to be seen.
         """
         if not self._cuttable:
             return True  # such tokenizers do not look ahead, and could not be asked
-        ids, first = encoding.ids, _token_at(encoding, start, len(text))
-        last = first - 1
+        ids, last = encoding.ids, first - 1
         while last >= 0 and ids[last] not in self._added:
             last -= 1
-        begin = encoding.token_to_chars(last)[1] if last >= 0 else 0
-        header = text[begin:start]
-        if header not in self._headers:
-            if len(self._headers) > 1000:
-                self._headers.clear()
-            self._headers[header] = self._ids(header)
-        return self._headers[header] == ids[last + 1 : first]
+        header = prompt[encoding.token_to_chars(last)[1] :] if last >= 0 else prompt
+        alone = self._headers.get(header)
+        if alone is None:
+            alone = self._ids(header)
+            if len(self._headers) < 1000:  # templates have a few; without control tokens each is another
+                self._headers[header] = alone
+        return alone == ids[last + 1 : first]
 
     def _cut(self, text: str, spans: list[Span]) -> tuple[np.ndarray, np.ndarray]:
         """Encodes the scored and the other parts of a text apart: so the prompt's tokens are those that
@@ -168,19 +171,16 @@ class Tokenization:
         return Tokens(ids, scored)
 
 
-def _mask(encoding: Any, spans: list[Span], length: int) -> np.ndarray | None:
-    """Which tokens lie in the spans; None where one lies across the edge of a span."""
-    mask = np.zeros(len(encoding), dtype=bool)
-    for span in spans:
-        first, last = _token_at(encoding, span.start, length), _token_at(encoding, span.end, length)
-        if first < len(mask) and encoding.token_to_chars(first)[0] < span.start:
+def _edges(encoding: Any, span: Span, length: int) -> tuple[int, int] | None:
+    """(first token of a span, first token after it); None where a token lies across its edge."""
+    first, last = _token_at(encoding, span.start, length), _token_at(encoding, span.end, length)
+    if first < len(encoding) and encoding.token_to_chars(first)[0] < span.start:
+        return None
+    if last < len(encoding) and (begin := encoding.token_to_chars(last)[0]) < span.end:
+        if span.content_end == span.end or begin < span.content_end:
             return None
-        if last < len(mask) and (begin := encoding.token_to_chars(last)[0]) < span.end:
-            if span.content_end == span.end or begin < span.content_end:
-                return None
-            last += 1  # the end-of-turn token takes the white space after it along
-        mask[first:last] = True
-    return mask
+        last += 1  # the end-of-turn token takes the white space after it along
+    return first, last
 
 
 def _token_at(encoding: Any, character: int, length: int) -> int:
@@ -224,7 +224,7 @@ def render_prompt(messages: Sequence[Message], tokenizer: Any) -> list[int]:
 
 
 def split(tokens: Tokens, limit: int, begin: Sequence[int] = ()) -> list[Tokens]:
-    """Pieces of at most `limit` tokens, none of one; where the whole begins with `begin`, each does."""
+    """Pieces of 2 to `limit` (at least 3) tokens; each begins with `begin`, where the whole does."""
     head = len(begin) if tokens.ids[: len(begin)].tolist() == list(begin) else 0
     size, total = limit - head, len(tokens.ids) - head
     edges = [*range(0, total, size), total]

@@ -1,6 +1,6 @@
-"""The model room. In: Hugging Face configs and weights, GGUF files. Out: the one Transformer, its tokenizer and cache.
+"""The model room. In: Hugging Face and GGUF files. Out: the Transformer, its tokenizer and cache.
 
-May import ropewalk.ops, ropewalk.files and ropewalk.errors (and ropewalk.adapt, to load a run that trained one).
+May import ropewalk.ops, ropewalk.files and ropewalk.errors, and ropewalk.adapt to load what it trained.
 """
 
 from ropewalk.model.cache import KVCache

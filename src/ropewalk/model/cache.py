@@ -36,7 +36,7 @@ class KVCache:
         """The tokens themselves: longrope reads them again where its frequencies change."""
 
     def begin(self, tokens: Tensor, positions: Tensor | None) -> Tensor:
-        """Take slots for tokens `[B, S]`; returns their positions, `[1, S]` where all rows agree, else `[B, S]`.
+        """Take slots for tokens `[B, S]`; returns their positions, `[1, S]` if all rows agree, else `[B, S]`.
 
         positions None: each row goes on where it ended.
         """
@@ -46,7 +46,8 @@ class KVCache:
             raise ValueError(f"the cache has {self.batch_size} rows, the tokens {batch}")
         if stop > self.max_length:
             raise RopewalkError(
-                f"the key-value cache holds {self.max_length} tokens; {stop} are needed: generate fewer new tokens"
+                f"the key-value cache holds {self.max_length} tokens; {stop} are needed: "
+                "generate fewer new tokens"
             )
         plain = torch.arange(start, stop, device=tokens.device)[None]
         if positions is None and not self.ragged:
@@ -61,7 +62,7 @@ class KVCache:
         return positions
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k and v, `[B, S, kv_heads, D]`, in the slots begun; returns all used, `[B, kv_heads, slots, D]`."""
+        """Store k and v `[B, S, kv_heads, D]` in the slots begun; returns all, `[B, kv_heads, slots, D]`."""
         stop = self.length + k.shape[1]
         keys, values = self.keys[layer], self.values[layer]
         keys[:, :, self.length : stop] = k.transpose(1, 2)
@@ -78,7 +79,7 @@ class KVCache:
         """A copy with `n` rows of a cache with one, and room for `max_length` tokens: a prompt's beginning,
         read once and shared."""
         if self.batch_size != 1:
-            raise ValueError(f"only a cache of one row can be expanded; this one has {self.batch_size}")
+            raise ValueError(f"only a cache of one row can be expanded, not one of {self.batch_size}")
         copy = object.__new__(KVCache)
         copy.__dict__.update(self.__dict__)
         copy.batch_size, copy.max_length = n, max_length or self.max_length
@@ -96,7 +97,7 @@ class KVCache:
         return copy
 
     def select(self, rows: Sequence[int]) -> None:
-        """Keep only these rows, row i being what row `rows[i]` was; rows that stay in their place are not copied.
+        """Keep only these rows, row i being what row `rows[i]` was; rows that keep their place cost nothing.
 
         No row moves up, so that none is overwritten before it is read: `rows[i] >= i`.
         """

@@ -141,6 +141,8 @@ def _fill_windows(reader: _Reader, family: Family, fields: dict[str, Any]) -> No
     elif family.windows == "layer_types":
         sliding = _sliding_layers(reader, fields)
     if not any(sliding):
+        if not fields["family"].startswith("gemma"):  # whose classes in transformers want a number anyway
+            fields["sliding_window"] = None
         return
     window = fields["sliding_window"]
     if not isinstance(window, int) or window < 1:

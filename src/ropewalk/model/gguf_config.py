@@ -5,7 +5,7 @@ what holds where a file says nothing. A key that changes the computation and is 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -31,12 +31,19 @@ def config_from_gguf(file: GgufFile) -> dict[str, Any]:
         raise keys.fail("it is one part of a split model; join the parts with llama-gguf-split --merge")
     config = build(keys)
     keys.refuse_unused()
-    for name in ("bos", "eos", "pad"):
-        key = f"tokenizer.ggml.{'padding' if name == 'pad' else name}_token_id"
-        value = file.metadata.get(key)
-        inside = isinstance(value, int) and 0 <= value < config["vocab_size"]
-        config[f"{name}_token_id"] = value if inside else None
+    ends = list(dict.fromkeys(_token_ids(file, config, "eos", "eot")))
+    config["eos_token_id"] = ends if len(ends) > 1 else next(iter(ends), None)
+    config["bos_token_id"] = next(_token_ids(file, config, "bos"), None)
+    config["pad_token_id"] = next(_token_ids(file, config, "padding"), None)
     return config
+
+
+def _token_ids(file: GgufFile, config: dict[str, Any], *names: str) -> Iterator[int]:
+    """Ids of special tokens; one outside the vocabulary counts as not given, as in llama.cpp."""
+    for name in names:
+        value = file.metadata.get(f"tokenizer.ggml.{name}_token_id")
+        if isinstance(value, int) and 0 <= value < config["vocab_size"]:
+            yield value
 
 
 class _Keys:

@@ -151,7 +151,8 @@ def convert(path: Path, directory: Path) -> None:
     matrices = {o.dtype for o in outputs if len(o.shape) > 1}
     dtype = {"F16": "float16", "BF16": "bfloat16"}.get("/".join(matrices), "float32")
     _write_json(directory / "config.json", config_to_hf(config) | {"torch_dtype": dtype})
-    _write_json(directory / "generation_config.json", _generation_config(file, raw))
+    ids = {name: raw[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    _write_json(directory / "generation_config.json", {k: v for k, v in ids.items() if v is not None})
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
         # transformers 4 does not know the class by the name that 5 has given it
@@ -232,18 +233,6 @@ def _values(file: GgufFile, output: _Output) -> np.ndarray:
     if not np.isfinite(values).all():
         raise UserError(f"{file.path}: tensor {output.source.name!r} holds NaN or infinite values")
     return values if output.transform is None else output.transform(values)
-
-
-def _generation_config(file: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
-    """The special tokens; text ends at end-of-sequence and, where there is one, at end-of-turn."""
-    ends = [config["eos_token_id"], file.metadata.get("tokenizer.ggml.eot_token_id")]
-    known = list(dict.fromkeys(i for i in ends if isinstance(i, int) and i < config["vocab_size"]))
-    ids = {
-        "bos_token_id": config["bos_token_id"],
-        "eos_token_id": known[0] if len(known) == 1 else known or None,
-        "pad_token_id": config["pad_token_id"],
-    }
-    return {name: id for name, id in ids.items() if id is not None}
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -93,8 +93,11 @@ _ALWAYS_CONTROL = frozenset(
 )
 """Tokens that are control tokens whatever the file says (converters have often called them normal)."""
 
-_UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
+_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
 """Values in tokenizer.ggml.token_type."""
+
+MAX_TOKEN = 1000
+"""Characters; real tokens have at most a few dozen, and work grows with their square."""
 
 
 def build_tokenizer(file: GgufFile) -> "PreTrainedTokenizerFast":
@@ -121,8 +124,8 @@ def build_tokenizer(file: GgufFile) -> "PreTrainedTokenizerFast":
     strips = _strips_right(file)
     tokenizer.add_tokens(
         [
-            AddedToken(texts[i], special=kind != _USER_DEFINED, normalized=False, rstrip=texts[i] in strips)
-            for i, kind in fields.special_tokens()
+            AddedToken(texts[i], special=type != _USER_DEFINED, normalized=False, rstrip=texts[i] in strips)
+            for i, type in fields.special_tokens()
         ]
     )
     defaults = {"bos": 1, "eos": 2, "unk": 0} if kind == "llama" else {}
@@ -229,6 +232,8 @@ class _Fields:
         if len(self.vocabulary) != len(self.tokens):
             twice = next(t for i, t in enumerate(self.tokens) if self.vocabulary[t] != i)
             raise self.fail(f"the token {twice!r} occurs twice in its vocabulary")
+        if (longest := max(map(len, self.tokens))) > MAX_TOKEN:
+            raise self.fail(f"it has a token of {longest:,} characters")
 
     def fail(self, problem: str) -> UserError:
         return UserError(f"{self.file.path}: the tokenizer cannot be used: {problem}")

@@ -36,8 +36,8 @@ def from_config(config: Mapping[str, Any] | str | Path | ModelConfig, seed: int)
 def init_weights(model: Transformer, seed: int) -> None:
     """Normal weights of deviation initializer_range, zero biases, norms that do nothing.
 
-    What writes into the residual stream (o_proj, down_proj) is divided by sqrt(2 * layers), so that depth does
-    not make it grow (GPT-2).
+    Those of what writes into the residual stream (o_proj, down_proj) are divided by sqrt(2 * layers), so that
+    depth does not make it grow (GPT-2).
     """
     generator = torch.Generator().manual_seed(seed)
     deviation = model.config.initializer_range

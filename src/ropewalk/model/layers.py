@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ropewalk.model.cache import KVCache
 from ropewalk.model.config import ModelConfig
 from ropewalk.ops.attention import AttentionLayout, attention, attention_cached, cached_mask
+from ropewalk.ops.linear import Linear
 from ropewalk.ops.norm import rms_norm
 from ropewalk.ops.rope import apply_rope
 
@@ -99,10 +100,10 @@ class Attention(nn.Module):
         self.index, self.head_dim = layer, dim
         self.window, self.softcap = config.window(layer), config.attn_logit_softcapping
         self.scale = config.attention_scale
-        self.q_proj = nn.Linear(hidden, q, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(hidden, kv, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(hidden, kv, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(q, hidden, bias=config.o_bias)
+        self.q_proj = Linear(hidden, q, bias=config.qkv_bias)
+        self.k_proj = Linear(hidden, kv, bias=config.qkv_bias)
+        self.v_proj = Linear(hidden, kv, bias=config.qkv_bias)
+        self.o_proj = Linear(q, hidden, bias=config.o_bias)
         self.norm_whole = config.qk_norm == "projection"
         self.norm_heads = config.qk_norm == "head"
         if config.qk_norm is not None:
@@ -134,9 +135,9 @@ class MLP(nn.Module):
         super().__init__()
         hidden, bias = config.hidden_size, config.mlp_bias
         self.activation = ACTIVATIONS[config.hidden_act]
-        self.gate_proj = nn.Linear(hidden, size, bias=bias) if config.mlp_gated else None
-        self.up_proj = nn.Linear(hidden, size, bias=bias)
-        self.down_proj = nn.Linear(size, hidden, bias=bias)
+        self.gate_proj = Linear(hidden, size, bias=bias) if config.mlp_gated else None
+        self.up_proj = Linear(hidden, size, bias=bias)
+        self.down_proj = Linear(size, hidden, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., hidden_size]` -> the same shape."""

@@ -1,4 +1,4 @@
-"""Weights of a Hugging Face directory into a Transformer, a few megabytes at a time.
+"""Weights of a Hugging Face directory into a Transformer, piece by piece.
 
 The model is built without memory, each parameter is allocated once in its final dtype, and what is read goes
 straight into it: the peak is the model itself and one small buffer. Parameters are private memory, never
@@ -145,10 +145,10 @@ def _weight_files(directory: Path) -> Sequence[Path]:
 
 def _fill(rule: WeightRule, stored: StoredTensor, parts: list[nn.Parameter]) -> None:
     """Reads one stored tensor into the parameters that it consists of."""
-    straight = len(parts) == 1 and not rule.transposed
+    straight = len(parts) == 1 and not rule.transposed and parts[0].device.type == "cpu"
     if straight:
         target = parts[0].data.view(-1)
-    else:  # cutting it up needs all of it, in the dtype of the model
+    else:  # cutting it up, and one transfer to a GPU, need all of it, in the dtype of the model
         target = torch.empty(sum(p.numel() for p in parts), dtype=parts[0].dtype)
     at = 0
     for chunk in read_chunks(stored):

@@ -1,4 +1,4 @@
-"""Mixture of experts with top-k routing and the load-balancing loss of Switch Transformer (arXiv 2101.03961)."""
+"""Mixture of experts: top-k routing, and the load-balancing loss of Switch Transformer (arXiv 2101.03961)."""
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ how often the expert was chosen."""
 
 
 class MixtureOfExperts(nn.Module):
-    """Each token goes to the `num_experts_per_tok` experts that the router likes best; outputs are weighted."""
+    """Each token goes to the experts that the router likes best; their outputs are weighted and added."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -23,7 +23,10 @@ class MixtureOfExperts(nn.Module):
         )
 
     def forward(self, hidden: Tensor, real: Tensor | None) -> tuple[Tensor, RouterStatistics]:
-        """hidden `[B, S, hidden_size]` -> (the same shape, statistics); `real` `[B * S]` leaves padding out of them."""
+        """hidden `[B, S, hidden_size]` -> (the same shape, statistics).
+
+        `real` `[B * S]` bool is false at padding, which the statistics leave out; None: there is none.
+        """
         x = hidden.flatten(0, 1)
         probabilities = self.router(x).softmax(-1, dtype=torch.float32)
         weights, chosen = probabilities.topk(self.top_k, dim=-1)
@@ -51,8 +54,8 @@ class MixtureOfExperts(nn.Module):
 def load_balancing_loss(statistics: list[RouterStatistics], tokens: int | Tensor) -> Tensor:
     """0-d float32; as transformers computes it, over all layers at once.
 
-    `tokens` is the number of tokens, padding excluded, that each layer saw. The loss is top_k when the load is
-    even, more when it is not.
+    `tokens` is the number of tokens, padding excluded, that each layer saw. The loss is top_k when the load
+    is even, more when it is not.
     """
     total = tokens * len(statistics)
     probabilities = torch.stack([p for p, _ in statistics]).sum(0) / total

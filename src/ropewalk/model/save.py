@@ -28,17 +28,18 @@ def save_model(
 ) -> None:
     """Write config.json, generation_config.json, safetensors weights and the tokenizer's files, or nothing.
 
-    Weights keep their dtype, bit for bit; a tied head is written once. `tokenizer` is a transformers tokenizer
-    or None. Raises UserError if `path` exists (unless `overwrite`), RopewalkError if the disk is full or the
+    Weights keep their dtype, bit for bit; a tied head is written once. `tokenizer` is one of transformers or
+    None. Raises UserError if `path` exists (unless `overwrite`), RopewalkError if the disk is full or the
     model holds something that is not part of its config (an adapter that is not merged).
     """
-    parameters = dict(model.named_parameters())
+    parameters: dict[str, Tensor] = dict(model.named_parameters())
     rules = weight_map(model.config)
     _check_complete(model.config, rules, parameters)
     needed = sum(p.numel() * p.element_size() for p in parameters.values())
     with atomic_directory(path, overwrite, needed) as folder:
         dtype = str(model.embed.weight.dtype).removeprefix("torch.")
-        _write_json(folder / "config.json", config_to_hf(model.config) | {"dtype": dtype, "torch_dtype": dtype})
+        config = config_to_hf(model.config) | {"dtype": dtype, "torch_dtype": dtype}
+        _write_json(folder / "config.json", config)
         _write_json(folder / "generation_config.json", _generation(model.config))
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
@@ -49,7 +50,7 @@ def _check_complete(config: ModelConfig, rules: list[WeightRule], parameters: di
     wanted = {part for rule in rules for part in rule.parts}
     if odd := wanted.symmetric_difference(parameters):
         some = ", ".join(sorted(odd)[:3])
-        raise RopewalkError(f"not a plain {config.family} model ({some}, ...): merge its adapters before saving")
+        raise RopewalkError(f"not a plain {config.family} model ({some}): merge its adapters before saving")
 
 
 def _write_weights(
@@ -87,9 +88,12 @@ def _joined(rule: WeightRule, parameters: dict[str, Tensor]) -> Tensor:
 
 def _generation(config: ModelConfig) -> dict[str, Any]:
     """The special ids, which transformers' generate reads here and not in config.json."""
-    ids = {"bos_token_id": config.bos_token_id, "pad_token_id": config.pad_token_id}
     eos = config.eos_token_id
-    ids["eos_token_id"] = list(eos) if isinstance(eos, tuple) else eos
+    ids = {
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": list(eos) if isinstance(eos, tuple) else eos,
+        "pad_token_id": config.pad_token_id,
+    }
     return {"_from_model_config": True} | {name: value for name, value in ids.items() if value is not None}
 
 

@@ -69,6 +69,8 @@ def base_of_adapter(directory: Path) -> tuple[str, str | None] | None:
         base = revision = None
     if not isinstance(base, str) or not base:
         raise UserError(f"{path}: base_model_name_or_path is missing; write the adapter's base model there")
+    if Path(base).resolve() == directory.resolve():
+        raise UserError(f"{path}: base_model_name_or_path is the adapter itself; write its base model there")
     return base, revision if isinstance(revision, str) else None
 
 

@@ -14,10 +14,13 @@ if TYPE_CHECKING:
 def load_tokenizer(source: str | Path, revision: str | None = None) -> "PreTrainedTokenizerFast":
     """The tokenizer that goes with the model `source` (see `resolve_source`), with its chat template.
 
+    A directory that holds a tokenizer and no model will do too, for models from scratch.
     An adapter without a tokenizer of its own has its base model's. No code from the directory is run, and
     chat templates run in transformers' Jinja sandbox. Raises UserError when there is none or it is damaged.
     """
-    directory = resolve_source(source, revision)
+    directory = Path(source).expanduser()
+    if not (directory / "tokenizer.json").is_file():
+        directory = resolve_source(source, revision)
     base = base_of_adapter(directory)
     if base is not None and not (directory / "tokenizer_config.json").is_file():
         return load_tokenizer(*base)

@@ -12,6 +12,7 @@ from ropewalk.model.config import ModelConfig
 from ropewalk.model.layers import MLP, Attention, Context, Tables, make_norm
 from ropewalk.model.moe import MixtureOfExperts, RouterStatistics, load_balancing_loss
 from ropewalk.ops.attention import AttentionLayout
+from ropewalk.ops.linear import Linear
 from ropewalk.ops.rope import depends_on_length, effective_length, rope_frequencies, rope_tables
 
 
@@ -27,7 +28,8 @@ class Block(nn.Module):
         self.attention = Attention(config, layer)
         self.post_attention_norm = make_norm(config, size) if after else None
         self.mlp_norm = make_norm(config, size) if before else None
-        self.mlp = MixtureOfExperts(config) if layer in config.moe_layers else MLP(config, config.intermediate_size)
+        moe = layer in config.moe_layers
+        self.mlp = MixtureOfExperts(config) if moe else MLP(config, config.intermediate_size)
         self.post_mlp_norm = make_norm(config, size) if after else None
 
     def forward(self, hidden: Tensor, context: Context) -> tuple[Tensor, RouterStatistics | None]:
@@ -49,9 +51,10 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """`model.logits(model(tokens))`. Plain: no ranks, no dropout; build it under `torch.device("meta")` for size 0.
+    """`model.logits(model(tokens))`. It knows nothing of ranks and has no dropout.
 
-    `checkpointing`: keep only each block's input in training, and compute the rest again (arXiv 1604.06174).
+    Built under `torch.device("meta")` it takes no memory. With `checkpointing`, training keeps only each
+    block's input and computes the rest again (arXiv 1604.06174).
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -63,7 +66,7 @@ class Transformer(nn.Module):
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = make_norm(config, config.hidden_size)
-        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_head()
         self._frequencies: dict[Any, tuple[Tensor, float]] = {}
         self._router: tuple[list[RouterStatistics], int | Tensor] = ([], 0)
@@ -81,10 +84,10 @@ class Transformer(nn.Module):
     @property
     def output_weight(self) -> nn.Parameter:
         """`[vocab_size, hidden_size]`: what turns hidden states into logits."""
-        return self.head.weight
+        return self.head.get_parameter("weight")
 
     @property
-    def output_bias(self) -> nn.Parameter | None:
+    def output_bias(self) -> Tensor | None:
         """No family here has one."""
         return self.head.bias
 
@@ -98,9 +101,9 @@ class Transformer(nn.Module):
         """Hidden states after the final norm, `[B, S, hidden_size]`.
 
         tokens    `[B, S]` int64
-        positions `[B, S]` int64, index in the document; by default from 0 in each row, in each segment, or on
-                  from where the cache ends; -1 is padding (on the left, with a cache)
-        segments  `[B, S]`, document of each token in a packed row, -1 in padding; attention never leaves a document
+        positions `[B, S]` int64, index in the document; by default from 0 in each row or segment, or on from
+                  where the cache ends; -1 is padding (on the left, with a cache)
+        segments  `[B, S]`, document of each token in a packed row, -1 in padding; no document sees another
         cache     appended to; not together with segments
         """
         if cache is not None and segments is not None:
@@ -131,13 +134,16 @@ class Transformer(nn.Module):
         return self.norm(hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden `[..., hidden_size]` -> `[..., vocab_size]`, soft-capped where the family does (gemma2)."""
+        """hidden `[..., hidden_size]` -> `[..., vocab_size]`, soft-capped where the config says so."""
         logits = self.head(hidden)
         cap = self.config.final_logit_softcapping
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def auxiliary_loss(self) -> Tensor | None:
-        """Load-balancing loss of the last forward in training mode, times its coefficient; None without experts."""
+        """Load-balancing loss of the last forward in training mode, times its coefficient, 0-d.
+
+        None without experts. Its gradient needs the graph of that forward: backward both in one call.
+        """
         statistics, tokens = self._router
         if not statistics:
             return None
@@ -178,7 +184,7 @@ class Transformer(nn.Module):
     def _tables(
         self, theta: float, scaling: dict[str, Any] | None, positions: Tensor, dtype: torch.dtype
     ) -> Tables:
-        """cos and sin; frequencies are computed once for each device, or each length where they depend on it."""
+        """cos and sin; frequencies are kept for each device, and for the last length if they depend on it."""
         config = self.config
         length = None
         if scaling is not None and depends_on_length(scaling):

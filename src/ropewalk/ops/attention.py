@@ -90,15 +90,15 @@ def attention(
 ) -> Tensor:
     """Causal attention within each document.
 
-    q is `[B, S, heads, D]`, k and v `[B, S, kv_heads, D]` with kv_heads a divisor of heads; the result is as q.
+    q is `[B, S, heads, D]`, k and v `[B, S, kv_heads, D]`, kv_heads a divisor of heads; the result is as q.
     `window`: keys a query sees, itself included. `softcap` c: scores become `c * tanh(score / c)` (gemma2).
     `scale`: factor on q.k, by default `D ** -0.5`. Padding gives zeros.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if len(layout.runs) == 1 and not layout.runs[0].padding:
         run = layout.runs[0]
-        shaped = [t.reshape(run.count, run.length, *t.shape[2:]) for t in (q, k, v)]
-        return _documents(*shaped, layout, window, softcap, scale).reshape(q.shape)
+        dq, dk, dv = (t.reshape(run.count, run.length, *t.shape[2:]) for t in (q, k, v))
+        return _documents(dq, dk, dv, layout, window, softcap, scale).reshape(q.shape)
     # One split for each input, so that its backward pass is one concatenation.
     sizes = [run.tokens for run in layout.runs]
     pieces = zip(*(t.flatten(0, 1).split(sizes) for t in (q, k, v)), strict=True)
@@ -107,8 +107,8 @@ def attention(
         if run.padding:
             outputs.append(torch.zeros_like(piece[0]))
             continue
-        documents = [t.unflatten(0, (run.count, run.length)) for t in piece]
-        outputs.append(_documents(*documents, layout, window, softcap, scale).flatten(0, 1))
+        dq, dk, dv = (t.unflatten(0, (run.count, run.length)) for t in piece)
+        outputs.append(_documents(dq, dk, dv, layout, window, softcap, scale).flatten(0, 1))
     return torch.cat(outputs).view(q.shape)
 
 
@@ -126,7 +126,8 @@ def _documents(
     length = q.shape[2]
     window = None if window is None or window >= length else window
     if window is None and softcap is None:
-        if q.dtype == torch.bfloat16 and q.device.type == "cpu" and length <= _SHORT and torch.is_grad_enabled():
+        trained_on_cpu = q.device.type == "cpu" and torch.is_grad_enabled()
+        if trained_on_cpu and q.dtype == torch.bfloat16 and length <= _SHORT:
             return _ShortCausal.apply(q, k, v, scale).transpose(1, 2)
         return _sdpa(q, k, v, None, True, scale).transpose(1, 2)
     # Blocks of queries with just the keys they see: memory grows with the window, not with length squared.
@@ -155,8 +156,8 @@ def attention_cached(
 ) -> Tensor:
     """Queries over the slots of a key-value cache.
 
-    q is `[B, S, heads, D]`, k and v `[B, kv_heads, slots, D]`, the result as q. `mask` says which slots a query
-    sees, `[B or 1, 1, S, slots]` from `cached_mask`; None: all of them.
+    q is `[B, S, heads, D]`, k and v `[B, kv_heads, slots, D]`, the result as q. `mask`, from `cached_mask`,
+    says which slots a query sees; None: all of them.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q = q.transpose(1, 2)
@@ -239,7 +240,7 @@ def attention_reference(
     softcap: float | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """What `attention` computes, by an explicit mask over all pairs of tokens; in float32 and rounded once."""
+    """What `attention` computes, by an explicit mask over all pairs of tokens, in float32."""
     batch, length, heads, dim = q.shape
     repeat = heads // k.shape[2]
     k, v = k.repeat_interleave(repeat, 2), v.repeat_interleave(repeat, 2)

@@ -20,7 +20,8 @@ def rope_frequencies(
     kind = scaling.get("rope_type", "default")
     exponent = torch.arange(0, dim, 2, dtype=torch.float32) / dim
     if kind == "dynamic":
-        stretch = scaling["factor"] * max(length or 0, max_positions) / max_positions - (scaling["factor"] - 1)
+        factor = scaling["factor"]
+        stretch = factor * max(length or 0, max_positions) / max_positions - (factor - 1)
         theta = theta * stretch ** (dim / (dim - 2))
     frequency = 1.0 / theta**exponent
     if kind == "linear":
@@ -99,7 +100,9 @@ def _longrope(
     return 1.0 / (torch.tensor(factors, dtype=torch.float32) * theta**exponent), float(attention)
 
 
-def rope_tables(positions: Tensor, frequency: Tensor, factor: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rope_tables(
+    positions: Tensor, frequency: Tensor, factor: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """cos and sin, each `[B, S, 1, pairs]` of `dtype`, of float32 angles; positions are `[B, S]`."""
     angles = positions[..., None].float() * frequency
     cos, sin = angles.cos() * factor, angles.sin() * factor
@@ -109,7 +112,7 @@ def rope_tables(positions: Tensor, frequency: Tensor, factor: float, dtype: torc
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the first `2 * pairs` elements of each head of x `[B, S, heads, head_dim]`.
 
-    Element i is paired with element `pairs + i`, as in transformers (not with its neighbour, as in the paper).
+    Element i is paired with element `pairs + i`, as in transformers, not with its neighbour as in the paper.
     """
     pairs = cos.shape[-1]
     if 2 * pairs == x.shape[-1]:

@@ -99,7 +99,7 @@ class Data(Section):
     max_bad_rows: Count = 0
     """How many unreadable rows may be skipped (they are listed in the report)."""
     workers: Count = 0
-    """Processes that tokenize; 0: as many as there are cores."""
+    """Threads that render and tokenize; 0: as many as there are cores."""
     directory: str = "prepared"
     """Where prepared data is kept; each data set in a folder named by the content it was made from."""
 

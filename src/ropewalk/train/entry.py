@@ -89,8 +89,11 @@ def finish(job: Job, run: RunDirectory, reporter: Reporter) -> TrainResult:
         {"kind": "start", "step": job.step, "steps": job.steps, "trainable": trainable, "time": time.time()}
     )
     what = f"{trainable:,} parameters" + (f" in {len(adapted)} adapters" if adapted else "")
-    begin = f"from step {job.step}" if job.step else "from the start"
-    reporter.say(f"{run.path}: {job.steps} steps of {job.rows} rows {begin}, training {what} on {job.device}")
+    epochs = job.steps * job.rows / job.loader.rows_per_epoch()
+    reporter.say(
+        f"{run.path}: {job.steps} steps of {job.rows} rows ({epochs:.3g} epochs) on {job.device}, "
+        f"training {what}" + (f", going on after step {job.step}" if job.step else "")
+    )
     if adapted and (sentence := left_out(job.built.model)):
         reporter.say(sentence)
     reporter.start(job.steps, job.step)

@@ -115,6 +115,7 @@ def evaluate(job: Job, run: RunDirectory, reporter: Reporter, stop: StopRequest)
         micro_batch=job.micro_rows,
         chunk=job.recipe.train.loss_chunk,
         device=job.device,
+        compiled=job.recipe.train.compile,
         stop=lambda: bool(stop),
     )
     if measured is None:

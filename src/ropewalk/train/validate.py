@@ -25,6 +25,7 @@ def validation_loss(
     micro_batch: int,
     chunk: int,
     device: torch.device,
+    compiled: bool = False,
     stop: Callable[[], bool] = lambda: False,
 ) -> tuple[float, int] | None:
     """(mean loss per scored token, scored tokens) over the loader's first `rows` rows, each at most once.
@@ -33,7 +34,7 @@ def validation_loss(
     """
     rows = min(rows, loader.rows_per_epoch(0))
     total, scored = torch.zeros((), dtype=torch.float64, device=device), 0
-    with evaluating(model):
+    with evaluating(model, compiled):
         for start in range(0, rows, micro_batch):
             if stop():
                 return None
@@ -53,22 +54,22 @@ def write_samples(
     batch_size: int,
     compiled: bool = False,
 ) -> None:
-    """Greedy answers to the prompt panel, one JSON line `{prompt, answer}` each.
-
-    `compiled`: the model's blocks are, for the shapes of training; here they run as they are.
-    """
-    # torch.compile's machinery is 2.5 s and 73 MB: not imported by those who do not use it
-    eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
-    with evaluating(model), eager:
+    """Greedy answers to the prompt panel, one JSON line `{prompt, answer}` each."""
+    with evaluating(model, compiled):
         samples = run_panel(model, tokenizer, prompts, max_new_tokens, batch_size)
     atomic_write(path, "".join(json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in samples))
 
 
 @contextmanager
-def evaluating(model: Transformer) -> Iterator[None]:
-    """Evaluation mode inside; the mode and torch's generators are afterwards as they were before."""
+def evaluating(model: Transformer, compiled: bool) -> Iterator[None]:
+    """Evaluation mode inside, in which nothing is drawn from torch's generators.
+
+    Blocks that are `compiled` are so for the shapes of training: here they run as they were written.
+    """
     training = model.training
-    with torch.random.fork_rng():
+    # set_stance imports torch.compile's machinery, 2.5 s and 73 MB: not for those who do not use it
+    eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+    with eager:
         model.eval()
         try:
             yield

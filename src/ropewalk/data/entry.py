@@ -118,8 +118,6 @@ def prepare_sources(
     """As `prepare`, from plain values. `workers` threads render and tokenize; they change no result."""
     if not train:
         raise UserError("data.train: names no source; give at least one")
-    if options.sequence_length < 2:
-        raise UserError("data.sequence_length: must be at least 2; the first token of a row is not predicted")
     inputs = [Input(s, *files_of(s), held_out=i >= len(train)) for i, s in enumerate([*train, *validation])]
     made_from = _made_from(inputs, tokenizer, options)
     fingerprint = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()

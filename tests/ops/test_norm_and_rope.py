@@ -1,0 +1,111 @@
+"""RMSNorm's borrowed gradient is the real one; RoPE rotates; frequencies are transformers'."""
+
+import math
+
+import pytest
+import torch
+
+from ropewalk.ops import apply_rope, rms_norm, rms_norm_reference, rope_frequencies, rope_tables
+from ropewalk.ops.rope import effective_length
+
+
+def test_rms_norm_gradient_is_right_in_float32():
+    """Against float64, with a mean far from 0: LayerNorm's own gradient would be visibly wrong."""
+    x = (torch.randn(3, 5, 24, generator=torch.manual_seed(0)) + 2.0).requires_grad_()
+    scale = torch.randn(24, generator=torch.manual_seed(1)).requires_grad_()
+    weights = torch.randn(3, 5, 24, generator=torch.manual_seed(2))
+    (rms_norm(x, scale, 1e-3) * weights).sum().backward()
+    x64, scale64 = x.detach().double().requires_grad_(), scale.detach().double().requires_grad_()
+    y64 = x64 * torch.rsqrt(x64.square().mean(-1, keepdim=True) + 1e-3) * scale64
+    (y64 * weights).sum().backward()
+    torch.testing.assert_close(x.grad.double(), x64.grad, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(scale.grad.double(), scale64.grad, atol=1e-5, rtol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(rms_norm(x, scale, 1e-3), y64.float(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("frozen", ["none", "scale", "x"])
+def test_rms_norm_in_bfloat16_rounds_once(frozen):
+    x = (torch.randn(7, 64, generator=torch.manual_seed(0)) * 3 + 1).bfloat16()
+    scale = torch.randn(64, generator=torch.manual_seed(1)).bfloat16()
+    x.requires_grad_(frozen != "x")
+    scale.requires_grad_(frozen != "scale")
+    out = rms_norm(x, scale, 1e-6)
+    expected = rms_norm_reference(x, scale, 1e-6)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out, expected, atol=0, rtol=2**-7)
+    inputs = [t for t in (x, scale) if t.requires_grad]
+    weights = torch.randn(7, 64, generator=torch.manual_seed(2)).bfloat16()
+    for a, b in zip(
+        torch.autograd.grad((out * weights).sum(), inputs),
+        torch.autograd.grad((expected * weights).sum(), inputs),
+        strict=True,
+    ):
+        assert a.dtype == b.dtype
+        assert (a.float() - b.float()).norm() <= 0.01 * b.float().norm()
+
+
+def test_rope_keeps_lengths_and_makes_products_depend_on_distance_only():
+    frequency, factor = rope_frequencies(100.0, 8, None, 64)
+    q, k = torch.randn(2, 1, 1, 1, 8, generator=torch.manual_seed(0))
+
+    def product(i: int, j: int) -> float:
+        tables = rope_tables(torch.tensor([[i, j]]), frequency, factor, torch.float32)
+        rotated = apply_rope(torch.cat((q, k), 1), *tables)
+        assert math.isclose(rotated[0, 0].norm().item(), q.norm().item(), rel_tol=1e-5)
+        return (rotated[0, 0] @ rotated[0, 1].T).item()
+
+    assert math.isclose(product(3, 1), product(40, 38), abs_tol=1e-4)
+    assert not math.isclose(product(3, 1), product(3, 2), abs_tol=1e-2)
+    assert math.isclose(product(0, 0), (q[0, 0] @ k[0, 0].T).item(), abs_tol=1e-5)
+
+
+def test_partial_rope_leaves_the_rest_alone():
+    frequency, factor = rope_frequencies(100.0, 3, None, 64)  # three elements: two pairs, as in transformers
+    assert len(frequency) == 2
+    x = torch.randn(1, 5, 2, 10, generator=torch.manual_seed(0))
+    out = apply_rope(x, *rope_tables(torch.arange(5)[None], frequency, factor, torch.float32))
+    assert torch.equal(out[..., 4:], x[..., 4:])
+    assert not torch.allclose(out[:, 1:, :, :4], x[:, 1:, :, :4])
+
+
+LONG = {"short_factor": [1.0, 1.1, 1.3, 2.0], "long_factor": [2.0, 4.0, 8.0, 9.0]}
+SCALINGS = [
+    None,
+    {"rope_type": "linear", "factor": 4.0},
+    {"rope_type": "dynamic", "factor": 2.0},
+    {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "attention_factor": 0.9},
+    {"rope_type": "longrope", "original_max_position_embeddings": 16} | LONG,
+    {"rope_type": "longrope", "original_max_position_embeddings": 16, "factor": 3.0} | LONG,
+]
+
+
+@pytest.mark.parametrize("length", [1, 16, 17, 64, 100])
+@pytest.mark.parametrize("scaling", SCALINGS, ids=lambda s: s["rope_type"] if s else "default")
+def test_frequencies_are_those_of_transformers(scaling, length):
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    parameters = {"rope_type": "default", **(scaling or {}), "rope_theta": 500.0}
+    config = LlamaConfig(
+        hidden_size=16, num_attention_heads=2, max_position_embeddings=64, rope_parameters=parameters
+    )
+    kind = parameters["rope_type"]
+    frequency, factor = rope_frequencies(500.0, 8, scaling, 64, length)
+    if kind == "default":
+        expected, wanted = 1.0 / 500.0 ** (torch.arange(0, 8, 2) / 8), 1.0
+    else:
+        expected, wanted = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), seq_len=length)
+    torch.testing.assert_close(frequency, expected, atol=0, rtol=2e-7)
+    assert math.isclose(factor, wanted)
+    if scaling is not None and kind in ("dynamic", "longrope"):
+        same = rope_frequencies(500.0, 8, scaling, 64, effective_length(scaling, 64, length))
+        assert torch.equal(same[0], frequency)
