@@ -27,6 +27,8 @@ class Measurement:
     side: str
     seconds: float
     """wall time of the whole process"""
+    processor_seconds: float
+    """time all threads computed (or waited for each other in a loop)"""
     peak_bytes: int
     """most resident memory of the process and its children together"""
     load_before: float
@@ -74,7 +76,12 @@ def measure(
     if process.returncode or not lines:
         raise RuntimeError(f"{side} ended with {process.returncode}:\n{''.join(output)[-4000:]}")
     return Measurement(
-        side, seconds, max(peak, usage.ru_maxrss * 1024), load, json.loads(lines[-1][len(MARK) :])
+        side,
+        seconds,
+        usage.ru_utime + usage.ru_stime,
+        max(peak, usage.ru_maxrss * 1024),
+        load,
+        json.loads(lines[-1][len(MARK) :]),
     )
 
 

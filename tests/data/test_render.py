@@ -1,5 +1,6 @@
 """Exactly the assistant's tokens are scored, in every style of chat template."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ropewalk.data import render, render_prompt
-from ropewalk.data.render import ChatTemplate, RenderError
+from ropewalk.data.render import ChatTemplate, RenderError, _Shape
 from ropewalk.data.tokenize import Tokenization
 from ropewalk.errors import UserError
 
@@ -212,8 +213,6 @@ BAD_TEMPLATES = {
 
 @pytest.mark.parametrize("name", BAD_TEMPLATES)
 def test_what_cannot_be_exact_is_refused(name, tokenizers):
-    import copy
-
     template, message = BAD_TEMPLATES[name]
     tokenizer = copy.deepcopy(tokenizers["chatml"])
     tokenizer.chat_template = template
@@ -247,8 +246,6 @@ def test_a_prompt_without_template_or_refused_says_why(tokenizers):
 
 def test_the_opening_of_the_next_turn_is_not_the_end_of_this_one(tokenizers):
     """GLM's templates write no token at an answer's end; the next <|user|> is not the assistant's."""
-    import copy
-
     tokenizer = copy.deepcopy(tokenizers["chatml"])
     tokenizer.chat_template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% endfor %}"
@@ -313,6 +310,39 @@ def test_control_tokens_that_take_white_space_along(answer):
     assert ids[: len(prompt)] == prompt
     learned = tokenizer.decode([i for i, s in zip(ids, scored, strict=True) if s])
     assert learned == f"{answer}<|end|>" * 2
+
+
+def test_an_end_that_only_the_last_turn_has_is_scored_there_only(tokenizers):
+    tokenizer = copy.deepcopy(tokenizers["zephyr"])
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role + ': ' + m.content }}{% if loop.last %}{{ eos_token }}{% endif %}\n"
+        "{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    ).replace("{{ eos_token }}", "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}")
+    ids, scored = render(talk("a", "b", "c", "d"), tokenizer)
+    assert tokenizer.decode([i for i, s in zip(ids, scored, strict=True) if s]) == "bd</s>"
+
+
+def test_contents_that_could_lie_in_two_ways_are_not_decided_by_shape():
+    shape = _Shape(["", "\n", ""], [None, None], [0, 0])
+    assert shape.find(["a\n", "b"], "a\n\nb") == [(0, 2), (3, 4)]
+    assert shape.find(["a\n", "\nb"], "a\n\nb") is None
+
+
+def test_offsets_that_leave_out_spaces_hide_no_token_across_an_edge(gpt2_tokenizers):
+    """As RoBERTa's and Llama 3's files ask for: " rope" would seem to begin after its space."""
+    from tokenizers.processors import ByteLevel
+
+    tokenizer = copy.deepcopy(gpt2_tokenizers["plain"])
+    tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=True)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role + ': ' + m.content + 'rope' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    messages = talk("q", "rope ")
+    prompt = render_prompt(messages[:-1], tokenizer)
+    ids, scored = render(messages, tokenizer)
+    assert ids[: len(prompt)] == prompt
+    assert tokenizer.decode([i for i, s in zip(ids, scored, strict=True) if s]) == "rope "
 
 
 def test_render_error_is_a_value_error_so_that_rows_can_be_blamed():

@@ -242,6 +242,11 @@ def make_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]
     return make
 
 
+@pytest.fixture(scope="session")
+def case_names() -> list[str]:
+    return sorted(CASES)
+
+
 @pytest.fixture
 def pair(case: str, make_pair: Callable[[str], Pair]) -> Pair:
     return make_pair(case)

@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from ropewalk.errors import UserError
 from ropewalk.model import Transformer, config_from_hf, config_to_hf, weight_map
@@ -132,7 +134,7 @@ def test_configs_of_well_known_models_mean_what_transformers_reads_in_them(name)
 
 REFUSED = {
     "architecture": ({"model_type": "mamba"}, "mamba"),
-    "no architecture": ({"model_type": None}, "None"),
+    "no architecture": ({"model_type": None}, "model_type is missing"),
     "vision": ({"model_type": "gemma3"}, "gemma3_text"),
     "unknown field": ({"residual_multiplier": 0.5}, "residual_multiplier = 0.5"),
     "quantized": ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
@@ -147,6 +149,23 @@ REFUSED = {
     "rope field": ({"rope_scaling": {"type": "linear", "factor": 2.0, "alpha": 3}}, "alpha"),
     "rope without factor": ({"rope_scaling": {"type": "linear"}}, "factor"),
     "rope not a number": ({"rope_scaling": {"type": "linear", "factor": float("nan")}}, "factor"),
+    "theta": ({"rope_theta": "many"}, "rope_theta = 'many'"),
+    "theta inside": ({"rope_parameters": {"rope_theta": -1}}, "rope_theta"),
+    "switch as text": ({"attention_bias": "false"}, "attention_bias = 'false'"),
+    "eps": ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+    "special id": ({"eos_token_id": "</s>"}, "eos_token_id"),
+    "llama3 bounds": (
+        {
+            "rope_scaling": {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 4.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+            }
+        },
+        "high_freq_factor",
+    ),
     "rope as text": ({"rope_scaling": "linear"}, "rope_scaling = 'linear'"),
     "partial rotation": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     "interleaved": ({"rope_interleaved": True}, "rope_interleaved = True"),
@@ -212,6 +231,36 @@ def test_the_first_names_of_longrope_mean_longrope():
 def test_unset_and_harmless_keys_are_no_obstacle():
     extra = {"some_new_thing": None, "other_switch": False, "use_cache": True, "attention_dropout": 0.1}
     assert config_from_hf(LLAMA | extra) == config_from_hf(LLAMA)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 2**40) | st.floats() | st.text(max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["type", "factor", "a"]), inner)
+    ),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_any_damaged_config_is_refused_or_makes_a_model(make_pair, case_names, data):
+    """No traceback, and nothing accepted that the model's modules cannot be made of."""
+    fields = config_to_hf(make_pair(data.draw(st.sampled_from(case_names))).ours.config)
+    where = fields
+    key = data.draw(st.sampled_from(sorted(fields)))
+    if isinstance(fields[key], dict) and data.draw(st.booleans()):
+        where = fields[key]
+        key = data.draw(st.sampled_from(sorted(where)))
+    where[key] = data.draw(JSON)
+    try:
+        config = config_from_hf(fields)
+    except UserError:
+        return
+    if config.num_hidden_layers * max(1, config.num_experts) < 100:
+        with torch.device("meta"):
+            model = Transformer(config)
+        assert len(list(model.parameters())) == sum(len(rule.parts) for rule in weight_map(config))
 
 
 def test_every_parameter_is_in_one_rule_with_its_shape(pair):

@@ -184,7 +184,6 @@ def test_every_type_is_read_as_gguf_dequantizes_it(
     file = GgufFile.open(tmp_path / "t.gguf")
     np.testing.assert_array_equal(file.read(file.tensors["x"]), wanted)
     monkeypatch.setattr("ropewalk.model.gguf.CHUNK_VALUES", 2 * columns)
-    assert 2 * columns < CHUNK_VALUES
     np.testing.assert_array_equal(file.read(file.tensors["x"]), wanted)
     np.testing.assert_array_equal(file.read(file.tensors["x"], 3, 2), wanted[3:5])
 

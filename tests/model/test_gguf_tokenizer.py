@@ -69,6 +69,7 @@ class LlamaCpp:
         parameters.model.path = str(path)
         parameters.n_ctx, parameters.n_parallel, parameters.port, parameters.verbosity = 64, 1, 0, -1
         parameters.warmup = parameters.fit_params = False
+        parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = 1
         self.server = xllamacpp.Server(parameters)
 
     def __call__(self, text: str) -> list[int]:

@@ -1,9 +1,11 @@
 """Every family's logits, gradients and cached decoding equal transformers'."""
 
+import copy
+
 import pytest
 import torch
 
-from ropewalk.model import KVCache
+from ropewalk.model import KVCache, from_config, load_model
 from ropewalk.model.families import FAMILIES
 from ropewalk.model.families_weights import stored_name, weight_map
 
@@ -70,6 +72,33 @@ def _compare_expert_gradients(pair):
             for name, gradient in (("gate", gate), ("up", up), ("down", down)):
                 ours = mine[f"blocks.{i}.mlp.experts.{e}.{name}_proj.weight"].grad
                 close(torch.zeros_like(gradient) if ours is None else ours, gradient, 1e-5)
+
+
+def test_bfloat16_is_no_further_from_float32_than_transformers(pair):
+    """Logits and a gradient, relative to what float32 gives with the same (rounded) weights."""
+    if pair.ours.config.moe_layers:
+        pytest.skip("rounding sends some tokens to other experts")
+    tokens, theirs = pair.tokens(8), copy.deepcopy(pair.theirs)
+    ours = load_model(pair.path, dtype="bfloat16")
+    exact = load_model(pair.path)
+    weights = torch.randn(8, pair.length, ours.config.vocab_size, generator=torch.manual_seed(1))
+    with torch.no_grad():
+        for parameter in (*theirs.parameters(), *exact.parameters()):
+            parameter.copy_(parameter.bfloat16())
+    theirs = theirs.bfloat16()
+    logits = {}
+    for name, model in (("theirs", theirs), ("ours", ours), ("exact", exact)):
+        logits[name] = model(tokens).logits if name == "theirs" else logits_of(model, tokens)
+        (logits[name].float() * weights).mean().backward()
+    gradients = {
+        "theirs": theirs.get_input_embeddings().weight.grad,
+        "ours": ours.embed.weight.grad,
+        "exact": exact.embed.weight.grad,
+    }
+    # Sums over 16 elements round more than those of real models, hence the slack in gradients.
+    for values, slack in ((logits, 1.2), (gradients, 2.0)):
+        errors = {n: (values[n].float() - values["exact"]).norm().item() for n in ("ours", "theirs")}
+        assert errors["ours"] <= slack * errors["theirs"]
 
 
 @torch.no_grad()
@@ -163,3 +192,27 @@ def test_checkpointing_changes_no_gradient(pair):
     model.eval()
     assert gradients[0].keys() == gradients[1].keys()
     assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+
+
+@pytest.mark.slow
+def test_compiled_blocks_equal_plain_ones_and_serve_every_packing():
+    """One compilation for all layers, batches and document boundaries."""
+    from torch._dynamo.utils import counters
+
+    sizes = {"vocab_size": 31, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 12}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    model = from_config({"model_type": "llama"} | sizes | heads, seed=0).train()
+    tokens = torch.randint(0, 31, (2, 24), generator=torch.manual_seed(0))
+    packings = [torch.arange(24).expand(2, -1) // n for n in (5, 24, 3, 7)]
+    plain = [model(tokens, segments=s) for s in packings]
+    torch._dynamo.reset()
+    counters.clear()
+    for block in model.blocks:
+        block.compile(backend="aot_eager")
+    for segments, expected in zip(packings, plain, strict=True):
+        out = model(tokens, segments=segments)
+        close(out, expected, 1e-5)
+        out.sum().backward()
+        assert counters["frames"]["ok"] <= 5
+    assert counters["frames"]["ok"] > 0
+    torch._dynamo.reset()

@@ -141,7 +141,7 @@ def test_first_weights_have_the_promised_sizes():
         ("[1]", "c.json", "mapping"),
         ("{", "c.json", "JSON"),
         ("a: [", "c.yaml", "YAML"),
-        ("{}", "c.json", "None"),
+        ("{}", "c.json", "model_type"),
     ],
 )
 def test_a_broken_config_file_is_named(tmp_path, text, name, wanted):

@@ -13,14 +13,18 @@ def test_equals_the_matrix_product_in_float64(shape, dtype, bias):
     torch.manual_seed(0)
     layer = Linear(96, 40, bias=bias).to(dtype)
     x = torch.randn(shape).to(dtype)
-    exact = torch.nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double() if bias else None)
+    exact = torch.nn.functional.linear(
+        x.double(), layer.weight.double(), layer.bias.double() if bias else None
+    )
     for graded in (False, True):
         with torch.set_grad_enabled(graded):
             out = layer(x)
         assert (out.shape, out.dtype) == ((*shape[:-1], 40), dtype)
         assert out.requires_grad == graded
         # One rounding of the sum; with a bias the product is rounded before it is added.
-        torch.testing.assert_close(out.double(), exact, rtol=0.008 if dtype == torch.bfloat16 else 1e-5, atol=1e-2)
+        torch.testing.assert_close(
+            out.double(), exact, rtol=0.008 if dtype == torch.bfloat16 else 1e-5, atol=1e-2
+        )
 
 
 def test_a_row_that_is_not_contiguous():

@@ -165,6 +165,11 @@ def test_what_is_no_recipe(write, text, expected):
     assert "x.yaml" in found
 
 
+def test_broken_yaml_hints_at_the_usual_causes(write):
+    assert "a tab is no indentation" in message(write("name: x\n\tmodel: 3\n"))
+    assert "needs quotes (x.yaml:1, column 8)" in message(write("name: a: b\n"))
+
+
 def test_broken_yaml_says_line_and_column(write):
     assert message(write("name: x\nmodel: ]\n")).endswith("(x.yaml:2, column 8)")
 

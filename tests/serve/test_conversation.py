@@ -94,6 +94,17 @@ def test_an_answer_left_early_stays_as_far_as_it_got(long_context, tiny_tokenize
     assert said == again.text
 
 
+def test_a_message_without_an_answer_is_forgotten(long_context, tiny_tokenizer):
+    chat = Chat(long_context, tiny_tokenizer, max_new_tokens=5)
+    first = "".join(chat.say(SAYINGS[0]))
+    chat.stop = tuple(chr(i) for i in range(1, 256)) + ("\ufffd",)
+    assert "".join(chat.say(SAYINGS[1])) == ""
+    assert "forgotten" in chat.notice
+    assert [m["content"] for m in chat.messages] == [SAYINGS[0], first]
+    chat.stop = ()
+    assert "".join(chat.say(SAYINGS[2]))
+
+
 def test_a_seed_gives_the_same_conversation_and_turns_differ(long_context, tiny_tokenizer):
     def talk(seed):
         chat = Chat(long_context, tiny_tokenizer, max_new_tokens=8, temperature=1.5, seed=seed)

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ropewalk.errors import RopewalkError, UserError
 from ropewalk.serve import Completion, engine, generate, stream
@@ -147,6 +149,15 @@ def test_rows_that_ended_are_not_run_any_more_and_only_the_last_position_meets_t
     steps = [rows for rows, length in body if length == 1][-max(lengths) + 1 :]
     assert steps == [sum(n > step for n in lengths) for step in range(1, max(lengths))]
     assert max(head) == len(prompts)
+
+
+@given(finished=st.lists(st.booleans(), max_size=12))
+def test_rows_that_go_on_move_down_into_the_gaps_and_no_further(finished):
+    keep = engine._keep(finished)
+    assert sorted(keep) == [row for row, done in enumerate(finished) if not done]
+    assert all(old >= new for new, old in enumerate(keep))
+    gaps = sum(finished[: len(keep)])
+    assert sum(old != new for new, old in enumerate(keep)) == gaps
 
 
 def test_a_long_prompt_goes_through_in_parts(recorded, tiny_tokenizer, monkeypatch):

@@ -95,7 +95,7 @@ def test_a_finished_run_says_so_and_stays_as_it_is(
 def test_a_stop_before_a_measurement_is_made_up_for(
     make_recipe: Make, trace: Trace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SIGTERM in step 4, where a validation is due: no time is spent on it then, and it is not missing later."""
+    """SIGTERM in step 4, where a validation is due: it is not waited for, and not missing later."""
     from ropewalk.train import loop
 
     recipe = make_recipe(steps=6, checkpoint_every=4, evaluate_every=2)

@@ -62,7 +62,7 @@ def _best_fit(counts: np.ndarray, capacity: int) -> list[tuple[int, Pattern]]:
                 room, rows, pattern = capacity, left, None
             # A row that took one is the best fit for the next of this length, until it has no room for it.
             each = room // length
-            full = min(rows, max(left // each,1))
+            full = min(rows, left // each)
             if full:
                 put(room - each * length, full, (pattern, length, each))
             left -= full * each

@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from copy import deepcopy
+from dataclasses import fields as dataclass_fields
+from typing import Any, get_args, get_origin
 
 from ropewalk.errors import UserError
 from ropewalk.model.config import ModelConfig
@@ -23,16 +25,18 @@ _ROPE: dict[str, tuple[set[str], set[str]]] = {
     ),
     "longrope": ({"short_factor", "long_factor", _ORIGINAL}, {"factor", "attention_factor"}),
 }
-_SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-)
+# Sizes and the largest that is believed: a config is read before the file it comes with is.
+_SIZES = {
+    "vocab_size": 2**31,
+    "hidden_size": 2**20,
+    "intermediate_size": 2**24,
+    "num_hidden_layers": 2**12,
+    "num_attention_heads": 2**16,
+    "num_key_value_heads": 2**16,
+    "head_dim": 2**16,
+    "max_position_embeddings": 2**31,
+}
+_TYPES = {field.name: field.type for field in dataclass_fields(ModelConfig)}
 
 
 class _Reader:
@@ -48,8 +52,44 @@ class _Reader:
             raise UserError(f"{self.where}: the config has no {key}; add it")
         return value
 
+    def count(self, key: str, default: int, least: int = 1) -> int:
+        value = self.take(key, default)
+        if not _fits(value, int) or value < least:
+            raise self.refuse(key, f"must be an integer from {least} on")
+        return value
+
+    def flag(self, key: str) -> bool:
+        value = self.take(key)
+        if not isinstance(value, bool | None):
+            raise self.refuse(key, "must be true or false")
+        return bool(value)
+
+    def positive(self, key: str, default: float) -> float:
+        value = self.take(key, default)
+        if not _fits(value, float) or value <= 0:
+            raise self.refuse(key, "must be a positive number")
+        return float(value)
+
+    def sequence(self, key: str) -> list[Any] | None:
+        value = self.take(key)
+        if not isinstance(value, list | tuple | None):
+            raise self.refuse(key, "must be a list")
+        return None if value is None else list(value)
+
     def refuse(self, key: str, reason: str) -> UserError:
         return UserError(f"{self.where}: {key} = {_short(self.config.get(key))}: {reason}")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a JSON value is of a ModelConfig field's type."""
+    kinds = get_args(kind) or (kind,)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return int in kinds or float in kinds
+    if isinstance(value, float):
+        return float in kinds and math.isfinite(value)
+    if isinstance(value, list | tuple):
+        return any(get_origin(k) is tuple for k in kinds) and all(_fits(v, int) for v in value)
+    return type(value) in kinds
 
 
 def config_from_hf(config: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
@@ -62,15 +102,18 @@ def config_from_hf(config: Mapping[str, Any], where: str = "config.json") -> Mod
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
         hint = "; of Gemma 3 only the text models (gemma3_text)" if model_type == "gemma3" else ""
-        raise UserError(
-            f"{where}: architecture {model_type!r} is not supported{hint}; supported: {', '.join(FAMILIES)}"
+        what = (
+            "model_type is missing" if model_type is None else f"model_type {model_type!r} is not supported"
         )
+        raise UserError(f"{where}: {what}{hint}; supported: {', '.join(FAMILIES)}")
     reader = _Reader(config, where)
     fields: dict[str, Any] = {"family": model_type, **family.fixed}
     for name, (key, default) in family.keys.items():
-        fields[name] = reader.take(key, default)
+        fields[name] = value = reader.take(key, default)
+        if not _fits(value, _TYPES[name]) and not (value is None and default is None):
+            raise reader.refuse(key, "not a value that is understood")
     if model_type == "qwen3_moe" and "num_experts" not in config:  # transformers 5 writes this one
-        fields["num_experts"] = reader.take("num_local_experts", fields["num_experts"])
+        fields["num_experts"] = reader.count("num_local_experts", fields["num_experts"])
     elif model_type == "qwen3_moe":
         reader.seen.add("num_local_experts")
     for key, allowed in family.expect.items():
@@ -98,9 +141,11 @@ def _fill_sizes(reader: _Reader, family: Family, fields: dict[str, Any]) -> None
     def check(*names: str) -> None:
         for name in names:
             value = fields[name]
-            if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
+            if not _fits(value, int) or not 0 < value <= _SIZES[name]:
                 key = family.keys.get(name, (name,))[0]
-                raise UserError(f"{reader.where}: {key} = {_short(value)}: must be a positive integer")
+                raise UserError(
+                    f"{reader.where}: {key} = {_short(value)}: must be an integer from 1 to {_SIZES[name]:,}"
+                )
 
     check("hidden_size", "num_attention_heads")
     heads = fields["num_attention_heads"]
@@ -125,7 +170,7 @@ def _fill_experts(reader: _Reader, fields: dict[str, Any]) -> None:
     if fields["family"] == "mixtral":
         fields |= {"moe_layers": tuple(layers), "moe_intermediate_size": fields["intermediate_size"]}
     elif fields["family"] == "qwen3_moe":
-        step, dense = reader.take("decoder_sparse_step", 1), set(reader.take("mlp_only_layers") or ())
+        step, dense = reader.count("decoder_sparse_step", 1), reader.sequence("mlp_only_layers") or ()
         fields["moe_layers"] = tuple(i for i in layers if i not in dense and (i + 1) % step == 0)
 
 
@@ -137,7 +182,7 @@ def _fill_windows(reader: _Reader, family: Family, fields: dict[str, Any]) -> No
         sliding = [fields["sliding_window"] is not None] * layers
     elif family.windows == "switched":
         reader.take("max_window_layers")  # written by Qwen, read by nobody
-        sliding = [bool(reader.take("use_sliding_window", False))] * layers
+        sliding = [reader.flag("use_sliding_window")] * layers
     elif family.windows == "layer_types":
         sliding = _sliding_layers(reader, fields)
     if not any(sliding):
@@ -153,20 +198,20 @@ def _fill_windows(reader: _Reader, family: Family, fields: dict[str, Any]) -> No
 def _sliding_layers(reader: _Reader, fields: dict[str, Any]) -> list[bool]:
     """Per layer, from layer_types or else the family's own pattern."""
     layers, family = fields["num_hidden_layers"], fields["family"]
-    types = reader.take("layer_types")
+    types = reader.sequence("layer_types")
     if family.startswith("qwen"):
-        first = reader.take("max_window_layers", 28)
+        first = reader.count("max_window_layers", 28, least=0)
         pattern = [i >= first for i in range(layers)]
-        if not reader.take("use_sliding_window", False):
+        if not reader.flag("use_sliding_window"):
             # transformers then drops the window whatever layer_types says.
             return [False] * layers
     else:
         reader.seen.add("_sliding_window_pattern")
-        every = reader.take("sliding_window_pattern", 6) if family == "gemma3_text" else 2
+        every = reader.count("sliding_window_pattern", 6) if family == "gemma3_text" else 2
         pattern = [bool((i + 1) % every) for i in range(layers)]
     if types is None:
         return pattern
-    if len(types) != layers or not set(types) <= {"full_attention", "sliding_attention"}:
+    if len(types) != layers or not all(t in ("full_attention", "sliding_attention") for t in types):
         raise reader.refuse(
             "layer_types", f"must be full_attention or sliding_attention for each of the {layers} layers"
         )
@@ -181,21 +226,26 @@ def _fill_rope(reader: _Reader, fields: dict[str, Any]) -> None:
     given = reader.config.get(key) or {}
     if not isinstance(given, Mapping):
         raise reader.refuse(key, "must be a mapping")
-    theta = reader.take("rope_theta", 1e6 if family in ("mixtral", "gemma3_text") else 1e4)
-    partial = reader.take("partial_rotary_factor", 1.0)
+    theta = reader.positive("rope_theta", 1e6 if family in ("mixtral", "gemma3_text") else 1e4)
+    partial = reader.positive("partial_rotary_factor", 1.0)
     if family == "gpt_neox":
-        theta, partial = reader.take("rotary_emb_base", theta), reader.take("rotary_pct", 0.25)
+        theta, partial = reader.positive("rotary_emb_base", theta), reader.positive("rotary_pct", 0.25)
     if family == "gemma3_text":
-        local = reader.take("rope_local_base_freq", 1e4)
+        local = reader.positive("rope_local_base_freq", 1e4)
         if "sliding_attention" in given or "full_attention" in given:
-            sliding = given.get("sliding_attention") or {}
+            sliding, given = given.get("sliding_attention") or {}, given.get("full_attention") or {}
+            if not isinstance(sliding, Mapping) or not isinstance(given, Mapping):
+                raise reader.refuse(key, "must be a mapping for each layer type")
             if sliding.get("rope_type", "default") != "default":
                 raise reader.refuse(key, "scaling of the sliding layers' RoPE is not supported")
-            local, given = sliding.get("rope_theta", local), given.get("full_attention") or {}
-        fields["rope_local_theta"] = float(local)
-    scaling = {k: v for k, v in given.items() if v is not None}
-    fields["rope_theta"] = float(scaling.pop("rope_theta", theta))
-    fields["partial_rotary_factor"] = float(scaling.pop("partial_rotary_factor", partial))
+            local = sliding.get("rope_theta", local)
+        fields["rope_local_theta"] = local
+    scaling = {k: deepcopy(v) for k, v in given.items() if v is not None}
+    fields["rope_theta"] = scaling.pop("rope_theta", theta)
+    fields["partial_rotary_factor"] = scaling.pop("partial_rotary_factor", partial)
+    for name in ("rope_theta", "partial_rotary_factor", "rope_local_theta"):
+        if name in fields and (not _fits(fields[name], float) or fields[name] <= 0):
+            raise reader.refuse(key, f"{name} must be a positive number")
     old_name = scaling.pop("type", "default")
     kind = scaling.pop("rope_type", old_name)
     if family == "phi3" and kind in ("su", "yarn"):  # longrope's first names
@@ -211,7 +261,7 @@ def _check_rope(
     reader: _Reader, family: str, key: str, kind: str, scaling: dict[str, Any]
 ) -> dict[str, Any] | None:
     """The scaling with its type in it; None for plain RoPE."""
-    supported = ("default", "longrope") if family == "phi3" else tuple(_ROPE)
+    supported = ["default", "longrope"] if family == "phi3" else list(_ROPE)
     if kind not in supported:
         raise reader.refuse(
             key, f"rope_type {kind!r} is not supported for {family}; supported: {', '.join(supported)}"
@@ -222,9 +272,15 @@ def _check_rope(
     if unknown := scaling.keys() - required - optional:
         raise reader.refuse(key, f"{', '.join(sorted(unknown))} is not understood for rope_type {kind!r}")
     for name, value in scaling.items():
-        numbers = value if isinstance(value, list) else [value]
-        if not all(isinstance(n, int | float) and math.isfinite(n) for n in numbers):
-            raise reader.refuse(key, f"{name} must be a finite number")
+        many = name in ("short_factor", "long_factor")
+        if many != isinstance(value, list | tuple):
+            raise reader.refuse(key, f"{name} must be {'a list of numbers' if many else 'a number'}")
+        least = 0.0 if name.startswith("mscale") else 1e-9
+        for number in value if many else [value]:
+            if name != "truncate" and not (_fits(number, float) and number >= least):
+                raise reader.refuse(key, f"{name} must be positive")
+    if kind == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
+        raise reader.refuse(key, "high_freq_factor must be above low_freq_factor")
     if kind in ("linear", "dynamic"):
         scaling.pop(_ORIGINAL, None)
     return None if kind == "default" else {"rope_type": kind, **scaling}
@@ -291,7 +347,7 @@ def _write_windows(config: ModelConfig, family: Family, result: dict[str, Any]) 
 
 
 def _write_rope(config: ModelConfig, result: dict[str, Any]) -> None:
-    scaling = config.rope_scaling
+    scaling = deepcopy(config.rope_scaling)
     parameters = {"rope_type": "default", **(scaling or {}), "rope_theta": config.rope_theta}
     partial = config.partial_rotary_factor
     if partial != 1.0 or config.family in ("phi3", "gpt_neox"):

@@ -7,7 +7,9 @@ pages of the file, so that training may change them in place.
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -60,8 +62,24 @@ def load_model(
 
 
 def read_config(directory: Path) -> ModelConfig:
-    """The ModelConfig in a Hugging Face directory; raises UserError naming the file."""
-    path = directory / "config.json"
+    """The ModelConfig in a Hugging Face directory; raises UserError naming the file.
+
+    What ends a sequence is taken from generation_config.json where there is one: it often knows more.
+    """
+    path, generation = directory / "config.json", directory / "generation_config.json"
+    config = config_from_hf(_read_object(path), str(path))
+    eos = _read_object(generation).get("eos_token_id") if generation.is_file() else None
+    if eos is None:
+        return config
+    ids = eos if isinstance(eos, list) else [eos]
+    if not all(isinstance(i, int) and 0 <= i < config.vocab_size for i in ids):
+        raise UserError(
+            f"{generation}: eos_token_id is {eos!r}, not ids of the model's {config.vocab_size} tokens"
+        )
+    return replace(config, eos_token_id=tuple(ids) if isinstance(eos, list) else eos)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -70,7 +88,7 @@ def read_config(directory: Path) -> ModelConfig:
         raise UserError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: not a JSON object")
-    return config_from_hf(raw, str(path))
+    return raw
 
 
 def _match(config: ModelConfig, directory: Path) -> list[tuple[WeightRule, StoredTensor]]:

@@ -19,8 +19,8 @@ from ropewalk.errors import UserError
 
 MAX_HEADER_BYTES = 100_000_000
 CHUNK_VALUES = 1 << 15
-"""Values read at once: they stay in the cache, and torch does not spread so few over threads. On a busy machine,
-thousands of short parallel loops that wait for each other take a hundred times as long."""
+"""Values read at once: they stay in the cache, and torch does not spread so few over threads. On a busy
+machine, thousands of short parallel loops that wait for each other take a hundred times as long."""
 
 FLOATS = {
     "F64": torch.float64,

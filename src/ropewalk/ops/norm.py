@@ -21,7 +21,9 @@ def rms_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
     """
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
         return _RMSNorm.apply(x, scale, eps) if torch.is_grad_enabled() else _normalize(x, scale, eps)[0]
-    return F.rms_norm(x, (x.shape[-1],), scale.to(x.dtype), eps)
+    if scale.dtype != x.dtype:  # gemma's 1 + weight is float32, and rounding it would be seen
+        return F.rms_norm(x.float(), scale.shape, scale.float(), eps).to(x.dtype)
+    return F.rms_norm(x, scale.shape, scale, eps)
 
 
 def _normalize(x: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -165,11 +165,18 @@ def _compose(text: str) -> yaml.Node | None:
         loader.dispose()
 
 
+_HINTS = {
+    "cannot start any token": "a tab is no indentation, use spaces; text that begins so needs quotes",
+    "mapping values are not allowed": "text that contains a colon and a space needs quotes",
+}
+
+
 def _yaml_problem(error: yaml.YAMLError, name: str) -> str:
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         mark = error.problem_mark
         what = " ".join(part for part in (error.context, error.problem) if part)
-        return f"broken YAML: {what} ({name}:{mark.line + 1}, column {mark.column + 1})"
+        hint = "".join(f"; {hint}" for sign, hint in _HINTS.items() if sign in what)
+        return f"broken YAML: {what}{hint} ({name}:{mark.line + 1}, column {mark.column + 1})"
     return f"broken YAML: {' '.join(str(error).split())} ({name})"
 
 

@@ -68,7 +68,11 @@ class Chat:
         try:
             yield from self._answer(answer)
         finally:
-            self.messages.append({"role": "assistant", "content": answer.text})
+            if answer.text.strip():
+                self.messages.append({"role": "assistant", "content": answer.text})
+            else:  # templates want an answer between two questions, and it must say something
+                self.messages.pop()
+                self.notice = "the answer is empty; the message was forgotten"
             if self._cache is not None:
                 self._cached = (answer.prompt + answer.tokens)[: self._cache.length]
 

@@ -108,8 +108,8 @@ class Answer:
     ends: frozenset[int]
     detokenizer: Detokenizer
     stop: StopStrings
-    uniform: torch.Tensor | None
-    """float64 `[limit]`: the random number for each token; None when greedy."""
+    uniform: torch.Tensor
+    """float64 `[max_new_tokens]`: the random number for each token; empty when greedy."""
     tokens: list[int] = field(default_factory=list)
     text: str = ""
     finish_reason: Literal["stop", "length"] | None = None
@@ -156,7 +156,7 @@ def start_answers(
     if isinstance(stop, str):
         raise UserError(f"stop is the string {stop!r}; give a list of strings")
     ends = end_tokens(model, tokenizer, stop)
-    uniform: Sequence[torch.Tensor | None] = [None] * len(prompts)
+    uniform: Sequence[torch.Tensor] = [torch.empty(0)] * len(prompts)
     if sampling.temperature > 0:
         generator = torch.Generator().manual_seed(seed)
         uniform = torch.rand(len(prompts), max_new_tokens, generator=generator, dtype=torch.float64).unbind()
@@ -192,9 +192,9 @@ def encode_prompt(prompt: Prompt, tokenizer: Any, name: str = "the prompt") -> l
         if not ids and tokenizer.bos_token_id is not None:
             ids = [tokenizer.bos_token_id]
     elif prompt and isinstance(prompt[0], Mapping):
-        ids = render_prompt(prompt, tokenizer)
+        ids = render_prompt([dict(message) for message in prompt], tokenizer)  # type: ignore[arg-type]
     else:
-        ids = [int(i) for i in prompt]
+        ids = [int(i) for i in prompt]  # type: ignore[arg-type]
     if not ids:
         raise UserError(f"{name} is empty")
     return list(ids)
