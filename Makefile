@@ -34,7 +34,7 @@ demo-short: setup
 	$(BIN)/ropewalk run recipes/quickstart.yaml $(SHORT)
 
 test: setup lint types
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: setup
 	$(BIN)/ruff check .

@@ -35,7 +35,7 @@ SKIPPED = {
     "__pycache__",
     "turtledemo",
 }
-FUNCTION_CHARACTERS = (60, 1100)
+FUNCTION_CHARACTERS = (60, 800)
 DOCSTRING_CHARACTERS = (15, 100)
 HELD_OUT = 0.12  # share of modules
 FROM_ONE_MODULE = 40  # held-out functions at most, so that no module is the score

@@ -38,9 +38,7 @@ def atomic_write(path: str | Path, data: bytes | str) -> None:
 
 
 @contextmanager
-def atomic_directory(
-    path: str | Path, overwrite: bool = False, needed: int | None = None
-) -> Iterator[Path]:
+def atomic_directory(path: str | Path, overwrite: bool = False, needed: int | None = None) -> Iterator[Path]:
     """Yields a new temporary folder beside `path`; renamed to `path` on success, removed on failure.
 
     Everything in it is on the disk before the rename. Raises UserError when `path` exists (unless

@@ -88,10 +88,10 @@ def run(
             base = evaluate(recipe=recipe, base=True, name="base", progress=stage.progress)
     with stages.next("train"):
         trained = train(recipe, progress=progress)
-    if trained.interrupted:
-        return LaneResult(trained.run, True, seconds=stages.seconds)
     if base is not None:
         base.write(trained.run)
+    if trained.interrupted:
+        return LaneResult(trained.run, True, seconds=stages.seconds)
     if not measures:
         return LaneResult(trained.run, False, seconds=stages.seconds)
     with stages.next("evaluate the tuned model") as stage:

@@ -335,8 +335,8 @@ def test_offsets_that_leave_out_spaces_hide_no_token_across_an_edge(gpt2_tokeniz
     tokenizer = copy.deepcopy(gpt2_tokenizers["plain"])
     tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=True)
     tokenizer.chat_template = (
-        "{% for m in messages %}{{ m.role + ': ' + m.content + 'rope' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+        "{% for m in messages %}{{ m.role + ':\n' + m.content + 'rope' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant:\n' }}{% endif %}"
     )
     messages = talk("q", "rope ")
     prompt = render_prompt(messages[:-1], tokenizer)

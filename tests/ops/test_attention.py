@@ -148,13 +148,14 @@ def test_cached_queries_equal_the_last_rows_of_the_whole(window, softcap):
         torch.testing.assert_close(got, whole[:, first:], atol=1e-5, rtol=1e-5)
 
 
-def test_padding_in_a_cache_is_not_seen_and_gives_no_nan():
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_padding_in_a_cache_is_not_seen_and_gives_no_nan(softcap):
     q, k, v = (t.detach() for t in qkv(1, 6))
     positions = torch.tensor([[-1, -1, 0, 1, 2, 3]])
     got = attention_cached(
-        q, k.transpose(1, 2), v.transpose(1, 2), mask=cached_mask(positions, positions, None)
+        q, k.transpose(1, 2), v.transpose(1, 2), mask=cached_mask(positions, positions, None), softcap=softcap
     )
     assert got.isfinite().all()
     torch.testing.assert_close(
-        got[:, 2:], attention_reference(q[:, 2:], k[:, 2:], v[:, 2:]), atol=1e-5, rtol=1e-5
+        got[:, 2:], attention_reference(q[:, 2:], k[:, 2:], v[:, 2:], softcap=softcap), atol=1e-5, rtol=1e-5
     )

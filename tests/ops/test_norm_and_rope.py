@@ -69,7 +69,10 @@ def test_partial_rope_leaves_the_rest_alone():
     assert not torch.allclose(out[:, 1:, :, :4], x[:, 1:, :, :4])
 
 
-LONG = {"short_factor": [1.0, 1.1, 1.3, 2.0], "long_factor": [2.0, 4.0, 8.0, 9.0]}
+LONG = {
+    "short_factor": [1.0 + i / 10 for i in range(32)],
+    "long_factor": [2.0 + i for i in range(32)],
+}
 SCALINGS = [
     None,
     {"rope_type": "linear", "factor": 4.0},
@@ -96,16 +99,16 @@ def test_frequencies_are_those_of_transformers(scaling, length):
 
     parameters = {"rope_type": "default", **(scaling or {}), "rope_theta": 500.0}
     config = LlamaConfig(
-        hidden_size=16, num_attention_heads=2, max_position_embeddings=64, rope_parameters=parameters
+        hidden_size=128, num_attention_heads=2, max_position_embeddings=64, rope_parameters=parameters
     )
     kind = parameters["rope_type"]
-    frequency, factor = rope_frequencies(500.0, 8, scaling, 64, length)
+    frequency, factor = rope_frequencies(500.0, 64, scaling, 64, length)
     if kind == "default":
-        expected, wanted = 1.0 / 500.0 ** (torch.arange(0, 8, 2) / 8), 1.0
+        expected, wanted = 1.0 / 500.0 ** (torch.arange(0, 64, 2) / 64), 1.0
     else:
         expected, wanted = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), seq_len=length)
     torch.testing.assert_close(frequency, expected, atol=0, rtol=2e-7)
     assert math.isclose(factor, wanted)
     if scaling is not None and kind in ("dynamic", "longrope"):
-        same = rope_frequencies(500.0, 8, scaling, 64, effective_length(scaling, 64, length))
+        same = rope_frequencies(500.0, 64, scaling, 64, effective_length(scaling, 64, length))
         assert torch.equal(same[0], frequency)

@@ -54,10 +54,10 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
-        if self.dropout and self.training:
-            low = F.linear(F.dropout(x, self.dropout), self.lora_a)
-            return self.base(x) + self.scale * F.linear(low, self.lora_b)
-        return lora_linear(x, self.base.weight, self.base.bias, self.lora_a, self.lora_b, self.scale)
+        if torch.is_grad_enabled() and not (self.dropout and self.training):
+            return lora_linear(x, self.base.weight, self.base.bias, self.lora_a, self.lora_b, self.scale)
+        low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_a)
+        return self.base(x) + self.scale * F.linear(low, self.lora_b)
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:

@@ -3,7 +3,7 @@
 May import: data (chat templates), model, ops.
 """
 
-from ropewalk.serve.conversation import Chat, chat
+from ropewalk.serve.conversation import Chat
 from ropewalk.serve.engine import Completion, generate, stream
 
-__all__ = ["Chat", "Completion", "chat", "generate", "stream"]
+__all__ = ["Chat", "Completion", "generate", "stream"]

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from ropewalk.errors import UserError
-from ropewalk.model import KVCache, Transformer, load_model, load_tokenizer
+from ropewalk.model import KVCache, Transformer
 from ropewalk.serve.engine import Answer, decode, encode_prompt, new_cache, prefill, start_answers
 from ropewalk.serve.sampling import Sampling
 
@@ -121,20 +121,6 @@ class Chat:
             self._cache = new_cache(self.model, 1, max(length, min(longer, most)))
             self._cached = []
         return self._cache
-
-
-def chat(
-    source: str,
-    *,
-    system: str | None = None,
-    dtype: str = "float32",
-    device: str = "cpu",
-    revision: str | None = None,
-    **sampling: Any,
-) -> Chat:
-    """A conversation with the model at `source` (whatever `load_model` takes); `sampling` as for Chat."""
-    model = load_model(source, dtype=dtype, device=device, revision=revision)
-    return Chat(model, load_tokenizer(source, revision=revision), system, **sampling)
 
 
 def _common(a: list[int], b: list[int]) -> int:

@@ -13,7 +13,6 @@ from typing import Any, TextIO
 from ropewalk.errors import RopewalkError, UserError
 from ropewalk.files import atomic_write, naming_full_disk
 
-
 _line = json.JSONEncoder(separators=(",", ":")).encode
 
 

@@ -66,7 +66,8 @@ def resume(run: str | Path, progress: bool = True) -> TrainResult:
     """
     directory, reporter = RunDirectory.open(run), Reporter(progress)
     with directory.lock():
-        remove_leftovers(directory.checkpoints_path)
+        for folder in (directory.path, directory.samples_path, directory.checkpoints_path):
+            remove_leftovers(folder)
         checkpoint, warnings = newest_valid_checkpoint(directory.path)
         for warning in warnings:
             reporter.warn(warning)
@@ -178,8 +179,10 @@ def check_unchanged(run: RunDirectory, recipe: Recipe, reporter: Reporter) -> No
     if recipe.adapt.method == "lora" and before != model_identity(recipe):
         raise UserError(f"{run.path}: {recipe.model.source} is no longer the model that this run began with")
     then, now = run.read_json("environment.json") or {}, environment()
-    pairs = [("cpu", then.get("cpu"), now["cpu"])]
-    pairs += [(name, then.get("packages", {}).get(name), now["packages"][name]) for name in ("torch",)]
-    for name, old, new in pairs:
+    cpus, torches = (
+        (then.get("cpu"), now["cpu"]),
+        (then.get("packages", {}).get("torch"), now["packages"]["torch"]),
+    )
+    for name, (old, new) in (("cpu", cpus), ("torch", torches)):
         if old != new:
             reporter.warn(f"the run began with {name} {old}, now it is {new}: last bits may differ")

@@ -68,12 +68,11 @@ def train_step(job: Job, batches: Iterator[Batch]) -> dict[str, Any]:
         raise RopewalkError(f"step {job.step}: nothing is scored in {named_documents(parts)}; see data.score")
 
     sums = [backward(job, part, counts.scored) for part in parts]
-    *sums, gradient_norm = torch.stack(
-        [*sums, optimizer.gradient_norm()]
-    ).tolist()  # the one wait for the device
-    loss = math.fsum(sums) / counts.scored
+    measured = torch.stack([*sums, optimizer.gradient_norm().to(job.device)])
+    *part_sums, gradient_norm = measured.tolist()  # the step's one wait for the device
+    loss = math.fsum(part_sums) / counts.scored
     if not math.isfinite(loss) or not math.isfinite(gradient_norm):
-        guilty = [part for part, value in zip(parts, sums, strict=True) if not math.isfinite(value)]
+        guilty = [part for part, value in zip(parts, part_sums, strict=True) if not math.isfinite(value)]
         raise not_finite(model, job.step, loss, gradient_norm, guilty or parts)
     if job.step == 1 and gradient_norm == 0.0:
         raise no_gradient(model)
