@@ -6,7 +6,7 @@ from rich.console import Console
 
 from ropewalk.train.progress import Reporter
 
-RECORD = {"step": 3, "loss": 1.25, "gradient_norm": 0.5, "tokens_per_second": 123.4}
+RECORD = {"step": 3, "loss": 1.25, "gradient_norm": 0.5, "tokens_per_second": 123.4, "seconds": 2.0}
 
 
 def show(reporter: Reporter) -> None:
@@ -24,6 +24,15 @@ def test_plain_lines() -> None:
     assert first.startswith("step 3/10  loss 1.2500  grad 0.5  123 tok/s  ")
     assert first.endswith(" left")
     assert second == "warning: careful [with] markup"
+
+
+def test_the_time_left_counts_steps_only() -> None:
+    """A long validation before the first step must not be multiplied by the number of steps."""
+    out = io.StringIO()
+    reporter = Reporter(console=Console(file=out, soft_wrap=True))
+    reporter.start(10, 0)
+    reporter.step({**RECORD, "step": 1, "seconds": 20.0})
+    assert "3:00 left" in out.getvalue()
 
 
 def test_a_bar_on_a_terminal() -> None:

@@ -20,7 +20,7 @@ class Reporter:
     def start(self, steps: int, done: int) -> None:
         """Begins a run of `steps`, of which `done` are behind us."""
         self._steps = steps
-        self._first = (done, time.perf_counter())
+        self._first = None
         if self.shown and self.console.is_terminal:
             columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
             # twice a second: drawing is work for a core that should train
@@ -30,6 +30,8 @@ class Reporter:
 
     def step(self, record: dict[str, Any], line: bool = True) -> None:
         """Shows one training step; `line`: whether it deserves a line where there is no bar."""
+        if self._first is None:  # what came before the first step comes once: it says nothing of the rest
+            self._first = (record["step"] - 1, time.perf_counter() - record["seconds"])
         text = (
             f"loss {record['loss']:.4f}  grad {record['gradient_norm']:.3g}  "
             f"{record['tokens_per_second']:.0f} tok/s  {self._left(record['step'])} left"
