@@ -181,7 +181,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "broken config": (lambda d: (d / "config.json").write_text("{"), r"config.json: not valid JSON"),
     "config is a list": (lambda d: (d / "config.json").write_text("[]"), r"config.json: not a JSON object"),
-    "too many layers": (lambda d: config(d, num_hidden_layers=10_000_000), "tensors are too few"),
+    "too many layers": (lambda d: config(d, num_hidden_layers=4_000), "tensors are too few"),
     "header is no JSON": (
         lambda d: (d / "model.safetensors").write_bytes(struct.pack("<Q", 8) + b"x" * 20),
         "its header is not JSON",

@@ -57,9 +57,9 @@ def show(result: "LaneResult", console: "Console") -> None:
             style = {True: "bold green", False: "bold red", None: ""}[row.better]
             table.add_row(row.measure, row.on, old, Text(f"{row.tuned:.2f}", style=style))
         console.print(table)
-    console.print(f"report       {result.run / 'report.md'}", soft_wrap=True)
     if result.interrupted:
         console.print(f"interrupted  ropewalk resume {result.run}", soft_wrap=True)
         console.print(f"and then     ropewalk eval {result.run}", soft_wrap=True)
     else:
+        console.print(f"report       {result.run / 'report.md'}", soft_wrap=True)
         console.print(f"talk to it   ropewalk chat {result.run}", soft_wrap=True)

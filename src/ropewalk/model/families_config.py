@@ -353,19 +353,26 @@ def _write_rope(config: ModelConfig, result: dict[str, Any]) -> None:
     if partial != 1.0 or config.family in ("phi3", "gpt_neox"):
         parameters["partial_rotary_factor"] = partial
         result["partial_rotary_factor"] = partial
-    result |= {"rope_theta": config.rope_theta, "rope_scaling": scaling, "rope_parameters": parameters}
+    result |= {"rope_theta": config.rope_theta, "rope_parameters": parameters}
+    result["rope_scaling"] = None if scaling is None else _older_scaling(config, scaling)
+    if config.family == "phi3" or (scaling is not None and scaling["rope_type"] == "longrope"):
+        result[_ORIGINAL] = (scaling or {}).get(_ORIGINAL, config.max_position_embeddings)
     if config.family == "gpt_neox":
         result |= {"rotary_emb_base": config.rope_theta, "rotary_pct": partial}
-    if config.family == "phi3":
-        result[_ORIGINAL] = (scaling or {}).get(_ORIGINAL, config.max_position_embeddings)
-        if scaling is not None and not scaling.keys() & {"factor", "attention_factor"}:
-            # transformers 4 accepts exactly three keys here
-            factors = {k: scaling[k] for k in ("short_factor", "long_factor")}
-            result["rope_scaling"] = {"type": "longrope"} | factors
     if config.rope_local_theta is not None:
         local = {"rope_type": "default", "rope_theta": config.rope_local_theta}
         result["rope_local_base_freq"] = config.rope_local_theta
         result["rope_parameters"] = {"full_attention": parameters, "sliding_attention": local}
+
+
+def _older_scaling(config: ModelConfig, scaling: dict[str, Any]) -> dict[str, Any]:
+    """rope_scaling as transformers 4 wants it: some classes refuse any key but those that they expect."""
+    kind = scaling["rope_type"]
+    if kind in ("linear", "dynamic"):
+        return {"type": kind, "factor": scaling["factor"]}
+    if config.family == "phi3" and not scaling.keys() & {"factor", "attention_factor"}:
+        return {"type": kind, "short_factor": scaling["short_factor"], "long_factor": scaling["long_factor"]}
+    return scaling
 
 
 def _short(value: Any) -> str:
