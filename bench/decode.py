@@ -6,6 +6,7 @@ Rows have prompts of unequal length and never end early. The median step counts:
 """
 
 import argparse
+import itertools
 import os
 import statistics
 import time
@@ -29,7 +30,7 @@ def step_seconds(model, tokenizer, rows: int, steps: int) -> list[float]:
     cache = new_cache(model, rows, longest + steps + 1)
     hidden = prefill(model, [answer.prompt for answer in answers], cache)
     times = [time.perf_counter() for answer, _ in decode(model, answers, cache, hidden, Sampling())][::rows]
-    return [after - before for before, after in zip(times, times[1:], strict=False)]
+    return [after - before for before, after in itertools.pairwise(times)]
 
 
 def main() -> None:

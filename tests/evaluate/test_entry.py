@@ -52,6 +52,17 @@ def test_everything_is_measured_and_written(recipe, tmp_path):
     evaluate(recipe=recipe, directory=tmp_path, overwrite=True)
 
 
+def test_the_base_is_asked_with_the_recipes_chat_template(recipe, tmp_path):
+    """The template that the tuned model is trained with; else base and tuned are asked different things."""
+    template = tmp_path / "template.jinja"
+    template.write_text("{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}go on:")
+    before = evaluate(recipe=recipe, base=True).tasks[0].rows
+    recipe["data"]["chat_template"] = str(template)
+    assert [r["answer"] for r in evaluate(recipe=recipe, base=True).tasks[0].rows] != [
+        r["answer"] for r in before
+    ]
+
+
 def test_the_base_gets_its_own_prompts_and_a_loaded_model_is_used(recipe, tiny_llama_dir, monkeypatch):
     loaded = (load_model(tiny_llama_dir), load_tokenizer(tiny_llama_dir))
     monkeypatch.setattr("ropewalk.evaluate.entry.load_model", lambda *a, **k: pytest.fail("loaded twice"))

@@ -97,7 +97,7 @@ def test_an_answer_left_early_stays_as_far_as_it_got(long_context, tiny_tokenize
 def test_a_message_without_an_answer_is_forgotten(long_context, tiny_tokenizer):
     chat = Chat(long_context, tiny_tokenizer, max_new_tokens=5)
     first = "".join(chat.say(SAYINGS[0]))
-    chat.stop = tuple(chr(i) for i in range(1, 256)) + ("\ufffd",)
+    chat.stop = (*tuple(chr(i) for i in range(1, 256)), "�")
     assert "".join(chat.say(SAYINGS[1])) == ""
     assert "forgotten" in chat.notice
     assert [m["content"] for m in chat.messages] == [SAYINGS[0], first]

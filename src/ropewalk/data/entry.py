@@ -66,12 +66,7 @@ def prepare(
     data = recipe.data
     origin = recipe.model.tokenizer or recipe.model.source
     assert origin is not None  # the schema sees to it
-    tokenizer = load_tokenizer(origin, revision=recipe.model.revision)
-    if data.chat_template is not None:
-        try:
-            tokenizer.chat_template = Path(data.chat_template).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"data.chat_template: {data.chat_template}: {error}") from None
+    tokenizer = load_tokenizer(origin, recipe.model.revision, data.chat_template)
     options = Options(
         data.sequence_length,
         0.0 if data.validation else data.validation_fraction,

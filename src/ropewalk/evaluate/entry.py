@@ -130,8 +130,8 @@ def _load(source: str, recipe: Recipe, same: bool) -> tuple[Transformer, Any]:
     """The model in the recipe's precision and place; `same`: it is the one that recipe.model describes."""
     revision = recipe.model.revision if same else None
     model = load_model(source, dtype=recipe.train.precision, device=recipe.train.device, revision=revision)
-    own = recipe.model.tokenizer if same else None
-    return model, load_tokenizer(own or source, revision=revision)
+    own, template = (recipe.model.tokenizer, recipe.data.chat_template) if same else (None, None)
+    return model, load_tokenizer(own or source, revision, template)
 
 
 def _measure(

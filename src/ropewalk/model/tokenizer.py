@@ -11,19 +11,32 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-def load_tokenizer(source: str | Path, revision: str | None = None) -> "PreTrainedTokenizerFast":
+def load_tokenizer(
+    source: str | Path, revision: str | None = None, chat_template: str | Path | None = None
+) -> "PreTrainedTokenizerFast":
     """The tokenizer that goes with the model `source` (see `resolve_source`), with its chat template.
 
-    A directory that holds a tokenizer and no model will do too, for models from scratch.
-    An adapter without a tokenizer of its own has its base model's. No code from the directory is run, and
-    chat templates run in transformers' Jinja sandbox. Raises UserError when there is none or it is damaged.
+    `chat_template` is the path of a Jinja template that takes that one's place. A directory that holds a
+    tokenizer and no model will do too, for models from scratch. An adapter without a tokenizer of its own
+    has its base model's. No code from the directory is run, and chat templates run in transformers' Jinja
+    sandbox. Raises UserError when there is none or it is damaged.
     """
+    tokenizer = _load(source, revision)
+    if chat_template is not None:
+        try:
+            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"data.chat_template: {chat_template}: {error}") from None
+    return tokenizer
+
+
+def _load(source: str | Path, revision: str | None) -> "PreTrainedTokenizerFast":
     directory = Path(source).expanduser()
     if not (directory / "tokenizer.json").is_file():
         directory = resolve_source(source, revision)
     base = base_of_adapter(directory)
     if base is not None and not (directory / "tokenizer_config.json").is_file():
-        return load_tokenizer(*base)
+        return _load(*base)
     if (directory / "tokenizer.json").is_file():
         return _from_json(directory)
     return _from_vocabulary(directory)

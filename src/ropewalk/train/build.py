@@ -69,7 +69,9 @@ def build(recipe: Recipe, device: torch.device, checkpoint: Path | None = None) 
     model.checkpointing = recipe.train.checkpointing == "full"
     if recipe.train.compile:
         _compile(model)
-    tokenizer = tokenizer_of(recipe)
+    origin = recipe.model.tokenizer or recipe.model.source
+    assert origin is not None  # the recipe's own check
+    tokenizer = load_tokenizer(origin, recipe.model.revision, recipe.data.chat_template)
     if len(tokenizer) > model.config.vocab_size:
         raise UserError(
             f"model.tokenizer: {recipe.model.tokenizer} has {len(tokenizer):,} tokens, but the model has "
@@ -77,19 +79,6 @@ def build(recipe: Recipe, device: torch.device, checkpoint: Path | None = None) 
         )
     source = recipe.model.source if recipe.model.source is not None else "from scratch"
     return Built(model, tokenizer, tuple(adapted), source, recipe.model.revision)
-
-
-def tokenizer_of(recipe: Recipe) -> Any:
-    """The recipe's tokenizer, with the recipe's chat template where it names one."""
-    source = recipe.model.tokenizer or recipe.model.source
-    assert source is not None  # the recipe's own check
-    tokenizer = load_tokenizer(source, revision=recipe.model.revision)
-    if recipe.data.chat_template is not None:
-        try:
-            tokenizer.chat_template = Path(recipe.data.chat_template).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"data.chat_template: {recipe.data.chat_template}: {error}") from None
-    return tokenizer
 
 
 def _compile(model: nn.Module) -> None:
