@@ -1,7 +1,7 @@
 """What every benchmark here needs: commands in their own processes, measured, in turn, and written down.
 
 A measured command prints one line `RESULT {json}`; its peak memory is taken from outside, so that all tools
-are measured alike. Only the standard library, and no large imports: a child starts with its parent's peak.
+are measured alike. Only the standard library.
 """
 
 import json
@@ -42,8 +42,8 @@ def measure(
 ) -> Measurement:
     """Runs `command` and waits for it. Raises RuntimeError with the end of its output when it fails.
 
-    Peak memory is the larger of the kernel's figure for the largest process and the largest sum over the
-    process tree seen in samples (20 a second).
+    Peak memory is the larger of the kernel's high-water mark of the process and the largest sum over the
+    process tree, seen in samples (20 a second). (Not `ru_maxrss`: a child's starts with its parent's.)
     """
     load = os.getloadavg()[0]
     start = time.perf_counter()
@@ -64,7 +64,7 @@ def measure(
         pid, status, usage = os.wait4(process.pid, os.WNOHANG)
         if pid:
             break
-        peak = max(peak, _tree_bytes(process.pid))
+        peak = max(peak, _tree_bytes(process.pid), _high_water_bytes(process.pid))
         if time.perf_counter() - start > timeout:
             os.killpg(process.pid, 9)
             timeout = float("inf")
@@ -79,7 +79,7 @@ def measure(
         side,
         seconds,
         usage.ru_utime + usage.ru_stime,
-        max(peak, usage.ru_maxrss * 1024),
+        peak,
         load,
         json.loads(lines[-1][len(MARK) :]),
     )
@@ -137,6 +137,15 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
         lines.append("  ".join([first.ljust(widths[0]), *cells]))
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def _high_water_bytes(pid: int) -> int:
+    """The most resident memory a process has had since it began its program; 0 once it has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)
 
 
 def _tree_bytes(root: int) -> int:

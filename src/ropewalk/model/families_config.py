@@ -368,7 +368,7 @@ def _write_rope(config: ModelConfig, result: dict[str, Any]) -> None:
 def _older_scaling(config: ModelConfig, scaling: dict[str, Any]) -> dict[str, Any]:
     """rope_scaling as transformers 4 wants it: some classes refuse any key but those that they expect."""
     kind = scaling["rope_type"]
-    if kind in ("linear", "dynamic"):
+    if config.family == "olmo2" and kind in ("linear", "dynamic"):
         return {"type": kind, "factor": scaling["factor"]}
     if config.family == "phi3" and not scaling.keys() & {"factor", "attention_factor"}:
         return {"type": kind, "short_factor": scaling["short_factor"], "long_factor": scaling["long_factor"]}
