@@ -118,7 +118,8 @@ def _our_job(recipe: dict[str, Any], model: str, data: Path, folder: Path, threa
         "data": recipe["data"]
         | {"train": [{"path": str(data)}], "validation": [], "validation_fraction": 0.0}
         | {"directory": str(folder / "prepared")},
-        "train": recipe["train"] | {"epochs": 1, "steps": None, "tokens": None, "threads": threads},
+        "train": recipe["train"]
+        | {"epochs": 1, "steps": None, "tokens": None, "threads": threads, "log_every": 1},
         "evaluate": {},
         "runs": str(folder / "runs"),
     }

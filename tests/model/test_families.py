@@ -51,6 +51,19 @@ def test_configs_survive_transformers_and_its_older_form(pair):
     assert config_from_hf(written) == config
 
 
+def test_rope_scaling_is_written_as_the_classes_of_transformers_4_insist(make_pair):
+    """Tried with 4.57.6 on all cases; these are the keys that its strictest classes accept."""
+    written = {n: config_to_hf(make_pair(n).ours.config) for n in ("olmo2-even", "phi3-longrope-long")}
+    assert written["olmo2-even"]["rope_scaling"] == {"type": "linear", "factor": 2.0}
+    assert set(written["phi3-longrope-long"]["rope_scaling"]) == {"type", "short_factor", "long_factor"}
+    longrope = config_to_hf(make_pair("llama-longrope").ours.config)
+    assert longrope["original_max_position_embeddings"] == 32
+    linear = config_to_hf(make_pair("gemma3-linear").ours.config)
+    assert linear["rope_scaling"] == {"rope_type": "linear", "factor": 8.0}
+    assert linear["rope_theta"] == 70000.0
+    assert linear["rope_local_base_freq"] == 300.0
+
+
 # What the hubs' config.json files of these models say, but for sizes; written by transformers 4.
 HUB = {
     "SmolLM2-135M": LLAMA
