@@ -148,7 +148,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox": ("gpt_neox", GROUPED | NO_GROUPS),
     "gpt_neox-sequential": (
         "gpt_neox",
-        EVEN | NO_GROUPS | {"use_parallel_residual": False, "attention_bias": False, "hidden_size": 48},
+        EVEN
+        | NO_GROUPS
+        | {"use_parallel_residual": False, "attention_bias": False, "hidden_size": 48}
+        | rope("default", partial_rotary_factor=0.5),
     ),
     "gpt_neox-odd": (  # a quarter of 12 is 3 elements: two pairs
         "gpt_neox",
