@@ -1,4 +1,4 @@
-# make demo   makes .venv, installs, and runs recipes/quickstart.yaml: about ten minutes on two cores
+# make demo   makes .venv, installs, and runs recipes/quickstart.yaml: about five to ten minutes on two cores
 # make test   the linters, the types and the whole test suite
 # make setup  the environment only; both of the above call it
 PYTHON ?= python3
