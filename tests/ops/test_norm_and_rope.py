@@ -5,7 +5,14 @@ import math
 import pytest
 import torch
 
-from ropewalk.ops import apply_rope, rms_norm, rms_norm_reference, rope_frequencies, rope_tables
+from ropewalk.ops import (
+    apply_rope,
+    references,
+    rms_norm,
+    rms_norm_reference,
+    rope_frequencies,
+    rope_tables,
+)
 from ropewalk.ops.rope import effective_length
 
 
@@ -22,6 +29,31 @@ def test_rms_norm_gradient_is_right_in_float32():
     torch.testing.assert_close(scale.grad.double(), scale64.grad, atol=1e-5, rtol=1e-4)
     with torch.no_grad():
         torch.testing.assert_close(rms_norm(x, scale, 1e-3), y64.float(), atol=1e-5, rtol=1e-5)
+
+
+def test_rms_norm_in_float64_is_exact():
+    """Forward, gradients by finite differences, and a float32 scale beside float64 values."""
+    x = (torch.randn(3, 5, 24, generator=torch.manual_seed(0)).double() + 2.0).requires_grad_()
+    scale = torch.randn(24, generator=torch.manual_seed(1)).double().requires_grad_()
+    with torch.no_grad():
+        for factor in (scale, scale.float()):
+            torch.testing.assert_close(rms_norm(x, factor, 1e-3), rms_norm_reference(x, factor, 1e-3))
+        torch.testing.assert_close(
+            rms_norm_reference(x, scale, 1e-3),
+            x / (x.square().sum(-1, keepdim=True) / 24 + 1e-3).sqrt() * scale,
+            rtol=1e-14,
+            atol=1e-14,
+        )
+    assert torch.autograd.gradcheck(lambda a, b: rms_norm(a, b, 1e-3), (x, scale))
+
+
+def test_references_replace_rms_norm():
+    x, scale = torch.randn(7, 64, generator=torch.manual_seed(0)).bfloat16(), torch.ones(64)
+    with references():
+        assert rms_norm(x, scale, 1e-6).grad_fn is None
+        y = rms_norm(x.requires_grad_(), scale, 1e-6)
+    assert torch.equal(y, rms_norm_reference(x, scale, 1e-6))
+    assert "RMSNorm" not in type(y.grad_fn).__name__
 
 
 @pytest.mark.parametrize("frozen", ["none", "scale", "x"])

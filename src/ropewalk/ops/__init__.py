@@ -3,22 +3,27 @@
 In: tensors and numbers. Out: tensors. May import torch and ropewalk.errors.
 """
 
-from ropewalk.ops.attention import (
-    AttentionLayout,
-    attention,
-    attention_cached,
-    attention_reference,
-    cached_mask,
-)
+from ropewalk.ops.attention import attention, attention_cached, attention_reference, cached_mask
+from ropewalk.ops.attention_layout import AttentionLayout
 from ropewalk.ops.linear import Linear
 from ropewalk.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from ropewalk.ops.linear_kl import (
+    linear_kl,
+    linear_kl_reference,
+    linear_kl_top_k,
+    linear_kl_top_k_reference,
+)
+from ropewalk.ops.linear_logprobs import linear_logprobs, linear_logprobs_reference
 from ropewalk.ops.lora import lora_linear, lora_linear_reference
+from ropewalk.ops.nf4 import NF4Tensor, nf4_linear
 from ropewalk.ops.norm import rms_norm, rms_norm_reference
+from ropewalk.ops.reference import references, using_references
 from ropewalk.ops.rope import apply_rope, rope_frequencies, rope_tables
 
 __all__ = [
     "AttentionLayout",
     "Linear",
+    "NF4Tensor",
     "apply_rope",
     "attention",
     "attention_cached",
@@ -26,10 +31,19 @@ __all__ = [
     "cached_mask",
     "linear_cross_entropy",
     "linear_cross_entropy_reference",
+    "linear_kl",
+    "linear_kl_reference",
+    "linear_kl_top_k",
+    "linear_kl_top_k_reference",
+    "linear_logprobs",
+    "linear_logprobs_reference",
     "lora_linear",
     "lora_linear_reference",
+    "nf4_linear",
+    "references",
     "rms_norm",
     "rms_norm_reference",
     "rope_frequencies",
     "rope_tables",
+    "using_references",
 ]

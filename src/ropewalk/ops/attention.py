@@ -4,78 +4,17 @@ A packed row costs what its documents cost: attention runs document by document,
 together, and nothing masks one document from another. Keys and values are never repeated for grouped queries.
 """
 
-from dataclasses import dataclass, field
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ropewalk.ops.attention_kernels import SHORT, CPUCausal, Prefix, packed_attention
+from ropewalk.ops.attention_layout import AttentionLayout, causal_band
+from ropewalk.ops.reference import using_references
 
 _QUERY_BLOCK = 1024
 """Most queries whose mask or scores are held at once."""
-_SHORT = 256
-"""Longest document whose bfloat16 gradient the CPU computes faster in float32."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """`count` neighbouring documents of `length` tokens each; or padding."""
-
-    count: int
-    length: int
-    padding: bool = False
-
-    @property
-    def tokens(self) -> int:
-        return self.count * self.length
-
-
-@dataclass
-class AttentionLayout:
-    """Where documents begin and end in the flattened `[B * S]` tokens of a batch. Built once per forward."""
-
-    runs: tuple[Run, ...]
-    bands: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
-    """Masks of sliding windows, shared by the layers."""
-
-    @classmethod
-    def rows(cls, batch: int, length: int) -> "AttentionLayout":
-        """Each row is one document."""
-        return cls((Run(batch, length),))
-
-    @classmethod
-    def from_segments(cls, segments: Tensor) -> "AttentionLayout":
-        """segments `[B, S]` integers: tokens of a document share a number, neighbours differ, -1 is padding.
-
-        Copies segments to the host if they are not there.
-        """
-        rows = segments.cpu()
-        starts = torch.ones_like(rows, dtype=torch.bool)
-        starts[:, 1:] = rows[:, 1:] != rows[:, :-1]
-        first = starts.flatten().nonzero().flatten()
-        lengths = torch.diff(first, append=torch.tensor([rows.numel()])).tolist()
-        paddings = (rows.flatten()[first] < 0).tolist()
-        runs: list[Run] = []
-        for length, padding in zip(lengths, paddings, strict=True):
-            last = runs[-1] if runs else None
-            if last is not None and padding and last.padding:
-                runs[-1] = Run(1, last.tokens + length, True)
-            elif last is not None and not padding and not last.padding and last.length == length:
-                runs[-1] = Run(last.count + 1, length)
-            else:
-                runs.append(Run(1, length, padding))
-        return cls(tuple(runs))
-
-    def band(self, window: int, queries: int, before: int, device: torch.device) -> Tensor:
-        """`[queries, before + queries]`: query i sees the keys up to `before + i`, `window` of them."""
-        key = (window, queries, before)
-        if key not in self.bands:
-            distance = (
-                torch.arange(before, before + queries, device=device)[:, None]
-                - torch.arange(before + queries, device=device)[None, :]
-            )
-            self.bands[key] = (distance >= 0) & (distance < window)
-        return self.bands[key]
 
 
 def attention(
@@ -87,18 +26,31 @@ def attention(
     window: int | None = None,
     softcap: float | None = None,
     scale: float | None = None,
+    prefix: Prefix | None = None,
 ) -> Tensor:
     """Causal attention within each document.
 
     q is `[B, S, heads, D]`, k and v `[B, S, kv_heads, D]`, kv_heads a divisor of heads; the result is as q.
     `window`: keys a query sees, itself included. `softcap` c: scores become `c * tanh(score / c)` (gemma2).
-    `scale`: factor on q.k, by default `D ** -0.5`. Padding gives zeros.
+    `scale`: factor on q.k, by default `D ** -0.5`. `prefix`: keys and values, each `[P, kv_heads, D]`, that
+    stand before every document: query i of a document has index P + i, and a window counts from there.
+    Padding gives zeros.
+
+    Memory grows linearly with the length of a document. Kernels: see `_is_packed` and `_documents`.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if using_references():
+        return attention_reference(q, k, v, layout.segments(len(q), q.device), window, softcap, scale, prefix)
+    if _is_packed(q, layout, window, softcap, prefix):
+        packing = layout.packing(0 if prefix is None else len(prefix[0]), q.device)
+        fq, fk, fv = (t.flatten(0, 1) for t in (q, k, v))
+        return packed_attention(fq, fk, fv, packing, window, scale, prefix).view(q.shape)
+    if prefix is not None:
+        prefix = prefix[0].transpose(0, 1), prefix[1].transpose(0, 1)
     if len(layout.runs) == 1 and not layout.runs[0].padding:
         run = layout.runs[0]
         dq, dk, dv = (t.reshape(run.count, run.length, *t.shape[2:]) for t in (q, k, v))
-        return _documents(dq, dk, dv, layout, window, softcap, scale).reshape(q.shape)
+        return _documents(dq, dk, dv, layout, window, softcap, scale, prefix).reshape(q.shape)
     # One split for each input, so that its backward pass is one concatenation.
     sizes = [run.tokens for run in layout.runs]
     pieces = zip(*(t.flatten(0, 1).split(sizes) for t in (q, k, v)), strict=True)
@@ -108,8 +60,23 @@ def attention(
             outputs.append(torch.zeros_like(piece[0]))
             continue
         dq, dk, dv = (t.unflatten(0, (run.count, run.length)) for t in piece)
-        outputs.append(_documents(dq, dk, dv, layout, window, softcap, scale).flatten(0, 1))
+        outputs.append(_documents(dq, dk, dv, layout, window, softcap, scale, prefix).flatten(0, 1))
     return torch.cat(outputs).view(q.shape)
+
+
+def _is_packed(
+    q: Tensor, layout: AttentionLayout, window: int | None, softcap: float | None, prefix: Prefix | None
+) -> bool:
+    """Whether torch's kernel for packed documents takes it all in one call.
+
+    Preferred on CUDA where it can: there a call for each document costs more than the document, and the other
+    kernels need a mask for a window or a prefix. Documents of one length without those are left to
+    scaled_dot_product_attention, which chooses between flash and cuDNN. (Reasoned: no GPU to measure on yet.)
+    """
+    if q.device.type != "cuda" or q.dtype not in (torch.bfloat16, torch.float16) or softcap is not None:
+        return False
+    fits = q.shape[-1] % 8 == 0 and q.shape[-1] <= 256  # flash attention's limits
+    return fits and (len(layout.runs) > 1 or window is not None or prefix is not None)
 
 
 def _documents(
@@ -120,29 +87,54 @@ def _documents(
     window: int | None,
     softcap: float | None,
     scale: float,
+    prefix: Prefix | None,
 ) -> Tensor:
-    """Documents of equal length: q `[n, L, heads, D]`, k and v `[n, L, kv_heads, D]` -> as q."""
+    """Documents of equal length: q `[n, L, heads, D]`, k and v `[n, L, kv_heads, D]` -> as q.
+
+    The prefix's are `[kv_heads, P, D]`.
+    """
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    length = q.shape[2]
-    window = None if window is None or window >= length else window
+    length, before = q.shape[2], 0 if prefix is None else prefix[0].shape[1]
+    window = None if window is None or window >= before + length else window
     if window is None and softcap is None:
-        trained_on_cpu = q.device.type == "cpu" and torch.is_grad_enabled()
-        if trained_on_cpu and q.dtype == torch.bfloat16 and length <= _SHORT:
-            return _ShortCausal.apply(q, k, v, scale).transpose(1, 2)
-        return _sdpa(q, k, v, None, True, scale).transpose(1, 2)
+        on_cpu = q.device.type == "cpu"
+        short = q.dtype == torch.bfloat16 and length <= SHORT and torch.is_grad_enabled()
+        if on_cpu and (short or prefix is not None):
+            return CPUCausal.apply(q, k, v, *(prefix or (None, None)), scale).transpose(1, 2)
+        if prefix is None:
+            return _sdpa(q, k, v, None, True, scale).transpose(1, 2)
     # Blocks of queries with just the keys they see: memory grows with the window, not with length squared.
     block = _QUERY_BLOCK if window is None else min(max(window, 128), _QUERY_BLOCK)
-    outputs = []
-    for start in range(0, length, block):
+
+    def attend(start: int) -> Tensor:
         stop = min(start + block, length)
-        first = 0 if window is None else max(0, start - window + 1)
-        mask = layout.band(window or length, stop - start, start - first, q.device)
-        part = q[:, :, start:stop], k[:, :, first:stop], v[:, :, first:stop]
+        first = 0 if window is None else max(0, before + start - window + 1)
+        some_k = _between(k, prefix and prefix[0], first - before, stop)
+        some_v = _between(v, prefix and prefix[1], first - before, stop)
+        place = window or before + length, stop - start, before + start - first, q.device
         if softcap is None:
-            outputs.append(_sdpa(*part, mask, False, scale))
-        else:
-            outputs.append(_softcapped(*part, mask, softcap, scale))
-    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)).transpose(1, 2)
+            # masks of whole rows are many and large: only those of a window, or of a short row, are kept
+            kept = window is not None or length <= block
+            mask = layout.band(*place, q.dtype) if kept else causal_band(*place)
+            return _sdpa(q[:, :, start:stop], some_k, some_v, mask, False, scale)
+        return _softcapped(q[:, :, start:stop], some_k, some_v, causal_band(*place), softcap, scale)
+
+    if length <= block:
+        return attend(0).transpose(1, 2)
+    starts = range(0, length, block)
+    if torch.is_grad_enabled() and (softcap is not None or window is None):
+        # the scores or masks of all blocks together would be length squared: made again for the backward pass
+        return torch.cat([checkpoint(attend, start, use_reentrant=False) for start in starts], 2).transpose(
+            1, 2
+        )
+    return torch.cat([attend(start) for start in starts], 2).transpose(1, 2)
+
+
+def _between(x: Tensor, prefix: Tensor | None, first: int, stop: int) -> Tensor:
+    """Keys or values `[n, kv_heads, ., D]` from `first` to `stop`; the prefix has the negative places."""
+    if prefix is None or first >= 0:
+        return x[:, :, max(first, 0) : stop]
+    return torch.cat((prefix[:, first:].expand(len(x), -1, -1, -1), x[:, :, :stop]), 2)
 
 
 def attention_cached(
@@ -161,6 +153,8 @@ def attention_cached(
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q = q.transpose(1, 2)
+    if using_references():
+        return _written_out(q, k, v, mask, softcap, scale).transpose(1, 2)
     if softcap is None:
         return _sdpa(q, k, v, mask, False, scale).transpose(1, 2)
     return _softcapped(q, k, v, mask, softcap, scale).transpose(1, 2)
@@ -200,35 +194,8 @@ def _softcapped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, softcap: f
     scores = torch.tanh(scores * (scale / softcap)) * softcap
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
-    weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
+    weights = scores.softmax(-1, dtype=torch.promote_types(v.dtype, torch.float32)).to(v.dtype)
     return (weights.view(n, groups, -1, weights.shape[-1]) @ v).view(q.shape)
-
-
-class _ShortCausal(torch.autograd.Function):
-    """Causal attention of short documents on a CPU: forward in bfloat16, gradient in float32.
-
-    The CPU kernel's bfloat16 backward repacks its operands block by block: for documents of 32 to 128 tokens
-    it takes 3 to 5 times as long as the float32 one, casts included.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        out, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, True, scale=scale
-        )
-        ctx.save_for_backward(q, k, v, out, logsumexp)
-        ctx.scale = scale
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        q, k, v, out, logsumexp = ctx.saved_tensors
-        inputs = [t.float() for t in (grad, q, k, v, out)]
-        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *inputs, logsumexp, 0.0, True, scale=ctx.scale
-        )
-        dq, dk, dv = (g.to(q.dtype) for g in grads)
-        return dq, dk, dv, None
 
 
 def attention_reference(
@@ -239,21 +206,43 @@ def attention_reference(
     window: int | None = None,
     softcap: float | None = None,
     scale: float | None = None,
+    prefix: Prefix | None = None,
 ) -> Tensor:
-    """What `attention` computes, by an explicit mask over all pairs of tokens, in float32."""
-    batch, length, heads, dim = q.shape
-    repeat = heads // k.shape[2]
-    k, v = k.repeat_interleave(repeat, 2), v.repeat_interleave(repeat, 2)
-    scores = torch.einsum("bqhd,bkhd->bhqk", q.float(), k.float()) * (dim**-0.5 if scale is None else scale)
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    distance = torch.arange(length)[:, None] - torch.arange(length)[None, :]
-    seen = (distance >= 0) & (distance < (window or length))
-    seen = seen.to(q.device).expand(batch, length, length)
+    """What `attention` computes, by an explicit mask over all pairs of tokens, in float32 (or float64).
+
+    segments `[B, S]` as `AttentionLayout.from_segments` takes them; None: each row is one document.
+    """
+    batch, length, _, dim = q.shape
+    before = 0
+    if prefix is not None:
+        before = len(prefix[0])
+        k, v = (torch.cat((p.expand(batch, -1, -1, -1), t), 1) for p, t in zip(prefix, (k, v), strict=True))
+    seen = causal_band(window or before + length, length, before, q.device).expand(batch, -1, -1)
     real = torch.ones(batch, length, dtype=torch.bool, device=q.device)
     if segments is not None:
-        seen = seen & (segments[:, :, None] == segments[:, None, :])
+        # Query i of a document has index P + i: the window's rule goes by place in the document, and the
+        # prefix stands right before its first token.
+        same = segments[:, :, None] == segments[:, None, :]
+        place = (same & causal_band(length, length, 0, q.device)).sum(-1) - 1
+        distance = before + place[:, :, None] - torch.arange(before, device=q.device)
+        seen = torch.cat((distance < (window or before + length), seen[:, :, before:] & same), 2)
         real = segments >= 0
-    weights = scores.masked_fill(~seen[:, None], -torch.inf).softmax(-1)
-    out = torch.einsum("bhqk,bkhd->bqhd", weights, v.float())
-    return (out * real[:, :, None, None]).to(q.dtype)
+    scale = dim**-0.5 if scale is None else scale
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    out = _written_out(q, k, v, seen[:, None], softcap, scale).transpose(1, 2)
+    return out * real[:, :, None, None]
+
+
+def _written_out(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, softcap: float | None, scale: float
+) -> Tensor:
+    """Attention on `[n, heads, L, D]` by its formula, in float32 (or float64)."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    repeat = q.shape[1] // k.shape[1]
+    k, v = k.to(wide).repeat_interleave(repeat, 1), v.to(wide).repeat_interleave(repeat, 1)
+    scores = q.to(wide) @ k.transpose(-1, -2) * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return (scores.softmax(-1) @ v).to(q.dtype)

@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor, nn
 
+from ropewalk.ops.nf4 import NF4Tensor
+from ropewalk.ops.reference import using_references
+
 
 class Linear(nn.Linear):
     """nn.Linear, but faster for one row `[1, ..., 1, in_features]` of bfloat16 on a CPU without gradients.
@@ -20,6 +23,8 @@ class Linear(nn.Linear):
             and not torch.is_grad_enabled()
             and input.dtype is torch.bfloat16
             and input.device.type == "cpu"
+            and not isinstance(weight, NF4Tensor)
+            and not using_references()
         ):
             row = input.reshape(-1)
             out = weight.mv(row) if self.bias is None else torch.addmv(self.bias, weight, row)

@@ -7,6 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ropewalk.ops.nf4 import NF4Tensor, dense
+from ropewalk.ops.reference import using_references
+
 
 def lora_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scale: float
@@ -14,10 +17,13 @@ def lora_linear(
     """`x @ weight.T + bias + scale * (x @ lora_a.T) @ lora_b.T`; weight and bias are frozen: no gradients.
 
     x [..., in], weight [out, in], bias [out], lora_a [r, in], lora_b [out, r], all of one dtype ->
-    [..., out]. Every small product goes through the rank, each sum is added in place by the product that
-    makes it, and besides the weights only x and x @ lora_a.T are kept for the backward pass. No double
-    backward.
+    [..., out]. The weight may be an NF4Tensor that dequantizes to that dtype: it is dequantized anew for each
+    of the two products with it, into a buffer that all weights share. Every small product goes through the
+    rank, each sum is added in place by the product that makes it, and besides the weights only x and
+    x @ lora_a.T are kept for the backward pass. No double backward.
     """
+    if using_references():
+        return lora_linear_reference(x, weight, bias, lora_a, lora_b, scale)
     return _LoraLinear.apply(x, weight, bias, lora_a, lora_b, scale)
 
 
@@ -25,6 +31,8 @@ def lora_linear_reference(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scale: float
 ) -> Tensor:
     """The same in plain PyTorch."""
+    if isinstance(weight, NF4Tensor):
+        weight = weight.dequantize()
     return F.linear(x, weight, bias) + scale * F.linear(F.linear(x, lora_a), lora_b)
 
 
@@ -35,7 +43,7 @@ class _LoraLinear(torch.autograd.Function):
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         low = rows @ lora_a.t()
-        y = F.linear(rows, weight, bias)
+        y = F.linear(rows, dense(weight), bias)
         y.addmm_(low, lora_b.t(), alpha=scale)
         ctx.scale = scale
         ctx.save_for_backward(x, weight, lora_a, lora_b, low)
@@ -50,5 +58,5 @@ class _LoraLinear(torch.autograd.Function):
         d_low = slope @ (lora_b * ctx.scale)
         d_a = d_low.t() @ rows if needs_a else None
         d_b = (slope.t() @ low).mul_(ctx.scale) if needs_b else None
-        d_x = (slope @ weight).addmm_(d_low, lora_a).view_as(x) if needs_x else None
+        d_x = (slope @ dense(weight)).addmm_(d_low, lora_a).view_as(x) if needs_x else None
         return d_x, None, None, d_a, d_b, None

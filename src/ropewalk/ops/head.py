@@ -1,0 +1,184 @@
+"""The core of every loss of a linear output head: logits of a chunk of rows at a time, never [tokens, vocab].
+
+Gradients of the head's inputs are made where a chunk's logits still exist (the idea of Liger Kernel, arXiv
+2410.10989, and of Cut Cross-Entropy, arXiv 2411.09009). Rows that are not scored never meet the head.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+_CHUNK_BYTES = 256 << 20
+# The softmax goes over a chunk in blocks, for its float32 copies: on a CPU 4 MB, which stay in the cache
+# (half the time of whole chunks); elsewhere 64 MB.
+_CPU_BLOCK = 1 << 20
+_DEVICE_BLOCK = 1 << 24
+
+BlockLosses = Callable[[slice, Tensor, bool], Tensor]
+"""(rows of the chunk, their logits, wanted) -> losses; where wanted, the logits become their gradient"""
+ChunkLosses = Callable[[slice], BlockLosses]
+"""(place among the scored rows) -> what handles the blocks of that chunk"""
+
+
+def head_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    index: Tensor | None,
+    count: int,
+    chunk: int,
+    losses: ChunkLosses,
+    buffers: int = 1,
+) -> Tensor:
+    """Sum of `losses` over the `count` scored rows, at `index` (None: all): 0-d, in the dtype of `wide`.
+
+    The gradients are made in the forward pass, so that the graph can be walked backward once; no double
+    backward.
+    """
+    inputs = (hidden, weight) if bias is None else (hidden, weight, bias)
+    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    return _HeadLoss.apply(hidden, weight, bias, index, count, chunk, losses, buffers, wanted)
+
+
+def blocks(rows: int, vocab: int, device: torch.device) -> Iterator[slice]:
+    """The rows of a chunk in such blocks that float32 copies of a block's logits are small."""
+    size = max(1, (_CPU_BLOCK if device.type == "cpu" else _DEVICE_BLOCK) // vocab)
+    return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
+
+
+class HeadChunks:
+    """Logits of the scored rows, a chunk at a time, all in one buffer that the next chunk overwrites."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        index: Tensor | None,
+        count: int,
+        chunk: int,
+        buffers: int = 1,
+    ) -> None:
+        """`buffers`: how many of its size the caller will hold at once; together they stay within 256 MiB."""
+        self.hidden, self.weight, self.bias, self.index, self.count = hidden, weight, bias, index, count
+        fitting = _CHUNK_BYTES // (buffers * weight.shape[0] * weight.element_size())
+        self.rows = max(1, min(chunk, fitting, count))
+
+    def __iter__(self) -> Iterator[tuple[slice, Tensor | slice, Tensor, Tensor]]:
+        """Yields (place among the scored rows, place in `hidden`, hidden [c, H], logits [c, V], uncapped)."""
+        if self.count == 0:
+            return
+        buffer = self.hidden.new_empty(self.rows, self.weight.shape[0])
+        for start in range(0, self.count, self.rows):
+            place = slice(start, min(start + self.rows, self.count))
+            where = place if self.index is None else self.index[place]
+            rows = self.hidden[where]
+            logits = buffer[: rows.shape[0]]
+            if self.bias is None:
+                torch.mm(rows, self.weight.t(), out=logits)
+            else:
+                torch.addmm(self.bias, rows, self.weight.t(), out=logits)
+            yield place, where, rows, logits
+
+
+class HeadGradients:
+    """Gradients of the head's inputs, gathered chunk by chunk; None for those that are not needed."""
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needed: tuple[bool, bool, bool], count: int
+    ) -> None:
+        self._weight, self._first = weight, True
+        make = torch.empty_like if count == hidden.shape[0] and count else torch.zeros_like
+        self.hidden = make(hidden, memory_format=torch.contiguous_format) if needed[0] else None
+        # the first chunk writes and the later ones add, so that the big one needs no zeros
+        make = torch.empty_like if count else torch.zeros_like
+        self.weight = make(weight) if needed[1] else None
+        self.bias = None
+        if needed[2] and bias is not None:
+            self.bias = torch.zeros_like(bias, dtype=wide(bias.dtype))
+
+    def add(self, where: Tensor | slice, rows: Tensor, slopes: Tensor) -> None:
+        """Adds a chunk: `slopes` [c, V] is the gradient of its logits, `rows` [c, H] its hidden states."""
+        if self.hidden is not None:
+            if isinstance(where, slice):
+                torch.mm(slopes, self._weight, out=self.hidden[where])
+            else:
+                self.hidden.index_copy_(0, where, torch.mm(slopes, self._weight))
+        if self.weight is not None:
+            self.weight.addmm_(slopes.t(), rows, beta=0 if self._first else 1)
+        if self.bias is not None:
+            self.bias += slopes.sum(0, dtype=self.bias.dtype)
+        self._first = False
+
+
+class _HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        index: Tensor | None,
+        count: int,
+        chunk: int,
+        losses: ChunkLosses,
+        buffers: int,
+        wanted: bool,
+    ) -> Tensor:
+        total = hidden.new_empty(count, dtype=wide(hidden.dtype))
+        gradients = HeadGradients(hidden, weight, bias, ctx.needs_input_grad[:3], count) if wanted else None
+        for place, where, rows, logits in HeadChunks(hidden, weight, bias, index, count, chunk, buffers):
+            block_losses = losses(place)
+            for some in blocks(len(rows), weight.shape[0], hidden.device):
+                total[place][some] = block_losses(some, logits[some], wanted)
+            if gradients is not None:
+                gradients.add(where, rows, logits)
+        if gradients is not None:
+            ctx.gradients = gradients
+        return total.sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        gradients: HeadGradients | None = ctx.gradients
+        if gradients is None:
+            raise RuntimeError("the graph of this loss can be walked backward once only")
+        ctx.gradients = None
+        finished = (gradients.hidden, gradients.weight, gradients.bias)
+        return *(g if g is None else g.mul_(slope) for g in finished), None, None, None, None, None, None
+
+
+def capped(logits: Tensor, softcap: float | None) -> tuple[Tensor, Tensor | None]:
+    """Logits in float32 (or float64) after the soft-cap, and its tanh, which `uncap_` wants."""
+    x = logits.to(wide(logits.dtype))
+    if softcap is None:
+        return x, None
+    tanh = torch.tanh(x / softcap)
+    return tanh * softcap, tanh
+
+
+def plain_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
+    """All logits at once, in float32 (or float64) after the soft-cap: what the references start from."""
+    return capped(F.linear(hidden, weight, bias), softcap)[0]
+
+
+def scored_index(scored: Tensor) -> tuple[Tensor | None, int]:
+    """Where a [N] bool is true (None: everywhere), and how often; synchronises with the device."""
+    count = int(scored.sum())
+    if count == len(scored):
+        return None, count
+    return torch.nonzero_static(scored, size=count).squeeze(1), count
+
+
+def uncap_(slopes: Tensor, tanh: Tensor | None) -> Tensor:
+    """The gradient before the soft-cap, of the gradient after it; in place, and tanh is used up."""
+    return slopes if tanh is None else slopes.mul_(tanh.square_().neg_().add_(1))
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that sums and softmaxes are done in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
