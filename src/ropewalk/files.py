@@ -15,6 +15,11 @@ from pathlib import Path
 from ropewalk.errors import RopewalkError, UserError
 
 
+def cache_directory() -> Path:
+    """What can be made again: ROPEWALK_CACHE, or ~/.cache/ropewalk."""
+    return Path(os.environ.get("ROPEWALK_CACHE") or Path.home() / ".cache" / "ropewalk")
+
+
 def atomic_write(path: str | Path, data: bytes | str) -> None:
     """Replaces `path` by `data` (text as UTF-8), creating its folder; a crash leaves the old file or the new.
 

@@ -4,9 +4,18 @@ import pytest
 import torch
 from torch import nn
 
-from ropewalk.adapt import LoraConfig, LoRALinear, apply_lora, left_out, lora_parameters, merge, unmerged
+from ropewalk.adapt import (
+    AdapterConfig,
+    LoRALinear,
+    adapter_parameters,
+    apply_adapter,
+    left_out,
+    merge,
+    unmerged,
+)
 from ropewalk.errors import UserError
 from ropewalk.ops import linear_cross_entropy
+from ropewalk.train.activations import save_activations
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
@@ -14,22 +23,23 @@ ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 def test_a_new_adapter_changes_nothing_and_freezes_the_rest(tiny):
     model = tiny.ours()
     before = model(tiny.tokens())
-    names = apply_lora(model, LoraConfig(rank=3))
+    names = apply_adapter(model, AdapterConfig("lora", rank=3))
     assert torch.equal(model(tiny.tokens()), before)
     assert names == unmerged(model)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert trained == set(lora_parameters(model))
+    assert trained == set(adapter_parameters(model))
     assert len(trained) == 2 * len(names)
     assert not any(part in name for name in names for part in ("head", "embed", "router", "experts"))
 
 
 def test_all_linear_is_every_linear_layer_in_the_blocks_and_attention_beside_experts(tiny_model):
-    names = apply_lora(tiny_model("llama").ours(), LoraConfig())
+    names = apply_adapter(tiny_model("llama").ours(), AdapterConfig())
     leaves = [*(f"attention.{n}" for n in ATTENTION), "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
     assert names == [f"blocks.{i}.{leaf}" for i in range(2) for leaf in leaves]
     model = tiny_model("qwen3_moe").ours()
+    assert left_out(model) is None
+    names = apply_adapter(model, AdapterConfig())
     assert "16 matrices of experts, routers and MLPs are not adapted" in left_out(model)
-    names = apply_lora(model, LoraConfig())
     assert names == [f"blocks.{i}.attention.{n}" for i in range(2) for n in ATTENTION]
     assert left_out(tiny_model("llama").ours()) is None
 
@@ -48,12 +58,12 @@ def test_all_linear_is_every_linear_layer_in_the_blocks_and_attention_beside_exp
     ],
 )
 def test_targets_are_names_here_or_in_hugging_face_files(tiny_model, family, targets, expected):
-    names = apply_lora(tiny_model(family).ours(), LoraConfig(targets=targets))
+    names = apply_adapter(tiny_model(family).ours(), AdapterConfig("lora", targets=targets))
     assert names == [f"blocks.{i}.{leaf}" for i in range(2) for leaf in expected]
 
 
 def test_one_layer_of_one_block(llama):
-    assert apply_lora(llama.ours(), LoraConfig(targets=("blocks.1.attention.q_proj",))) == [
+    assert apply_adapter(llama.ours(), AdapterConfig("lora", targets=("blocks.1.attention.q_proj",))) == [
         "blocks.1.attention.q_proj"
     ]
 
@@ -77,22 +87,22 @@ def test_one_layer_of_one_block(llama):
 def test_an_unknown_target_is_an_error_that_lists_what_there_is(tiny_model, family, targets, message):
     model = tiny_model(family).ours()
     with pytest.raises(UserError, match=message):
-        apply_lora(model, LoraConfig(targets=targets))
+        apply_adapter(model, AdapterConfig("lora", targets=targets))
     assert not unmerged(model)
 
 
 def test_a_second_adapter_is_refused(llama):
     model = llama.ours()
-    apply_lora(model, LoraConfig(targets=("q_proj",)))
+    apply_adapter(model, AdapterConfig("lora", targets=("q_proj",)))
     with pytest.raises(UserError, match="carries adapters already"):
-        apply_lora(model, LoraConfig(targets=("v_proj",)))
+        apply_adapter(model, AdapterConfig("lora", targets=("v_proj",)))
 
 
 def test_first_values_follow_the_seed_and_pefts_distribution(llama):
     def first(seed):
         model = llama.ours()
-        apply_lora(model, LoraConfig(rank=64), seed)
-        return lora_parameters(model)
+        apply_adapter(model, AdapterConfig("lora", rank=64), seed)
+        return adapter_parameters(model)
 
     one, again, other = first(1), first(1), first(2)
     name = "blocks.0.attention.q_proj.lora_a"
@@ -110,10 +120,10 @@ def test_one_step_of_training_equals_peft(llama):
     import peft
 
     ours, theirs = llama.ours(), llama.theirs()
-    apply_lora(ours, LoraConfig(rank=4, alpha=8.0, targets=("q_proj", "v_proj", "down_proj")))
+    apply_adapter(ours, AdapterConfig("lora", rank=4, alpha=8.0, targets=("q_proj", "v_proj", "down_proj")))
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"])
     theirs = peft.get_peft_model(theirs, config)
-    mine = lora_parameters(ours)
+    mine = adapter_parameters(ours)
     their = {name: p for name, p in theirs.named_parameters() if p.requires_grad}
     pairs = {}
     for name in mine:
@@ -145,13 +155,13 @@ def test_one_step_of_training_equals_peft(llama):
 
 def test_only_adapters_get_gradients(llama):
     model = llama.ours().train()
-    apply_lora(model, LoraConfig(rank=2))
+    apply_adapter(model, AdapterConfig("lora", rank=2))
     tokens = llama.tokens()
     for checkpointing in (False, True):
-        model.checkpointing = checkpointing
+        save_activations(model, "full" if checkpointing else "none")
         model(tokens).square().mean().backward()
         with_gradient = {name for name, p in model.named_parameters() if p.grad is not None}
-        assert with_gradient == set(lora_parameters(model))
+        assert with_gradient == set(adapter_parameters(model))
         model.zero_grad()
 
 
@@ -190,9 +200,9 @@ def test_merging_adds_in_float32_and_rounds_once(dtype):
 def test_merge_leaves_a_plain_trainable_model(llama):
     model = llama.ours()
     keys = list(model.state_dict())
-    apply_lora(model, LoraConfig(rank=2))
+    apply_adapter(model, AdapterConfig("lora", rank=2))
     merge(model)
     assert list(model.state_dict()) == keys
     assert unmerged(model) == []
     assert all(p.requires_grad for p in model.parameters())
-    apply_lora(model, LoraConfig(rank=2))  # and can be adapted again
+    apply_adapter(model, AdapterConfig("lora", rank=2))  # and can be adapted again

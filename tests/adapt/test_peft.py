@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ropewalk.adapt import LoraConfig, apply_lora, load_adapter, lora_parameters, merge, save_adapter
+from ropewalk.adapt import AdapterConfig, adapter_parameters, apply_adapter, load_adapter, merge, save_adapter
 from ropewalk.model import load_model, save_model
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -17,7 +17,7 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 @torch.no_grad()
 def randomize(model, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    for parameter in lora_parameters(model).values():
+    for parameter in adapter_parameters(model).values():
         parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
 
 
@@ -48,7 +48,7 @@ def test_ours_in_peft_and_back(tiny, tmp_path, targets):
     model = tiny.ours()
     if targets[-1] == "down_proj" and model.config.moe_layers:
         targets = ("q_proj",)
-    apply_lora(model, LoraConfig(rank=3, alpha=5.0, targets=targets))
+    apply_adapter(model, AdapterConfig("lora", rank=3, alpha=5.0, targets=targets))
     base = logits(model, tiny.tokens())
     randomize(model)
     adapted = logits(model, tiny.tokens())
@@ -99,7 +99,7 @@ def test_theirs_here(tiny, tmp_path, changes):
 
 def test_merged_equals_adapted_and_transformers_reads_it(tiny, tmp_path):
     model = tiny.ours()
-    apply_lora(model, LoraConfig(rank=3, alpha=5.0))
+    apply_adapter(model, AdapterConfig("lora", rank=3, alpha=5.0))
     randomize(model)
     adapted = logits(model, tiny.tokens())
     merge(model)
@@ -115,7 +115,7 @@ def test_merged_equals_adapted_and_transformers_reads_it(tiny, tmp_path):
 
 def test_load_model_merges_an_adapter_directory(llama, tmp_path):
     model = llama.ours()
-    apply_lora(model, LoraConfig(rank=3, alpha=5.0))
+    apply_adapter(model, AdapterConfig("lora", rank=3, alpha=5.0))
     randomize(model)
     save_adapter(model, tmp_path / "a", str(llama.path))
     merged = load_model(tmp_path / "a")
@@ -124,21 +124,21 @@ def test_load_model_merges_an_adapter_directory(llama, tmp_path):
 
 def test_bfloat16_adapters_keep_their_bits(llama, tmp_path):
     model = llama.ours("bfloat16")
-    apply_lora(model, LoraConfig(rank=3))
+    apply_adapter(model, AdapterConfig("lora", rank=3))
     randomize(model)
     save_adapter(model, tmp_path / "a", "base")
     again = llama.ours("bfloat16")
     load_adapter(again, tmp_path / "a")
-    for name, value in lora_parameters(again).items():
+    for name, value in adapter_parameters(again).items():
         assert value.dtype == torch.bfloat16
-        assert torch.equal(value, lora_parameters(model)[name])
+        assert torch.equal(value, adapter_parameters(model)[name])
 
 
 def test_an_untrained_adapter_of_a_fused_family_comes_back(tiny_model, tmp_path):
     """B is all zero: nothing tells the parts of the fused matrix apart."""
     phi3 = tiny_model("phi3")
     model = phi3.ours()
-    apply_lora(model, LoraConfig(rank=3))
+    apply_adapter(model, AdapterConfig("lora", rank=3))
     save_adapter(model, tmp_path / "a", "base")
     again = phi3.ours()
     load_adapter(again, tmp_path / "a")
@@ -149,7 +149,9 @@ def test_an_untrained_adapter_of_a_fused_family_comes_back(tiny_model, tmp_path)
 def test_what_the_config_says(tiny_model, tmp_path):
     """Names are the shortest that PEFT cannot mistake; fused matrices have the sums of ranks and alphas."""
     model = tiny_model("phi3").ours()
-    apply_lora(model, LoraConfig(rank=2, alpha=8.0, dropout=0.1, targets=("q_proj", "v_proj", "o_proj")))
+    apply_adapter(
+        model, AdapterConfig("lora", rank=2, alpha=8.0, dropout=0.1, targets=("q_proj", "v_proj", "o_proj"))
+    )
     save_adapter(model, tmp_path / "a", "org/name", revision="abc")
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     assert config["target_modules"] == ["o_proj", "qkv_proj"]
@@ -157,7 +159,7 @@ def test_what_the_config_says(tiny_model, tmp_path):
     assert (config["rank_pattern"], config["alpha_pattern"]) == ({"qkv_proj": 4}, {"qkv_proj": 16})
     assert (config["base_model_name_or_path"], config["revision"]) == ("org/name", "abc")
     model = tiny_model("gpt2").ours()
-    apply_lora(model, LoraConfig(rank=2, targets=("blocks.0.attention.o_proj", "down_proj")))
+    apply_adapter(model, AdapterConfig("lora", rank=2, targets=("blocks.0.attention.o_proj", "down_proj")))
     save_adapter(model, tmp_path / "b", "base")
     config = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
     assert config["target_modules"] == ["0.attn.c_proj", "mlp.c_proj"]
@@ -170,7 +172,7 @@ def test_saving_is_whole_or_not_at_all(llama, tmp_path, monkeypatch):
     model = llama.ours()
     with pytest.raises(RopewalkError, match="no adapter to save"):
         save_adapter(model, tmp_path / "a", "base")
-    apply_lora(model, LoraConfig(rank=2))
+    apply_adapter(model, AdapterConfig("lora", rank=2))
     save_adapter(model, tmp_path / "a", "base")
     with pytest.raises(UserError, match="already exists"):
         save_adapter(model, tmp_path / "a", "base")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ropewalk.adapt import LoraConfig, apply_lora, load_adapter, save_adapter, unmerged
+from ropewalk.adapt import AdapterConfig, apply_adapter, load_adapter, save_adapter, unmerged
 from ropewalk.errors import UserError
 
 NAME = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
@@ -15,7 +15,7 @@ NAME = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 @pytest.fixture
 def adapter(llama, tmp_path):
     model = llama.ours()
-    apply_lora(model, LoraConfig(rank=2, targets=("q_proj", "v_proj")))
+    apply_adapter(model, AdapterConfig("lora", rank=2, targets=("q_proj", "v_proj")))
     save_adapter(model, tmp_path / "a", "base")
     return tmp_path / "a"
 
@@ -42,11 +42,13 @@ def rewrite(path, **tensors):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
+        ({"peft_type": "ADALORA"}, "peft_type is 'ADALORA'; those that can be loaded are LORA, IA3"),
+        ({"peft_type": "IA3"}, "r is not supported"),
+        ({"peft_type": []}, r"peft_type is \[\]"),
         ({"peft_type": None}, "peft_type is None"),
         ({"task_type": "SEQ_CLS"}, "task_type is 'SEQ_CLS'"),
         ({"bias": "all"}, "bias is 'all'"),
-        ({"use_dora": True}, "use_dora is not supported"),
+        ({"use_dora": True}, "not its other half, .*lora_magnitude_vector"),
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save is not supported.*lm_head"),
         ({"layer_replication": [[0, 1]]}, "layer_replication is not supported"),
         ({"lora_bias": True}, "lora_bias is not supported"),
@@ -122,3 +124,56 @@ def test_loading_onto_adapters_is_refused(llama, adapter):
     load_adapter(model, adapter)
     with pytest.raises(UserError, match="carries adapters already"):
         load_adapter(model, adapter)
+
+
+OTHERS = {
+    "dora": AdapterConfig("dora", rank=2, targets=("q_proj",)),
+    "ia3": AdapterConfig("ia3"),
+    "bottleneck": AdapterConfig("bottleneck", rank=2),
+    "prompt": AdapterConfig("prompt", tokens=3),
+    "prefix": AdapterConfig("prefix", tokens=3),
+}
+PROJECTION = "base_model.model.model.layers.0.self_attn"
+
+
+@pytest.mark.parametrize(
+    ("method", "fields", "tensors", "message"),
+    [
+        ("dora", {"use_dora": False}, {}, "magnitude_vector' is no adapter"),
+        ("dora", {}, {f"{PROJECTION}.q_proj.lora_magnitude_vector": torch.ones(23)}, r"shape \(24,\)"),
+        ("dora", {}, {f"{PROJECTION}.q_proj.lora_magnitude_vector": torch.full((24,), float("inf"))}, "NaN"),
+        ("ia3", {"modules_to_save": ["lm_head"]}, {}, "modules_to_save is not supported"),
+        ("ia3", {}, {f"{PROJECTION}.k_proj.ia3_l": torch.ones(9, 1)}, r"must be .* shape \(8, 1\)"),
+        ("ia3", {}, {f"{PROJECTION}.k_proj.ia3_l": torch.ones(8)}, r"must be .* shape \(8, 1\)"),
+        ("ia3", {}, {"base_model.model.lm_head.ia3_l": torch.ones(37, 1)}, "lm_head.ia3_l' is no adapter"),
+        ("bottleneck", {"width": 3}, {}, r"must be .* shape \(3, 24\)"),
+        ("bottleneck", {"width": 1 << 40}, {}, "width must be a whole number"),
+        ("bottleneck", {"dropout": -1}, {}, "dropout is -1"),
+        ("bottleneck", {}, {"blocks.0.attention.o_proj.up": None}, "o_proj.up is missing"),
+        ("bottleneck", {}, {"blocks.0.attention.o_proj.more": torch.ones(1)}, "o_proj.more, which is no"),
+        ("bottleneck", {}, {"blocks.7.attention.o_proj.up": torch.ones(1)}, "no linear layer"),
+        ("prompt", {"num_virtual_tokens": 4}, {}, r"must be .* shape \(4, 24\)"),
+        ("prompt", {"num_virtual_tokens": 1 << 40}, {}, "num_virtual_tokens must be a whole number"),
+        ("prompt", {"num_transformer_submodules": 2}, {}, "must be 1"),
+        ("prompt", {}, {"more": torch.ones(1)}, "prompt_embeddings and nothing else"),
+        ("prompt", {"peft_type": "PREFIX_TUNING"}, {}, "prompt_tuning_init is not supported"),
+        ("prefix", {}, {"prompt_embeddings": torch.ones(3, 31)}, r"must be .* shape \(3, 32\)"),
+        ("prefix", {}, {"prompt_embeddings": torch.full((3, 32), float("nan"))}, "NaN"),
+    ],
+)
+def test_other_methods(llama, tmp_path, method, fields, tensors, message):
+    model = llama.ours()
+    apply_adapter(model, OTHERS[method])
+    save_adapter(model, tmp_path / "a", "base")
+    change(tmp_path / "a", **fields)
+    rewrite(tmp_path / "a", **tensors)
+    refused(llama, tmp_path / "a", message)
+
+
+def test_inputs_of_a_fused_module_cannot_be_scaled(tiny_model, tmp_path):
+    phi3 = tiny_model("phi3")
+    model = phi3.ours()
+    apply_adapter(model, AdapterConfig("ia3"))
+    save_adapter(model, tmp_path / "a", "base")
+    rewrite(tmp_path / "a", **{f"{PROJECTION}.qkv_proj.ia3_l": torch.ones(1, 24)})
+    refused(phi3, tmp_path / "a", "scales the inputs of a module that here is several")

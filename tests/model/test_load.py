@@ -15,9 +15,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from ropewalk.adapt import quantize_base
 from ropewalk.errors import UserError
 from ropewalk.model import from_config, load_model, load_tokenizer, save_model
 from ropewalk.model.safetensors_file import read_header
+from ropewalk.ops import NF4Tensor
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
 
@@ -239,3 +241,15 @@ def test_what_cannot_be_loaded_into_is_said(model_dir: Path) -> None:
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="no CUDA device"):
             load_model(model_dir, device="cuda")
+
+
+def test_quantized_while_it_is_read_is_quantized_after_loading(model_dir: Path) -> None:
+    """The same bits, with the linear weights of the blocks in 4 bits and everything else plain."""
+    loaded, after = load_model(model_dir, "bfloat16", quantize=True), load_model(model_dir, "bfloat16")
+    names = quantize_base(after.requires_grad_(False))
+    quantized = [name for name, p in loaded.named_parameters() if isinstance(p, NF4Tensor)]
+    assert quantized == [f"{name}.weight" for name in names]
+    assert not any(loaded.get_parameter(name).requires_grad for name in quantized)
+    assert not isinstance(loaded.embed.weight, NF4Tensor)
+    tokens = torch.arange(12)[None]
+    assert torch.equal(loaded(tokens), after(tokens))

@@ -6,6 +6,7 @@ import torch
 from ropewalk.errors import RopewalkError, UserError
 from ropewalk.model import KVCache, from_config
 from ropewalk.model.moe import MixtureOfExperts, load_balancing_loss
+from ropewalk.train.activations import save_activations
 
 MOE = [
     "mixtral-grouped",
@@ -26,13 +27,13 @@ def auxiliary(model, tokens, **arguments):
         model.eval()
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", ["none", "full", "selective"])
 @pytest.mark.parametrize("case", MOE)
 def test_load_balancing_loss_equals_transformers(make_pair, case, checkpointing):
     """Values, gradients of the router, and padding left out."""
     pair = make_pair(case)
     tokens, config = pair.tokens(), pair.ours.config
-    pair.ours.checkpointing = checkpointing
+    save_activations(pair.ours, checkpointing)
     for mask in (torch.ones_like(tokens), (torch.arange(21) < torch.tensor([[21], [13]])).long()):
         outputs = pair.theirs(tokens, attention_mask=mask, output_router_logits=True)
         loss = auxiliary(pair.ours, tokens, segments=torch.where(mask.bool(), 0, -1))
@@ -46,7 +47,7 @@ def test_load_balancing_loss_equals_transformers(make_pair, case, checkpointing)
         )
         pair.ours.zero_grad()
         pair.theirs.zero_grad()
-    pair.ours.checkpointing = False
+    save_activations(pair.ours, "none")
 
 
 def test_no_loss_without_experts_or_training(make_pair):

@@ -8,6 +8,7 @@ import torch
 from ropewalk.model import KVCache, from_config, load_model
 from ropewalk.model.families import FAMILIES
 from ropewalk.model.families_weights import stored_name, weight_map
+from ropewalk.train.activations import save_activations
 
 TOLERANCE = 1e-4
 
@@ -180,15 +181,17 @@ def test_packed_documents_equal_separate_ones(pair):
     model.zero_grad()
 
 
-def test_checkpointing_changes_no_gradient(pair):
+@pytest.mark.parametrize("mode", ["full", "selective"])
+def test_checkpointing_changes_no_gradient(pair, mode):
     model, tokens = pair.ours, pair.tokens()
     gradients = []
     model.train()
-    for model.checkpointing in (False, True):
+    for chosen in ("none", mode):
+        save_activations(model, chosen)
         logits_of(model, tokens).square().mean().backward()
         gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
         model.zero_grad()
-    model.checkpointing = False
+    save_activations(model, "none")
     model.eval()
     assert gradients[0].keys() == gradients[1].keys()
     assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])

@@ -66,7 +66,8 @@ def test_the_example_of_the_design(write):
         (
             "  steps: 100",
             "  steps: 100\n  precision: bf16",
-            'train.precision: must be one of auto, float32, bfloat16, not "bf16"; did you mean bfloat16?',
+            "train.precision: must be one of auto, float32, bfloat16, float8, "
+            'not "bf16"; did you mean bfloat16?',
         ),
         (
             "learning_rate: 1e-4",

@@ -196,16 +196,16 @@ def test_records_hold_what_the_step_did(make_recipe: Make) -> None:
 
 
 def test_clipping_bounds_what_the_optimizer_sees(make_recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ropewalk.train.optim import AdamW
+    from ropewalk.train.optim import Optimizer
 
     seen: list[float] = []
-    step = AdamW.step
+    step = Optimizer.step
 
-    def spy(self: AdamW, rate: float) -> None:
+    def spy(self: Optimizer, rate: float) -> None:
         seen.append(self.gradient_norm().item())
         step(self, rate)
 
-    monkeypatch.setattr(AdamW, "step", spy)
+    monkeypatch.setattr(Optimizer, "step", spy)
     result = run(make_recipe(steps=3, clip=0.01))
     assert seen == pytest.approx([0.01] * 3, rel=1e-4)
     norms = [json.loads(line) for line in (result.run / "metrics-train.jsonl").read_text().splitlines()]
@@ -219,7 +219,7 @@ def test_the_run_directory_tells_the_whole_story(make_recipe: Make, tiny_llama_d
     result = run(make_recipe(steps=2, adapt=LORA, evaluate={"prompts": ["rope"], "max_new_tokens": 2}))
     report = (result.run / "report.md").read_text()
     for words in (
-        "LoRA of rank 4",
+        "lora of rank 4",
         "validation | 0",
         "validation | 2",
         "training | 1",
@@ -330,7 +330,7 @@ def test_a_frozen_model_is_an_error_at_step_1(make_recipe: Make, monkeypatch: py
         model.requires_grad_(False)
         return []
 
-    monkeypatch.setattr(build, "apply_lora", freeze)
+    monkeypatch.setattr(build, "apply_adapter", freeze)
     with pytest.raises(RopewalkError, match=r"step 1: .*frozen"):
         run(make_recipe(adapt=LORA))
 

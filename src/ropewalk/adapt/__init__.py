@@ -4,19 +4,33 @@ In: a Transformer, or an adapter directory. Out: the same Transformer with adapt
 May import ropewalk.model, ropewalk.ops, ropewalk.files and ropewalk.errors.
 """
 
-from ropewalk.adapt.lora import LoraConfig, LoRALinear, apply_lora, lora_parameters, merge, unmerged
+from ropewalk.adapt.apply import (
+    AdapterConfig,
+    adapter_parameters,
+    apply_adapter,
+    freeze,
+    merge,
+    quantize_base,
+    rate_factors,
+    unmerged,
+)
+from ropewalk.adapt.lora import DoRALinear, LoRALinear
 from ropewalk.adapt.peft_load import load_adapter
 from ropewalk.adapt.peft_save import save_adapter
 from ropewalk.adapt.targets import left_out
 
 __all__ = [
+    "AdapterConfig",
+    "DoRALinear",
     "LoRALinear",
-    "LoraConfig",
-    "apply_lora",
+    "adapter_parameters",
+    "apply_adapter",
+    "freeze",
     "left_out",
     "load_adapter",
-    "lora_parameters",
     "merge",
+    "quantize_base",
+    "rate_factors",
     "save_adapter",
     "unmerged",
 ]

@@ -1,34 +1,21 @@
-"""Low-rank adapters beside frozen linear layers (LoRA, arXiv 2106.09685)."""
+"""Low-rank adapters beside frozen linear layers: LoRA, rsLoRA and DoRA."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ropewalk.adapt.targets import select
-from ropewalk.errors import UserError
-from ropewalk.model.transformer import Transformer
+from ropewalk.adapt.layers import AdaptedLinear, plain_weight
 from ropewalk.ops.lora import lora_linear
+from ropewalk.ops.nf4 import dense
 
 
-@dataclass(frozen=True)
-class LoraConfig:
-    """What to adapt, and how: y = base(x) + alpha / rank * B A dropout(x)."""
+class LoRALinear(AdaptedLinear):
+    """y = base(x) + scale * B A dropout(x), with `lora_a` [rank, in] and `lora_b` [out, rank].
 
-    rank: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.0
-    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-
-
-class LoRALinear(nn.Module):
-    """A frozen nn.Linear (`base`) with `lora_a` [rank, in] and `lora_b` [out, rank] beside it, in its dtype.
-
-    A is uniform as PEFT's (kaiming with a = sqrt(5)), drawn from `generator` on the CPU so that it is the
-    same on every device; B is zero, so that the layer starts as its base.
+    LoRA, arXiv 2106.09685. A is drawn uniformly as PEFT's, B is zero, so that the layer starts as its base.
+    The scale is alpha / rank, or alpha / sqrt(rank) if `rank_stabilized` (rsLoRA, arXiv 2312.03732).
     """
 
     def __init__(
@@ -38,97 +25,102 @@ class LoRALinear(nn.Module):
         alpha: float,
         dropout: float = 0.0,
         generator: torch.Generator | None = None,
+        rank_stabilized: bool = False,
     ) -> None:
-        super().__init__()
-        self.base = base.requires_grad_(False)
-        self.rank, self.alpha, self.dropout = rank, alpha, dropout
-        bound = base.in_features**-0.5
-        drawn = torch.empty(rank, base.in_features).uniform_(-bound, bound, generator=generator)
-        self.lora_a = nn.Parameter(drawn.to(base.weight))
-        self.lora_b = nn.Parameter(base.weight.new_zeros(base.out_features, rank))
+        super().__init__(base, dropout)
+        self.rank, self.alpha, self.rank_stabilized = rank, alpha, rank_stabilized
+        self.lora_a = self._drawn(rank, base.in_features, generator)
+        self.lora_b = self._new(base.out_features, rank)
 
     @property
     def scale(self) -> float:
         """The factor on B A."""
-        return self.alpha / self.rank
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
-        if torch.is_grad_enabled() and not (self.dropout and self.training):
+        if self.dropout and self.training:
+            return self.base(x) + self._update(F.dropout(x, self.dropout))
+        if torch.is_grad_enabled():
             return lora_linear(x, self.base.weight, self.base.bias, self.lora_a, self.lora_b, self.scale)
-        low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_a)
-        return self.base(x) + self.scale * F.linear(low, self.lora_b)
+        return self.base(x) + self._update(x)
+
+    def _update(self, x: Tensor) -> Tensor:
+        return self.scale * F.linear(F.linear(x, self.lora_a), self.lora_b)
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
         """The base with `scale * B A` added to its weight in place; float32 sums, rounded once."""
-        weight = self.base.weight
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        weight.copy_(weight.to(wide).addmm_(self.lora_b.to(wide), self.lora_a.to(wide), alpha=self.scale))
+        weight = plain_weight(self.base)
+        weight.copy_(self._sum(weight))
         return self.base
+
+    def _sum(self, weight: Tensor) -> Tensor:
+        """weight + scale * B A in float32, or wider where the weight is."""
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        return weight.to(wide).addmm_(self.lora_b.to(wide), self.lora_a.to(wide), alpha=self.scale)
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, alpha={self.alpha}, dropout={self.dropout}"
 
 
-def apply_lora(model: Transformer, config: LoraConfig, seed: int = 0) -> list[str]:
-    """Freezes the model and puts adapters beside its target layers, in place; returns their names.
+def row_lengths(weight: Tensor) -> Tensor:
+    """|row| of each row of a matrix, `[rows]` in float32, or wider where the matrix is."""
+    return torch.linalg.vector_norm(weight, dim=1, dtype=torch.promote_types(weight.dtype, torch.float32))
 
-    A layer's initial A depends only on `seed`, the targets and the model's shape. Raises UserError for an
-    unknown target and for a model that carries adapters already.
+
+class DoRALinear(LoRALinear):
+    """LoRA on the direction of each row of the weight, and a learned `magnitude` [out] for its length.
+
+    DoRA, arXiv 2402.09353: y = magnitude / |W + scale * B A| * (W + scale * B A) x + bias. The lengths |.|
+    of the rows are constants to the backward pass (section 4.3). As in PEFT, dropout is on what differs from
+    the base.
     """
-    check_plain(model)
-    names = select(model, config.targets)
-    generator = torch.Generator().manual_seed(seed)
-    adapt(model, {name: (config.rank, config.alpha) for name in names}, config.dropout, generator)
-    return names
 
+    def __init__(
+        self,
+        base: nn.Linear,
+        rank: int,
+        alpha: float,
+        dropout: float = 0.0,
+        generator: torch.Generator | None = None,
+        rank_stabilized: bool = False,
+    ) -> None:
+        super().__init__(base, rank, alpha, dropout, generator, rank_stabilized)
+        self.magnitude = nn.Parameter(self.lengths())
 
-def adapt(
-    model: Transformer,
-    ranks: dict[str, tuple[int, float]],
-    dropout: float,
-    generator: torch.Generator | None = None,
-) -> None:
-    """Freezes the model and puts a new adapter of (rank, alpha) beside each named layer, in place."""
-    model.requires_grad_(False)
-    for name, (rank, alpha) in ranks.items():
-        base = model.get_submodule(name)
-        assert isinstance(base, nn.Linear)
-        model.set_submodule(name, LoRALinear(base, rank, alpha, dropout, generator), strict=True)
+    @torch.no_grad()
+    def lengths(self) -> Tensor:
+        """|W + scale * B A| of each row, `[out]` in the weight's dtype.
 
+        From |W|^2, W A^T and A A^T: nothing of the weight's size is made.
+        """
+        weight = dense(self.base.weight)
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        a, b = self.lora_a.to(wide), self.scale * self.lora_b.to(wide)
+        cross = (weight @ self.lora_a.t()).to(wide)
+        squares = row_lengths(weight).square()
+        squares += (b * (2 * cross + b @ (a @ a.t()))).sum(1)
+        return squares.clamp_(min=0).sqrt_().to(weight.dtype)
 
-def check_plain(model: Transformer) -> None:
-    """Raises UserError for a model that carries adapters."""
-    if carrying := unmerged(model):
-        raise UserError(f"the model carries adapters already ({carrying[0]}, ...); merge them first")
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]."""
+        weight, bias = self.base.weight, self.base.bias
+        factor = self.magnitude / self.lengths()
+        if self.dropout and self.training:
+            dropped = F.dropout(x, self.dropout)
+            changed = factor * self._update(dropped) + (factor - 1) * F.linear(dropped, weight)
+            return self.base(x) + changed
+        if torch.is_grad_enabled():
+            y = lora_linear(x, weight, None, self.lora_a, self.lora_b, self.scale)
+        else:
+            y = F.linear(x, weight) + self._update(x)
+        return y * factor if bias is None else torch.addcmul(bias, y, factor)
 
-
-def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
-    """(name, layer) of every adapted layer, in the model's order."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoRALinear))
-
-
-def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The adapters' parameters by name: all that LoRA trains."""
-    return {
-        f"{name}.{kind}": getattr(layer, kind)
-        for name, layer in lora_layers(model)
-        for kind in ("lora_a", "lora_b")
-    }
-
-
-def unmerged(model: nn.Module) -> list[str]:
-    """Names of the layers that carry an adapter."""
-    return [name for name, _ in lora_layers(model)]
-
-
-def merge(model: Transformer) -> None:
-    """Adds the adapters to the weights beside them and takes them away, in place; nothing stays frozen.
-
-    The merged weights have the base's dtype: in float32 the logits stay within rounding, in bfloat16 the sum
-    is rounded to bfloat16.
-    """
-    for name, layer in list(lora_layers(model)):
-        model.set_submodule(name, layer.merged(), strict=True)
-    model.requires_grad_(True)
+    @torch.no_grad()
+    def merged(self) -> nn.Linear:
+        """The base with its weight replaced in place; float32 products, rounded once."""
+        factor = self.magnitude / self.lengths()
+        weight = plain_weight(self.base)
+        weight.copy_(self._sum(weight).mul_(factor[:, None]))
+        return self.base

@@ -1,25 +1,31 @@
 """Adapters as a directory that `peft` reads (adapter_config.json, adapter_model.safetensors).
 
-Where a family's Hugging Face files fuse several of our layers into one matrix, their adapters become one:
-the A's below each other and the B's as blocks of a larger B, with their ranks and alphas added up. B A is the
-same, and so is alpha / rank.
+Where a family's Hugging Face files fuse several of our layers into one matrix, their adapters become one. Low
+rank: the A's below each other and the B's as blocks of a larger B, ranks added up, the factor on B A kept.
 """
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ropewalk.adapt.lora import LoRALinear, lora_layers
+from ropewalk.adapt.apply import adapter_parameters, linear
+from ropewalk.adapt.layers import BottleneckLinear, IA3Linear, adapted_layers, plain_values
+from ropewalk.adapt.lora import DoRALinear, LoRALinear, row_lengths
+from ropewalk.adapt.peft_config import CONFIG
 from ropewalk.adapt.targets import StoredModule, stored_modules
 from ropewalk.errors import RopewalkError
 from ropewalk.files import atomic_directory
 from ropewalk.model.transformer import Transformer
 
-CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
+WEIGHTS, PREFIX, PROMPT = "adapter_model.safetensors", "base_model.model.", "prompt_embeddings"
+Saved = tuple[dict[str, Tensor], dict[str, Any]]
+"""Tensors by name, and fields of the config."""
 
 
 def save_adapter(
@@ -32,15 +38,41 @@ def save_adapter(
 ) -> None:
     """Writes the adapters of `model` as a PEFT directory, whole or not at all, in the adapters' dtype.
 
-    `base_source` (and `revision`, of a hub id) say which model they belong to. Raises UserError if `path`
-    exists (unless `overwrite`), RopewalkError if the model carries no adapters.
+    `base_source` (and `revision`, of a hub id) say which model they belong to. PEFT has no bottleneck
+    adapters: they get a peft_type of ours, BOTTLENECK. Raises UserError if `path` exists (unless
+    `overwrite`), RopewalkError if the model carries no adapters.
     """
     from safetensors.torch import save_file
 
-    layers = dict(lora_layers(model))
-    if not layers:
+    layers = dict(adapted_layers(model))
+    low_rank = {name: layer for name, layer in layers.items() if isinstance(layer, LoRALinear)}
+    vectors = {name: layer for name, layer in layers.items() if isinstance(layer, IA3Linear)}
+    if low_rank:
+        tensors, fields = _low_rank(model, low_rank)
+    elif vectors:
+        tensors, fields = _vectors(model, vectors)
+    elif layers:
+        tensors, fields = _bottlenecks(model)
+    elif model.virtual_tokens is not None:
+        tensors, fields = _virtual_tokens(model)
+    else:
         raise RopewalkError("there is no adapter to save: the model carries none")
+    config = {
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_source,
+        "revision": revision,
+        "inference_mode": True,
+    } | fields
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    with atomic_directory(path, overwrite, needed) as folder:
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _low_rank(model: Transformer, layers: dict[str, LoRALinear]) -> Saved:
     stored = stored_modules(model.config)
+    one = next(iter(layers.values()))
     tensors: dict[str, Tensor] = {}
     shapes: dict[str, tuple[int, float]] = {}
     for module in dict.fromkeys(stored[name] for name in layers):
@@ -48,30 +80,28 @@ def save_adapter(
         a, b = _joined(module, parts)
         tensors[f"{PREFIX}{module.name}.lora_A.weight"] = a
         tensors[f"{PREFIX}{module.name}.lora_B.weight"] = b
-        shapes[module.name] = a.shape[0], sum(part.alpha for part in parts if part is not None)
-    common = Counter((layer.rank, layer.alpha) for layer in layers.values()).most_common(1)[0][0]
+        if isinstance(one, DoRALinear):
+            lengths = [_magnitude(model, part)[:, None] for part in module.parts]
+            tensors[f"{PREFIX}{module.name}.lora_magnitude_vector"] = module.rule.stack(lengths).flatten()
+        scale, rank = next(part.scale for part in parts if part is not None), a.shape[0]
+        shapes[module.name] = rank, _number(scale * (math.sqrt(rank) if one.rank_stabilized else rank))
+    common = Counter((layer.rank, _number(layer.alpha)) for layer in layers.values()).most_common(1)[0][0]
     every = {module.name for module in stored.values()}
     ranks, alphas = _patterns(shapes, common, every)
-    config = {
+    return tensors, {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_source,
-        "revision": revision,
         "r": common[0],
-        "lora_alpha": _number(common[1]),
-        "lora_dropout": next(iter(layers.values())).dropout,
+        "lora_alpha": common[1],
+        "lora_dropout": one.dropout,
         "target_modules": sorted(set(_endings(shapes, every).values())),
         "rank_pattern": ranks,
         "alpha_pattern": alphas,
+        "use_rslora": one.rank_stabilized,
+        "use_dora": isinstance(one, DoRALinear),
         "bias": "none",
-        "fan_in_fan_out": any(module.rule.transposed for module in stored.values()),
+        "fan_in_fan_out": _transposed(stored),
         "init_lora_weights": True,
-        "inference_mode": True,
     }
-    needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    with atomic_directory(path, overwrite, needed) as folder:
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _joined(module: StoredModule, parts: list[LoRALinear | None]) -> tuple[Tensor, Tensor]:
@@ -85,7 +115,76 @@ def _joined(module: StoredModule, parts: list[LoRALinear | None]) -> tuple[Tenso
             block[:, at : at + part.rank] = part.lora_b.detach()
             at += part.rank
         blocks.append(block)
-    return torch.cat([part.lora_a.detach() for part in present]), module.rule.stack(blocks).contiguous()
+    return torch.cat([part.lora_a.detach() for part in present]), module.rule.stack(blocks)
+
+
+def _magnitude(model: Transformer, name: str) -> Tensor:
+    """DoRA's magnitudes; of a layer without an adapter, the lengths of its rows, which change nothing."""
+    layer = model.get_submodule(name)
+    if isinstance(layer, DoRALinear):
+        return layer.magnitude.detach()
+    weight = plain_values(linear(model, name))
+    return row_lengths(weight).to(weight.dtype)
+
+
+def _vectors(model: Transformer, layers: dict[str, IA3Linear]) -> Saved:
+    stored = stored_modules(model.config)
+    tensors: dict[str, Tensor] = {}
+    on_input: set[str] = set()
+    for module in dict.fromkeys(stored[name] for name in layers):
+        parts = [layers.get(part) for part in module.parts]
+        if parts[0] is not None and parts[0].on_input:
+            if len(parts) > 1:
+                raise RopewalkError(
+                    f"{module.parts[0]}: PEFT cannot scale the inputs of a part of {module.name}"
+                )
+            vector = parts[0].vector[None, :]
+            on_input.add(module.name)
+        else:
+            one = next(part.vector for part in parts if part is not None)
+            ones = [one.new_ones(rows) for rows in module.rule.rows]
+            pairs = zip(parts, ones, strict=True)
+            vector = module.rule.stack([(o if p is None else p.vector.detach())[:, None] for p, o in pairs])
+        tensors[f"{PREFIX}{module.name}.ia3_l"] = vector
+    every = {module.name for module in stored.values()}
+    names = {name.removeprefix(PREFIX).removesuffix(".ia3_l") for name in tensors}
+    inputs = set(_endings(on_input, every).values())
+    return tensors, {
+        "peft_type": "IA3",
+        "target_modules": sorted(inputs | set(_endings(names - on_input, every).values())),
+        "feedforward_modules": sorted(inputs),
+        "fan_in_fan_out": _transposed(stored),
+        "init_ia3_weights": True,
+    }
+
+
+def _bottlenecks(model: Transformer) -> Saved:
+    one = next(layer for _, layer in adapted_layers(model) if isinstance(layer, BottleneckLinear))
+    fields = {"peft_type": "BOTTLENECK", "width": len(one.down), "dropout": one.dropout}
+    return dict(adapter_parameters(model)), fields
+
+
+def _virtual_tokens(model: Transformer) -> Saved:
+    tokens, config = model.virtual_tokens, model.config
+    assert tokens is not None
+    fields: dict[str, Any] = {
+        "peft_type": "PREFIX_TUNING" if tokens.per_layer else "PROMPT_TUNING",
+        "num_virtual_tokens": tokens.count,
+        "num_transformer_submodules": 1,
+        "num_layers": config.num_hidden_layers,
+    }
+    if tokens.per_layer:
+        width = config.num_key_value_heads * config.head_dim
+        fields |= {"token_dim": width, "num_attention_heads": config.num_key_value_heads}
+        fields |= {"encoder_hidden_size": width, "prefix_projection": False}
+    else:
+        fields |= {"token_dim": config.hidden_size, "num_attention_heads": config.num_attention_heads}
+        fields |= {"prompt_tuning_init": "SAMPLE_VOCAB"}
+    return {PROMPT: tokens.embedding.weight}, fields
+
+
+def _transposed(stored: dict[str, StoredModule]) -> bool:
+    return any(module.rule.transposed for module in stored.values())
 
 
 def _patterns(
@@ -98,7 +197,7 @@ def _patterns(
         if shape != common:
             same = [name for name, other in shapes.items() if other == shape]
             for ending in _endings(same, every).values():
-                ranks[ending], alphas[ending] = shape[0], _number(shape[1])
+                ranks[ending], alphas[ending] = shape
     return ranks, alphas
 
 
@@ -114,5 +213,6 @@ def _all_endings(name: str) -> list[str]:
 
 
 def _number(value: float) -> float:
-    """Whole numbers without a decimal point: PEFT calls alpha an integer."""
-    return int(value) if float(value).is_integer() else value
+    """Without noise in the last digits, and whole numbers without a decimal point: alpha is one in PEFT."""
+    value = float(f"{value:.12g}")
+    return int(value) if value.is_integer() else value

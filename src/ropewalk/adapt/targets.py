@@ -26,8 +26,8 @@ def linear_layers(model: Transformer) -> list[str]:
 
 
 def left_out(model: Transformer) -> str | None:
-    """One sentence on what `all-linear` leaves out of a mixture of experts; None for other models."""
-    if not model.config.moe_layers:
+    """One sentence on what adapters of linear layers leave out of a mixture of experts; else None."""
+    if not model.config.moe_layers or not any(name.endswith(".base") for name, _ in model.named_modules()):
         return None
     matrices = sum(".mlp." in name for name, module in model.named_modules() if isinstance(module, nn.Linear))
     return (
@@ -35,8 +35,10 @@ def left_out(model: Transformer) -> str | None:
     )
 
 
-def select(model: Transformer, targets: Literal["all-linear"] | Sequence[str]) -> list[str]:
-    """The linear layers that `targets` names, in the model's order.
+def select(
+    model: Transformer, targets: Literal["all-linear"] | Sequence[str], places: Sequence[str] | None = None
+) -> list[str]:
+    """The linear layers that `targets` names, in the model's order; "all-linear": all, or those in `places`.
 
     A target is the end of a layer's name, in whole parts, here or in the family's Hugging Face files: q_proj,
     self_attn.q_proj, qkv_proj (phi3: the three of them), blocks.0.attention.q_proj. Raises UserError for one
@@ -44,7 +46,7 @@ def select(model: Transformer, targets: Literal["all-linear"] | Sequence[str]) -
     """
     layers = linear_layers(model)
     if targets == "all-linear":
-        return layers
+        return [name for name in layers if places is None or name.rpartition(".")[2] in places]
     if isinstance(targets, str):
         targets = [targets]
     stored = stored_modules(model.config)

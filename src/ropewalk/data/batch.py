@@ -23,13 +23,10 @@ class Batch:
     segments: torch.Tensor
     documents: tuple[tuple[str, ...], ...] = ()
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
-        moved = {
-            f.name: getattr(self, f.name).to(device, non_blocking=non_blocking)
-            for f in fields(self)
-            if f.name != "documents"
-        }
-        return Batch(**moved, documents=self.documents)
+    def pinned(self) -> "Batch":
+        """In memory from which a GPU copies while it computes."""
+        parts = {f.name: getattr(self, f.name).pin_memory() for f in fields(self) if f.name != "documents"}
+        return Batch(**parts, documents=self.documents)
 
     def rows(self, start: int, stop: int) -> "Batch":
         """The rows `[start, stop)`: one micro-batch."""

@@ -140,8 +140,10 @@ def _splitmix(x: np.ndarray) -> np.ndarray:
         return x ^ (x >> np.uint64(31))
 
 
-def prefetch(loader: Loader, start: int, rows: int, count: int, depth: int = 2) -> Generator[Batch]:
-    """`count` batches of `rows` rows from row `start` on, made ahead by a thread.
+def prefetch(
+    loader: Loader, start: int, rows: int, count: int, depth: int = 2, pin: bool = False
+) -> Generator[Batch]:
+    """`count` batches of `rows` rows from row `start` on, made ahead by a thread, pinned for a GPU.
 
     An error of the thread is raised here. Close the iterator (or use it up) to end the thread.
     """
@@ -160,7 +162,8 @@ def prefetch(loader: Loader, start: int, rows: int, count: int, depth: int = 2) 
             for i in range(count):
                 if stop.is_set():
                     return
-                offer(loader.batch(start + i * rows, rows))
+                batch = loader.batch(start + i * rows, rows)
+                offer(batch.pinned() if pin else batch)
         except BaseException as error:
             offer(error)
 

@@ -152,7 +152,7 @@ def score_documents(
     """Sum of -ln p(token) in nats over all tokens but the first, for each document's token ids."""
     if not 1 <= stride <= window:
         raise UserError(f"stride is {stride}; it must be at least 1 and at most the window ({window})")
-    context = model.config.max_position_embeddings
+    context = model.context_length
     if window > context:
         raise UserError(f"window is {window} tokens; the model has room for {context}")
     device, training = model.embed.weight.device, model.training

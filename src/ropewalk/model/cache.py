@@ -13,7 +13,8 @@ class KVCache:
     """Keys and values of the tokens a model has seen, one slot per token and row.
 
     A model called with it appends its tokens. Rows of unequal length are padded on the left: padding has
-    position -1 and is never attended. `length` slots are used, of every row.
+    position -1 and is never attended. `length` tokens of every row are there, and in the slots before them as
+    many virtual tokens as `reserve` was told: they are not counted, but positions are.
     """
 
     def __init__(
@@ -24,7 +25,7 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.batch_size, self.max_length, self.length = batch_size, max_length, 0
+        self.batch_size, self.max_length, self.length, self.virtual = batch_size, max_length, 0, 0
         self.ragged = False
         """Whether some row has padding, so that slots and positions differ."""
         shape = (batch_size, config.num_key_value_heads, max_length, config.head_dim)
@@ -35,21 +36,40 @@ class KVCache:
         self.tokens = torch.zeros_like(self.positions)
         """The tokens themselves: longrope reads them again where its frequencies change."""
 
+    @property
+    def slots(self) -> int:
+        """How many are used."""
+        return self.virtual + self.length
+
+    def reserve(self, count: int) -> None:
+        """Make `count` slots for virtual tokens, before all others; the cache is empty."""
+        more, self.virtual = count - self.virtual, count
+        if more:
+            for tensors in (self.keys, self.values):
+                for i, t in enumerate(tensors):
+                    tensors[i] = t.new_empty((*t.shape[:2], t.shape[2] + more, t.shape[3]))
+            shape = (self.batch_size, self.max_length + count)
+            self.positions, self.tokens = self.positions.new_full(shape, -1), self.tokens.new_zeros(shape)
+            self.positions[:, :count] = torch.arange(count)
+
     def begin(self, tokens: Tensor, positions: Tensor | None) -> Tensor:
         """Take slots for tokens `[B, S]`; returns their positions, `[1, S]` if all rows agree, else `[B, S]`.
 
-        positions None: each row goes on where it ended.
+        positions None: each row goes on where it ended; else they count from 0. Those returned count from the
+        first virtual token, as the model does.
         """
         batch, count = tokens.shape
-        start, stop = self.length, self.length + count
+        start, stop = self.slots, self.slots + count
         if batch != self.batch_size:
             raise ValueError(f"the cache has {self.batch_size} rows, the tokens {batch}")
-        if stop > self.max_length:
+        if self.length + count > self.max_length:
             raise RopewalkError(
-                f"the key-value cache holds {self.max_length} tokens; {stop} are needed: "
+                f"the key-value cache holds {self.max_length} tokens; {self.length + count} are needed: "
                 "generate fewer new tokens"
             )
         plain = torch.arange(start, stop, device=tokens.device)[None]
+        if positions is not None and self.virtual:
+            positions = torch.where(positions < 0, positions, positions + self.virtual)
         if positions is None and not self.ragged:
             positions = plain
         elif positions is None:
@@ -63,15 +83,20 @@ class KVCache:
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k and v `[B, S, kv_heads, D]` in the slots begun; returns all, `[B, kv_heads, slots, D]`."""
-        stop = self.length + k.shape[1]
+        start, stop = self.slots, self.slots + k.shape[1]
         keys, values = self.keys[layer], self.values[layer]
-        keys[:, :, self.length : stop] = k.transpose(1, 2)
-        values[:, :, self.length : stop] = v.transpose(1, 2)
+        keys[:, :, start:stop] = k.transpose(1, 2)
+        values[:, :, start:stop] = v.transpose(1, 2)
         return keys[:, :, :stop], values[:, :, :stop]
 
+    def fill_virtual(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Keys and values of a layer's virtual tokens, each `[virtual, kv_heads, D]`, into their slots."""
+        self.keys[layer][:, :, : self.virtual] = k.transpose(0, 1)
+        self.values[layer][:, :, : self.virtual] = v.transpose(0, 1)
+
     def truncate(self, length: int) -> None:
-        """Forget all slots from `length` on."""
-        self.positions[:, length:] = -1
+        """Forget all tokens from `length` on."""
+        self.positions[:, self.virtual + length :] = -1
         self.length = min(self.length, length)
         self.ragged = self.ragged and self.length > 0
 
@@ -86,9 +111,9 @@ class KVCache:
 
         def widen(old: Tensor, dim: int, empty: int = 0) -> Tensor:
             shape = [n, *old.shape[1:]]
-            shape[dim] = copy.max_length
+            shape[dim] = copy.virtual + copy.max_length
             new = old.new_full(shape, empty) if dim == 1 else old.new_empty(shape)
-            new.narrow(dim, 0, self.length).copy_(old.narrow(dim, 0, self.length))
+            new.narrow(dim, 0, self.slots).copy_(old.narrow(dim, 0, self.slots))
             return new
 
         copy.keys = [widen(t, 2) for t in self.keys]
@@ -107,7 +132,7 @@ class KVCache:
         for new, old in moved:
             for tensors in (self.keys, self.values):
                 for t in tensors:
-                    t[new, :, : self.length] = t[old, :, : self.length]
+                    t[new, :, : self.slots] = t[old, :, : self.slots]
             self.positions[new], self.tokens[new] = self.positions[old], self.tokens[old]
         self.batch_size = len(rows)
         for tensors in (self.keys, self.values):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ropewalk.model.cache import KVCache
 from ropewalk.model.config import ModelConfig
+from ropewalk.model.virtual import KeyValues
 from ropewalk.ops.attention import AttentionLayout, attention, attention_cached, cached_mask
 from ropewalk.ops.linear import Linear
 from ropewalk.ops.norm import rms_norm
@@ -48,16 +49,30 @@ class Context:
     real: Tensor | None = None
     """`[B * S]` bool, false at padding; None: no padding."""
     masks: dict[int | None, Tensor] = field(default_factory=dict)
+    virtual: list[KeyValues] | None = None
+    """Keys and values of the virtual tokens before every document, layer by layer; those in a cache already
+    are not here."""
+    reads_virtual: bool = False
+    """The tokens are the virtual ones themselves: each layer adds what it made of them to `virtual`."""
 
     @torch.compiler.disable  # the layout differs from batch to batch, the layer from block to block
     def attend(self, layer: "Attention", q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q `[B, S, heads, D]`, k and v `[B, S, kv_heads, D]` of the new tokens -> as q."""
         cache, window, softcap, scale = self.cache, layer.window, layer.softcap, layer.scale
+        before = None
+        if self.virtual is not None and self.reads_virtual:
+            self.virtual.append((k[0], v[0]))
+        elif self.virtual is not None:
+            before = self.virtual[layer.index]
         if cache is not None:
+            if before is not None:
+                cache.fill_virtual(layer.index, *before)
             keys, values = cache.append(layer.index, k, v)
         if cache is None or self.layout is not None:  # the new tokens are all there is
             assert self.layout is not None
-            return attention(q, k, v, layout=self.layout, window=window, softcap=softcap, scale=scale)
+            return attention(
+                q, k, v, layout=self.layout, window=window, softcap=softcap, scale=scale, prefix=before
+            )
         if q.shape[1] == 1 and not cache.ragged:
             if window is not None and window < keys.shape[2]:
                 keys, values = keys[:, :, -window:], values[:, :, -window:]

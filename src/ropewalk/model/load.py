@@ -21,6 +21,7 @@ from ropewalk.model.families_weights import WeightRule, stored_name, weight_map
 from ropewalk.model.safetensors_file import FLOATS, StoredTensor, read_chunks, read_header
 from ropewalk.model.source import base_of_adapter, resolve_source
 from ropewalk.model.transformer import Transformer
+from ropewalk.ops import Linear, NF4Tensor
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -30,8 +31,12 @@ def load_model(
     dtype: str | torch.dtype = "float32",
     device: str | torch.device = "cpu",
     revision: str | None = None,
+    quantize: bool = False,
 ) -> Transformer:
     """The model that `source` names (see `resolve_source`), in evaluation mode.
+
+    With `quantize` the linear weights of the blocks become NF4Tensors, frozen, each as soon as it is read:
+    there are never all of them in 16 bits.
 
     Of a LoRA run it is the base model with the adapter merged into its weights. Raises UserError, naming the
     file, when weights are missing, superfluous, of the wrong shape, damaged, not finite or pickled.
@@ -43,9 +48,9 @@ def load_model(
     if base is not None:
         from ropewalk.adapt import load_adapter, merge  # adapt builds on this room
 
-        model = load_model(base[0], dtype, device, base[1])
+        model = load_model(base[0], dtype, device, base[1], quantize)
         load_adapter(model, directory)
-        merge(model)
+        merge(model, requantize=quantize)
         return model.eval()
     config = read_config(directory)
     matched = _match(config, directory)
@@ -53,12 +58,32 @@ def load_model(
         raise UserError(f"device {device}: there is no CUDA device here")
     with torch.device("meta"):
         model = Transformer(config)
-    model.to(_DTYPES[dtype] if isinstance(dtype, str) else dtype).to_empty(device=device)
+    model.to(_DTYPES[dtype] if isinstance(dtype, str) else dtype)
+    in_4_bits = _take_linear_weights(model) if quantize else {}
+    model.to_empty(device=device)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for rule, stored in matched:
-            _fill(rule, stored, [parameters[name] for name in rule.parts])
+            if in_4_bits.keys().isdisjoint(rule.parts):
+                _fill(rule, stored, [parameters[name] for name in rule.parts])
+                continue
+            values = _read(stored, torch.empty(rule.shape, dtype=model.embed.weight.dtype))
+            for name, part in zip(rule.parts, rule.split(values), strict=True):
+                quantized = NF4Tensor.quantize(part.to(device))
+                in_4_bits[name].weight = nn.Parameter(quantized, requires_grad=False)
     return model.eval()
+
+
+def _take_linear_weights(model: Transformer) -> dict[str, nn.Linear]:
+    """Removes the weights that NF4 will hold; parameter name -> its module. (Routers and embeddings stay.)"""
+    found: dict[str, nn.Linear] = {
+        f"{name}.weight": module
+        for name, module in model.blocks.named_modules(prefix="blocks")
+        if isinstance(module, Linear)
+    }
+    for module in found.values():
+        module.register_parameter("weight", None)
+    return found
 
 
 def read_config(directory: Path) -> ModelConfig:
@@ -163,21 +188,25 @@ def _weight_files(directory: Path) -> Sequence[Path]:
 
 def _fill(rule: WeightRule, stored: StoredTensor, parts: list[nn.Parameter]) -> None:
     """Reads one stored tensor into the parameters that it consists of."""
-    straight = len(parts) == 1 and not rule.transposed and parts[0].device.type == "cpu"
-    if straight:
-        target = parts[0].data.view(-1)
-    else:  # cutting it up, and one transfer to a GPU, need all of it, in the dtype of the model
-        target = torch.empty(sum(p.numel() for p in parts), dtype=parts[0].dtype)
-    at = 0
+    if len(parts) == 1 and not rule.transposed and parts[0].device.type == "cpu":
+        _read(stored, parts[0].data)
+        return
+    # cutting it up, and one transfer to a GPU, need all of it, in the dtype of the model
+    values = _read(stored, torch.empty(rule.shape, dtype=parts[0].dtype))
+    for part, piece in zip(parts, rule.split(values), strict=True):
+        part.data.copy_(piece)
+
+
+def _read(stored: StoredTensor, target: torch.Tensor) -> torch.Tensor:
+    """`target`, contiguous and on the CPU, filled with what is stored; UserError if that is not finite."""
+    flat, at = target.view(-1), 0
     for chunk in read_chunks(stored):
-        values = chunk.to(target.dtype)
+        values = chunk.to(flat.dtype)
         if not _finite(values):
             raise UserError(f"{stored.file}: {stored.name} holds NaN or infinite values; the model is broken")
-        target[at : at + len(values)].copy_(values)
+        flat[at : at + len(values)].copy_(values)
         at += len(values)
-    if not straight:
-        for part, values in zip(parts, rule.split(target.view(rule.shape)), strict=True):
-            part.data.copy_(values)
+    return target
 
 
 def _finite(values: torch.Tensor) -> bool:

@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path, PurePosixPath
 
 from ropewalk.errors import UserError
-from ropewalk.files import atomic_directory
+from ropewalk.files import atomic_directory, cache_directory
 
 ADAPTER_CONFIG = "adapter_config.json"
 _PACKAGE = "package://"
@@ -166,7 +166,7 @@ def _converted(path: Path) -> Path:
 
     digest = hashlib.sha256(f"{VERSION}\0{os.stat(path).st_mtime_ns}\0".encode())
     _sample(path, digest)
-    folder = Path(os.environ.get("ROPEWALK_CACHE") or Path.home() / ".cache" / "ropewalk") / "gguf"
+    folder = cache_directory() / "gguf"
     target = folder / f"{path.stem}-{digest.hexdigest()[:16]}"
     if (target / "config.json").is_file():
         return target

@@ -1,16 +1,17 @@
 """The one decoder-only transformer: every family is this module with another ModelConfig."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ropewalk.errors import UserError
 from ropewalk.model.cache import KVCache
 from ropewalk.model.config import ModelConfig
 from ropewalk.model.layers import MLP, Attention, Context, Tables, make_norm
 from ropewalk.model.moe import MixtureOfExperts, RouterStatistics, load_balancing_loss
+from ropewalk.model.virtual import VirtualTokens
 from ropewalk.ops.attention import AttentionLayout
 from ropewalk.ops.linear import Linear
 from ropewalk.ops.rope import depends_on_length, effective_length, rope_frequencies, rope_tables
@@ -50,17 +51,20 @@ class Block(nn.Module):
         return residual + out, statistics
 
 
+RunBlock = Callable[[Any, Tensor, Context], tuple[Tensor, RouterStatistics | None]]
+
+
 class Transformer(nn.Module):
     """`model.logits(model(tokens))`. It knows nothing of ranks and has no dropout.
 
-    Built under `torch.device("meta")` it takes no memory. With `checkpointing`, training keeps only each
-    block's input and computes the rest again (arXiv 1604.06174).
+    Built under `torch.device("meta")` it takes no memory. `run_block(block, hidden, context)`, where it is
+    set, calls the blocks in training: the place for what saves activations.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.checkpointing = False
+        self.run_block: RunBlock | None = None
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.position == "learned":
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
@@ -69,6 +73,7 @@ class Transformer(nn.Module):
         self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_head()
         self._frequencies: dict[Any, tuple[Tensor, float]] = {}
+        self.virtual_tokens: VirtualTokens | None = None
         self._router: tuple[list[RouterStatistics], int | Tensor] = ([], 0)
 
     def tie_head(self) -> None:
@@ -80,6 +85,12 @@ class Transformer(nn.Module):
         super()._apply(fn, recurse)
         self.tie_head()  # to_empty() and other replacements of parameters untie it
         return self
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that a document may have: the model's positions, less those that virtual tokens take."""
+        taken = 0 if self.virtual_tokens is None else self.virtual_tokens.count
+        return self.config.max_position_embeddings - taken
 
     @property
     def output_weight(self) -> nn.Parameter:
@@ -104,6 +115,7 @@ class Transformer(nn.Module):
         positions `[B, S]` int64, index in the document; by default from 0 in each row or segment, or on from
                   where the cache ends; -1 is padding (on the left, with a cache)
         segments  `[B, S]`, document of each token in a packed row, -1 in padding; no document sees another
+                  (best on the host: its documents are counted there)
         cache     appended to; not together with segments
         """
         if cache is not None and segments is not None:
@@ -111,20 +123,14 @@ class Transformer(nn.Module):
         if cache is not None and cache.length and self._outgrows(cache, tokens, positions):
             return self._again(tokens, positions, cache)
         context, positions = self._context(tokens, positions, segments, cache)
-        hidden = self.embed(tokens)
-        if self.config.scale_embeddings:
-            hidden = hidden * torch.tensor(self.config.hidden_size**0.5, dtype=hidden.dtype)
-        if self.config.position == "learned":
-            hidden = hidden + self.embed_positions(positions)
-        else:
-            self._add_rope(context, positions, hidden.dtype)
+        hidden = self._placed(self.embedded(tokens), context, positions, positions)
+        virtual, before = self._virtual(context, positions)
         statistics = []
-        recompute = self.checkpointing and self.training and torch.is_grad_enabled()
+        run = self.run_block if self.training and torch.is_grad_enabled() else None
         for block in self.blocks:
-            if recompute:
-                hidden, routed = checkpoint(block, hidden, context, use_reentrant=False)
-            else:
-                hidden, routed = block(hidden, context)
+            if virtual is not None:  # leaves its keys and values to the documents, by way of the contexts
+                virtual, _ = block(virtual, before)
+            hidden, routed = block(hidden, context) if run is None else run(block, hidden, context)
             if routed is not None:
                 statistics.append(routed)
         if cache is not None:
@@ -132,6 +138,13 @@ class Transformer(nn.Module):
         real = tokens.numel() if context.real is None else context.real.sum()
         self._router = (statistics if self.training else [], real)
         return self.norm(hidden)
+
+    def embedded(self, tokens: Tensor) -> Tensor:
+        """Embeddings of tokens `[B, S]`, without positions: `[B, S, hidden_size]`."""
+        hidden = self.embed(tokens)
+        if self.config.scale_embeddings:
+            hidden = hidden * torch.tensor(self.config.hidden_size**0.5, dtype=hidden.dtype)
+        return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden `[..., hidden_size]` -> `[..., vocab_size]`, soft-capped where the config says so."""
@@ -157,6 +170,8 @@ class Transformer(nn.Module):
         layout: AttentionLayout | None = AttentionLayout.rows(batch, length)
         real = query_positions = None
         if cache is not None:
+            if not cache.length:
+                cache.reserve(0 if self.virtual_tokens is None else self.virtual_tokens.count)
             positions = query_positions = cache.begin(tokens, positions)
             if cache.length:
                 layout = None
@@ -164,31 +179,61 @@ class Transformer(nn.Module):
                 segments = torch.where(positions >= 0, 0, -1)
         if segments is not None:
             layout = AttentionLayout.from_segments(segments)
-            real = (segments >= 0).flatten() if self.config.moe_layers else None
+            real = (segments >= 0).flatten().to(tokens.device) if self.config.moe_layers else None
             if positions is None:
-                positions = _restarting(segments)
+                positions = _restarting(segments).to(tokens.device)
         if positions is None:
             positions = torch.arange(length, device=tokens.device)[None]
+        if cache is None and self.virtual_tokens is not None:
+            positions = positions + self.virtual_tokens.count
         limit = self.config.max_position_embeddings
         if self.config.position == "learned" and (last := int(positions.max())) >= limit:
             raise UserError(f"{last + 1} tokens: this {self.config.family} model has only {limit} positions")
         context = Context(layout, cache=cache, query_positions=query_positions, real=real)
         return context, positions.clamp(min=0)
 
-    def _add_rope(self, context: Context, positions: Tensor, dtype: torch.dtype) -> None:
+    def _virtual(self, context: Context, positions: Tensor) -> tuple[Tensor | None, Context | None]:
+        """Virtual tokens that are to run through the blocks, `[1, P, hidden_size]`, and their own context.
+
+        None without them, where they are keys and values already, and where the cache holds them.
+        """
+        tokens = self.virtual_tokens
+        if tokens is None or (context.cache is not None and context.cache.length):
+            return None, None
+        if tokens.per_layer:
+            context.virtual = tokens.key_values()
+            return None, None
+        context.virtual = []
+        first = Context(AttentionLayout.rows(1, tokens.count), virtual=context.virtual, reads_virtual=True)
+        return self._placed(tokens.embedding.weight[None], first, tokens.positions(), positions), first
+
+    def _placed(self, hidden: Tensor, context: Context, positions: Tensor, reach: Tensor) -> Tensor:
+        """Gives tokens their positions: learned ones are added, rotary ones put into the context.
+
+        reach: positions whose greatest one says how long a context is in use.
+        """
         config = self.config
-        context.rope = self._tables(config.rope_theta, config.rope_scaling, positions, dtype)
+        if config.position == "learned":
+            return hidden + self.embed_positions(positions)
+        dtype = hidden.dtype
+        context.rope = self._tables(config.rope_theta, config.rope_scaling, positions, reach, dtype)
         if config.rope_local_theta is not None:
-            context.local_rope = self._tables(config.rope_local_theta, None, positions, dtype)
+            context.local_rope = self._tables(config.rope_local_theta, None, positions, reach, dtype)
+        return hidden
 
     def _tables(
-        self, theta: float, scaling: dict[str, Any] | None, positions: Tensor, dtype: torch.dtype
+        self,
+        theta: float,
+        scaling: dict[str, Any] | None,
+        positions: Tensor,
+        reach: Tensor,
+        dtype: torch.dtype,
     ) -> Tables:
         """cos and sin; frequencies are kept for each device, and for the last length if they depend on it."""
         config = self.config
         length = None
         if scaling is not None and depends_on_length(scaling):
-            used = int(positions.max()) + 1
+            used = int(reach.max()) + 1
             length = effective_length(scaling, config.max_position_embeddings, used)
         key = (theta, length, positions.device)
         if key not in self._frequencies:
@@ -206,16 +251,17 @@ class Transformer(nn.Module):
             return False
         original = scaling["original_max_position_embeddings"]
         last = int(cache.positions.max())
-        end = last + tokens.shape[1] if positions is None else int(positions.max())
+        end = last + tokens.shape[1] if positions is None else int(positions.max()) + cache.virtual
         return last < original <= end
 
     def _again(self, tokens: Tensor, positions: Tensor | None, cache: KVCache) -> Tensor:
         """Read everything in the cache again together with the new tokens."""
-        used = cache.length
-        before = cache.positions[:, :used]
+        used, start = cache.length, cache.virtual
+        before = cache.positions[:, start : start + used]
+        before = torch.where(before < 0, before, before - start)
         if positions is None:
             positions = before[:, -1:] + 1 + torch.arange(tokens.shape[1], device=tokens.device)
-        tokens = torch.cat((cache.tokens[:, :used], tokens), 1)
+        tokens = torch.cat((cache.tokens[:, start : start + used], tokens), 1)
         positions = torch.cat((before, positions), 1)
         cache.truncate(0)
         return self(tokens, positions, cache=cache)[:, used:]

@@ -7,6 +7,7 @@ from pathlib import PurePath
 from typing import Any
 
 from ropewalk.errors import UserError
+from ropewalk.recipe.conflicts import refuse_conflicts
 from ropewalk.recipe.loader import Origin
 from ropewalk.recipe.machine import Machine
 from ropewalk.recipe.schema import Recipe, Section
@@ -15,10 +16,19 @@ Derived = dict[str, tuple[Any, str]]
 """Dotted name -> (value, why)."""
 
 LEARNING_RATES = {
-    "lora": (2e-4, "adapt.method is lora"),
-    "full": (2e-5, "adapt.method is full, from a pretrained model"),
-    "scratch": (6e-4, "model.config: from scratch"),
+    "lora": 2e-4,
+    "dora": 2e-4,
+    "bottleneck": 2e-4,
+    "ia3": 3e-3,
+    "prompt": 3e-1,
+    "prefix": 1e-2,
+    "bitfit": 1e-3,
+    "full": 2e-5,
 }
+FROM_SCRATCH = 6e-4
+OPTIMIZERS = {"muon": 1.0, "lion": 0.2, "adafactor": 1.0, "adamw": 1.0}
+"""Learning rates beside AdamW's: Lion's steps are signs and want a third to a tenth (arXiv 2302.06675)."""
+BETAS = {"adamw": (0.9, 0.95), "lion": (0.9, 0.99), "muon": (0.95, 0.95), "adafactor": (0.9, 0.95)}
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,7 @@ def resolve(
     for name, (value, _) in derived.items():
         _set(values, name.split("."), value)
     resolved = Recipe.model_validate(values)
+    refuse_conflicts(resolved)
     given = origins if origins is not None else {name: Origin("given") for name in _set_names(recipe)}
     found: dict[str, Origin] = {}
     for name, value in leaves(resolved):
@@ -97,7 +108,7 @@ def _derive(recipe: Recipe, machine: Machine) -> Derived:
                 found[f"data.{kind}.{i}.name"] = (PurePath(source.path).name, "the last part of its path")
     if recipe.data.workers == 0:
         found["data.workers"] = (machine.cores, "the cores of this machine")
-    if recipe.adapt.alpha is None and recipe.adapt.method == "lora":
+    if recipe.adapt.alpha is None and recipe.adapt.method in ("lora", "dora"):
         found["adapt.alpha"] = (2.0 * recipe.adapt.rank, "2 x adapt.rank")
     found |= _derive_train(recipe, machine)
     window = recipe.evaluate.window or recipe.data.sequence_length
@@ -125,8 +136,10 @@ def _derive_train(recipe: Recipe, machine: Machine) -> Derived:
     if train.threads == 0:
         found["train.threads"] = (machine.cores, "the cores of this machine")
     if train.optimizer.learning_rate is None:
-        kind = "scratch" if recipe.model.config is not None else recipe.adapt.method
-        found["train.optimizer.learning_rate"] = LEARNING_RATES[kind]
+        found["train.optimizer.learning_rate"] = _learning_rate(recipe)
+    for name, value in zip(("beta1", "beta2"), BETAS[train.optimizer.name], strict=True):
+        if getattr(train.optimizer, name) is None:
+            found[f"train.optimizer.{name}"] = (value, f"train.optimizer.name is {train.optimizer.name}")
 
     rows = train.batch_size
     if train.batch_tokens is not None:
@@ -153,6 +166,17 @@ def _derive_train(recipe: Recipe, machine: Machine) -> Derived:
             warmup = round(steps * train.schedule.warmup_fraction)
             found["train.schedule.warmup_steps"] = (warmup, f"train.schedule.warmup_fraction of {reason}")
     return found
+
+
+def _learning_rate(recipe: Recipe) -> tuple[float, str]:
+    if recipe.model.config is not None:
+        rate, why = FROM_SCRATCH, "model.config: from scratch"
+    else:
+        rate, why = LEARNING_RATES[recipe.adapt.method], f"adapt.method is {recipe.adapt.method}"
+    factor = OPTIMIZERS[recipe.train.optimizer.name]
+    if factor != 1.0:
+        why += f", {factor:g} of it for {recipe.train.optimizer.name}"
+    return rate * factor, why
 
 
 def _micro_batch(rows: int, sequence_length: int, device: str) -> tuple[int, str]:

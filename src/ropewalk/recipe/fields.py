@@ -22,6 +22,14 @@ SYNONYMS = {
     "gradient_accumulation_steps": "train.batch_size",
     "gradient_checkpointing": "train.checkpointing",
     "activation_checkpointing": "train.checkpointing",
+    "activation_memory_budget": "train.checkpointing_budget",
+    "budget": "train.checkpointing_budget",
+    "load_in_4bit": "adapt.quantize",
+    "use_dora": "adapt.method",
+    "use_rslora": "adapt.rank_stabilized",
+    "loraplus_lr_ratio": "adapt.b_rate",
+    "num_virtual_tokens": "adapt.tokens",
+    "optim": "train.optimizer.name",
     "max_grad_norm": "train.clip",
     "grad_clip": "train.clip",
     "dtype": "train.precision",
@@ -36,6 +44,18 @@ SYNONYMS = {
     "r": "adapt.rank",
     "model_name_or_path": "model.source",
     "output_dir": "runs",
+}
+
+# What other tools have as one choice and we as two fields.
+ALIASES = {
+    "qlora": "lora, with adapt.quantize: nf4",
+    "rslora": "lora, with adapt.rank_stabilized: true",
+    "lora+": "lora, with adapt.b_rate: 16",
+    "loraplus": "lora, with adapt.b_rate: 16",
+    "adamw_8bit": "adamw, with train.optimizer.state_bits: 8",
+    "adamw8bit": "adamw, with train.optimizer.state_bits: 8",
+    "fp8": "float8",
+    "bf16": "bfloat16",
 }
 
 

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from ropewalk.errors import UserError
 from ropewalk.recipe.document import Document, Key, apply_overrides, dotted, from_mapping, read_file
-from ropewalk.recipe.fields import all_fields, bare, field_at, is_list, section_of, suggest, wanted
+from ropewalk.recipe.fields import ALIASES, all_fields, bare, field_at, is_list, section_of, suggest, wanted
 from ropewalk.recipe.schema import Recipe
 
 EXCLUSIVE = (
@@ -165,6 +165,8 @@ def _describe(error: Any, key: Key, document: Document) -> str:
         kind = bare(field.annotation)
         choices = get_args(kind) if get_origin(kind) is Literal else ()
     close = get_close_matches(str(value), [str(choice) for choice in choices], 1)
+    if choices and str(value) in ALIASES:
+        close = [ALIASES[str(value)]]
     hint = f"; did you mean {close[0]}?" if close else ""
     return f"{name}: must be {takes}, not {_shown(value)}{hint}{place}"
 

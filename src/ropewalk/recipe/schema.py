@@ -105,31 +105,49 @@ class Data(Section):
 
 
 class Adapt(Section):
-    method: Literal["full", "lora"] = "full"
-    """Train every weight, or low-rank adapters beside frozen ones (arXiv 2106.09685)."""
+    method: Literal["full", "lora", "dora", "prompt", "prefix", "bottleneck", "ia3", "bitfit"] = "full"
+    """Train every weight, or little beside frozen ones; docs/adapt.md compares them."""
+    quantize: Literal["none", "nf4"] = "none"
+    """Keep the frozen matrices in 4 bits: with method lora this is QLoRA (arXiv 2305.14314)."""
     rank: Positive = 16
-    """Rank of the LoRA matrices."""
+    """Rank of the LoRA matrices; width of bottleneck adapters."""
     alpha: PositiveNumber | None = None
     """LoRA scale is alpha / rank; derived: 2 x rank."""
+    rank_stabilized: bool = False
+    """Scale by alpha / sqrt(rank) instead (rsLoRA, arXiv 2312.03732)."""
     dropout: BelowOne = 0.0
     """Dropout on the adapter's input."""
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     """Module names to adapt (q_proj, v_proj, ...), or all linear layers but the output head."""
+    tokens: Positive = 20
+    """Virtual tokens of prompt and prefix tuning."""
+    b_rate: PositiveNumber = 1.0
+    """Learning rate of LoRA's B as a multiple of A's (LoRA+, arXiv 2402.12354, takes 16)."""
+    freeze: tuple[str, ...] = ()
+    """With method full: patterns of parameter names that stay as they are (embed.*, blocks.0.*)."""
 
 
 class Optimizer(Section):
-    name: Literal["adamw"] = "adamw"
-    """AdamW (arXiv 1711.05101)."""
+    name: Literal["adamw", "lion", "muon", "adafactor"] = "adamw"
+    """AdamW (arXiv 1711.05101), Lion (2302.06675), Muon for matrices (2502.16982), Adafactor (1804.04235)."""
     learning_rate: PositiveNumber | None = None
     """Peak learning rate; derived: 2e-4 for LoRA, 2e-5 for full fine-tuning, 6e-4 from scratch."""
     weight_decay: NonNegative = 0.0
     """Decoupled weight decay, on matrices only (not on biases, norms, embeddings)."""
-    beta1: BelowOne = 0.9
-    """Decay of the first moment."""
-    beta2: BelowOne = 0.95
-    """Decay of the second moment."""
+    beta1: BelowOne | None = None
+    """Decay of the first moment; derived: 0.9, for Muon 0.95."""
+    beta2: BelowOne | None = None
+    """Decay of the second moment; derived: 0.95, for Lion 0.99."""
     epsilon: PositiveNumber = 1e-8
     """Added to the root of the second moment."""
+    state_bits: Literal[32, 8, 4] = 32
+    """Bits of each number of the optimizer's state (arXiv 2110.02861)."""
+    masters: bool = True
+    """Keep float32 copies of bfloat16 weights; without, updates round at random (arXiv 2010.06192)."""
+    offload: bool = False
+    """Keep states, masters and gradients in the host's memory and update there (arXiv 2101.06840)."""
+    in_backward: bool = False
+    """Update each weight as soon as its gradient is known, and free that."""
 
 
 class Schedule(Section):
@@ -160,16 +178,26 @@ class Train(Section):
     """Rows in one forward pass; derived: as many as are 8,192 tokens on a GPU, 2,048 on a CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto: a GPU where there is one."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of the computation, beside float32 master weights; auto: bfloat16 where it is fast."""
+    precision: Literal["auto", "float32", "bfloat16", "float8"] = "auto"
+    """Type of the computation; auto: bfloat16 where it is fast. float8: in large products, on new GPUs."""
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
     clip: NonNegative = 1.0
     """Largest global gradient norm; 0 for no clipping."""
-    checkpointing: Literal["none", "full"] = "none"
-    """Keep all activations, or only each block's input and recompute the rest (arXiv 1604.06174)."""
+    checkpointing: Literal["none", "full", "selective"] = "none"
+    """Activations kept: all, each block's input (arXiv 1604.06174), or results of products as well."""
+    checkpointing_every: Positive = 1
+    """Recompute one block in so many."""
+    checkpointing_budget: Fraction | None = None
+    """Share of the activations that may be kept: chooses the two fields above."""
+    activation_offload: bool = False
+    """Keep the inputs of recomputed blocks in the host's memory; copies overlap with the computation."""
     compile: bool = False
     """torch.compile each block: faster steps for a slower first one."""
+    cuda_graphs: bool = False
+    """Replay compiled blocks as CUDA graphs; needs train.compile and a GPU."""
+    self_check: bool = True
+    """Compare loss and gradients with the plain formulas on the first batch before anything is trained."""
     loss_chunk: Positive = 1024
     """Rows of the output head computed at once."""
     threads: Count = 0

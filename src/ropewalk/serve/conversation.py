@@ -85,7 +85,7 @@ class Chat:
         """The messages, less the oldest turns where they leave no room; their ids; how many went."""
         system = [m for m in messages[:1] if m["role"] == "system"]
         turns, dropped = messages[len(system) :], 0
-        context = self.model.config.max_position_embeddings
+        context = self.model.context_length
         room = context - min(self.max_new_tokens, context // 2)
         while True:
             ids = encode_prompt(system + turns, self.tokenizer)
@@ -117,7 +117,7 @@ class Chat:
     def _cache_for(self, length: int) -> KVCache:
         if self._cache is None or self._cache.max_length < length:
             longer = 2 * self._cache.max_length if self._cache is not None else FIRST_CACHE
-            most = self.model.config.max_position_embeddings
+            most = self.model.context_length
             self._cache = new_cache(self.model, 1, max(length, min(longer, most)))
             self._cached = []
         return self._cache

@@ -163,11 +163,11 @@ def start_answers(
     answers = []
     for index, prompt in enumerate(prompts):
         ids = encode_prompt(prompt, tokenizer, f"prompt {index + 1}")
-        room = model.config.max_position_embeddings - len(ids)
+        room = model.context_length - len(ids)
         if room < 1:
             raise UserError(
                 f"prompt {index + 1} has {len(ids)} tokens; the model's context is "
-                f"{model.config.max_position_embeddings}, which leaves no room for an answer"
+                f"{model.context_length}, which leaves no room for an answer"
             )
         if min(ids) < 0 or max(ids) >= model.config.vocab_size:
             raise UserError(f"prompt {index + 1} has a token id outside 0..{model.config.vocab_size - 1}")

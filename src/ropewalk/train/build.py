@@ -1,18 +1,19 @@
-"""The model of a run, in the fixed order: weights, adapters, activation checkpointing, per-block compile."""
+"""The model of a run, in the fixed order: weights, adapters, float8, saved activations, compiled blocks."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from ropewalk.adapt import LoraConfig, apply_lora, save_adapter
+from ropewalk.adapt import AdapterConfig, apply_adapter, freeze, save_adapter, unmerged
 from ropewalk.errors import UserError
 from ropewalk.model import Transformer, from_config, load_model, load_tokenizer, save_model
 from ropewalk.recipe import Recipe
+from ropewalk.train.activations import save_activations
+from ropewalk.train.compiling import compile_blocks, use_float8
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float8": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -22,14 +23,14 @@ class Built:
     model: Transformer
     tokenizer: Any
     adapted: tuple[str, ...]
-    """names of the modules that carry an adapter; none where every weight is trained"""
+    """names of what an adaptation method trains: modules, or biases; none where every weight is trained"""
     source: str
     """where its first weights came from"""
     revision: str | None = None
 
     def save(self, path: Path) -> None:
-        """A PEFT adapter directory for LoRA, else a Hugging Face directory; with the tokenizer either way."""
-        if self.adapted:
+        """An adapter directory where there are adapters, else a Hugging Face one; with the tokenizer."""
+        if unmerged(self.model):
             save_adapter(self.model, path, self.source, revision=self.revision)
             self.tokenizer.save_pretrained(path)
         else:
@@ -46,29 +47,52 @@ def build(recipe: Recipe, device: torch.device, checkpoint: Path | None = None) 
     Adapters are not loaded here: the optimizer's state holds them exactly. From here on torch's global
     generators are seeded; they only serve dropout.
     """
-    dtype = recipe.train.precision
-    lora = recipe.adapt.method == "lora"
-    if lora and recipe.model.source is None:
-        raise UserError("adapt.method: lora adapts a pretrained model; give model.source, or set it to full")
-    if checkpoint is not None and not lora:
-        model = load_model(checkpoint, dtype=dtype, device=str(device))
-    elif recipe.model.source is not None:
-        model = load_model(
-            recipe.model.source, dtype=dtype, device=str(device), revision=recipe.model.revision
-        )
-    else:
-        assert recipe.model.config is not None
-        model = from_config(recipe.model.config, seed=recipe.seed).to(device=device, dtype=DTYPES[dtype])
+    train, adapt = recipe.train, recipe.adapt
+    model = _weights(recipe, device, checkpoint)
     adapted: list[str] = []
-    if lora:
-        adapt = recipe.adapt
-        config = LoraConfig(adapt.rank, adapt.alpha or 2.0 * adapt.rank, adapt.dropout, adapt.targets)
-        adapted = apply_lora(model, config, seed=recipe.seed)
+    if adapt.method != "full":
+        config = AdapterConfig(
+            adapt.method,
+            adapt.rank,
+            adapt.alpha or 2.0 * adapt.rank,
+            adapt.dropout,
+            adapt.targets,
+            adapt.rank_stabilized,
+            adapt.tokens,
+        )
+        adapted = apply_adapter(model, config, seed=recipe.seed)
+    elif adapt.freeze:
+        freeze(model, adapt.freeze)
     torch.manual_seed(recipe.seed)
     model.train()
-    model.checkpointing = recipe.train.checkpointing == "full"
-    if recipe.train.compile:
-        _compile(model)
+    if train.precision == "float8":
+        use_float8(model)
+    save_activations(
+        model,
+        train.checkpointing,
+        every=train.checkpointing_every,
+        budget=train.checkpointing_budget,
+        offload=train.activation_offload,
+        randomness=adapt.dropout > 0,
+    )
+    if train.compile:
+        compile_blocks(model, graphs=train.cuda_graphs)
+    source = recipe.model.source if recipe.model.source is not None else "from scratch"
+    return Built(model, _tokenizer(recipe, model), tuple(adapted), source, recipe.model.revision)
+
+
+def _weights(recipe: Recipe, device: torch.device, checkpoint: Path | None) -> Transformer:
+    dtype, source, revision = DTYPES[recipe.train.precision], recipe.model.source, recipe.model.revision
+    if recipe.adapt.method in ("full", "bitfit") and checkpoint is not None:  # it holds the whole model
+        source, revision = str(checkpoint), None
+    if source is None:
+        assert recipe.model.config is not None
+        return from_config(recipe.model.config, seed=recipe.seed).to(device=device, dtype=dtype)
+    quantize = recipe.adapt.quantize == "nf4"
+    return load_model(source, dtype, device, revision, quantize)
+
+
+def _tokenizer(recipe: Recipe, model: Transformer) -> Any:
     origin = recipe.model.tokenizer or recipe.model.source
     assert origin is not None  # the recipe's own check
     tokenizer = load_tokenizer(origin, recipe.model.revision, recipe.data.chat_template)
@@ -77,11 +101,4 @@ def build(recipe: Recipe, device: torch.device, checkpoint: Path | None = None) 
             f"model.tokenizer: {recipe.model.tokenizer} has {len(tokenizer):,} tokens, but the model has "
             f"room for {model.config.vocab_size:,}; take the model's own tokenizer or a larger vocab_size"
         )
-    source = recipe.model.source if recipe.model.source is not None else "from scratch"
-    return Built(model, tokenizer, tuple(adapted), source, recipe.model.revision)
-
-
-def _compile(model: nn.Module) -> None:
-    """In place, block by block: all blocks are the same graph, which so is compiled once, not per layer."""
-    for block in model.get_submodule("blocks").children():
-        block.compile()
+    return tokenizer

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from ropewalk.adapt import left_out
 from ropewalk.data import DamagedDataError, TokenShards, prepare
 from ropewalk.errors import UserError
-from ropewalk.files import remove_leftovers
+from ropewalk.files import cache_directory, remove_leftovers
 from ropewalk.recipe import Recipe, load_recipe, resolve, to_yaml
 from ropewalk.track import RunDirectory, environment
 from ropewalk.train.checkpoint import list_checkpoints, newest_valid_checkpoint
@@ -89,7 +89,7 @@ def finish(job: Job, run: RunDirectory, reporter: Reporter) -> TrainResult:
     run.log(
         {"kind": "start", "step": job.step, "steps": job.steps, "trainable": trainable, "time": time.time()}
     )
-    what = f"{trainable:,} parameters" + (f" in {len(adapted)} adapters" if adapted else "")
+    what = f"{trainable:,} parameters" + (f" in {len(adapted)} places" if adapted else "")
     epochs = job.steps * job.rows / job.loader.rows_per_epoch()
     reporter.say(
         f"{run.path}: {job.steps} steps of {job.rows} rows ({epochs:.3g} epochs) on {job.device}, "
@@ -97,6 +97,14 @@ def finish(job: Job, run: RunDirectory, reporter: Reporter) -> TrainResult:
     )
     if adapted and (sentence := left_out(job.built.model)):
         reporter.say(sentence)
+    if job.compile_seconds is not None:
+        reporter.say(
+            f"compiled the blocks in {job.compile_seconds:.1f} s; {cache_directory()} keeps what can be kept"
+        )
+        run.log({"kind": "compile", "step": job.step, "seconds": round(job.compile_seconds, 3)})
+    if job.checked is not None:
+        reporter.say(str(job.checked))
+        run.log({"kind": "self_check", "step": job.step, **asdict(job.checked)})
     reporter.start(job.steps, job.step)
     try:
         with StopRequest() as stop:
@@ -176,7 +184,7 @@ def same_data(run: RunDirectory, recipe: Recipe) -> tuple[TokenShards, TokenShar
 def check_unchanged(run: RunDirectory, recipe: Recipe, reporter: Reporter) -> None:
     """UserError where the base model is another one; a warning where last bits may differ."""
     before = (run.read_json("lineage.json") or {}).get("model", {})
-    if recipe.adapt.method == "lora" and before != model_identity(recipe):
+    if recipe.adapt.method != "full" and before != model_identity(recipe):
         raise UserError(f"{run.path}: {recipe.model.source} is no longer the model that this run began with")
     then, now = run.read_json("environment.json") or {}, environment()
     cpus, torches = (

@@ -2,43 +2,61 @@
 
 import torch
 
-from ropewalk.adapt import lora_parameters
+from ropewalk.adapt import adapter_parameters
 from ropewalk.data import Batch
 from ropewalk.errors import RopewalkError
 from ropewalk.model import Transformer
+from ropewalk.ops import NF4Tensor
 
 SHOWN = 12
 
 
 def not_finite(
-    model: Transformer, step: int, loss: float, gradient_norm: float, parts: list[Batch]
+    model: Transformer,
+    step: int,
+    loss: float,
+    gradient_norm: float,
+    parts: list[Batch],
+    updated: bool = False,
 ) -> RopewalkError:
-    """For a step whose loss or gradient is NaN or infinite; `parts` are the micro-batches to blame."""
-    broken = broken_parameter(model)
+    """For a step whose loss or gradient is NaN or infinite; `parts` are the micro-batches to blame.
+
+    `updated`: weights were changed already, as train.optimizer.in_backward does.
+    """
+    harm = (
+        "some weights were updated with it"
+        if updated
+        else "stopped before the update, so the weights are unharmed"
+    )
+    broken = None if updated else broken_parameter(model)
     if broken is not None:
         return RopewalkError(
             f"step {step}: the model's weight {broken} is not finite; the weights are damaged"
         )
     return RopewalkError(
-        f"step {step}: the loss is {loss:.4g} and the gradient norm {gradient_norm:.4g}; stopped before the "
-        f"update, so the weights are unharmed; it came with {named_documents(parts)}; look at them, or lower "
+        f"step {step}: the loss is {loss:.4g} and the gradient norm {gradient_norm:.4g}; {harm}; "
+        f"it came with {named_documents(parts)}; look at them, or lower "
         "train.optimizer.learning_rate"
     )
 
 
 def broken_parameter(model: Transformer) -> str | None:
-    """The first parameter that holds a NaN or an infinity; None where all are sound."""
-    return next((name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())), None)
+    """The first parameter that holds a NaN or an infinity; None where all are sound.
+
+    (Quantized weights are frozen, and were finite when they were made.)
+    """
+    plain = ((name, p) for name, p in model.named_parameters() if not isinstance(p, NF4Tensor))
+    return next((name for name, p in plain if not bool(torch.isfinite(p).all())), None)
 
 
 def no_gradient(model: Transformer) -> RopewalkError:
     """For a first step in which every gradient is zero: it would train nothing, however long it ran."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    adapters = lora_parameters(model).values()
+    adapters = adapter_parameters(model).values()
     if not trained:
         why = "every parameter is frozen; set adapt.method to lora or full"
     elif adapters and not any(p.any() for p in adapters):
-        why = "all LoRA matrices are zero, which no gradient can leave"
+        why = "all adapter weights are zero, which no gradient can leave"
     elif not any(p.any() for p in trained):
         why = "all trained weights are zero"
     else:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ropewalk.adapt import rate_factors
 from ropewalk.data import Loader, Prepared, TokenShards
 from ropewalk.errors import UserError
 from ropewalk.files import sha256
@@ -17,8 +18,9 @@ from ropewalk.track.environment import git_commit
 from ropewalk.train.build import DTYPES, Built, build
 from ropewalk.train.checkpoint import load_state, save_checkpoint, set_random_state
 from ropewalk.train.metrics import Meter
-from ropewalk.train.optim import AdamW
+from ropewalk.train.optim import Optimizer, OptimizerConfig
 from ropewalk.train.schedule import learning_rate
+from ropewalk.train.self_check import SelfCheck, check_compiled, self_check
 
 
 @dataclass
@@ -28,7 +30,7 @@ class Job:
     recipe: Recipe
     device: torch.device
     built: Built
-    optimizer: AdamW
+    optimizer: Optimizer
     loader: Loader
     validation: Loader | None
     steps: int
@@ -36,6 +38,10 @@ class Job:
     step: int = 0
     validation_losses: dict[int, float] = field(default_factory=dict)
     """by step"""
+    checked: SelfCheck | None = None
+    """what the self-check found; None where there was none"""
+    compile_seconds: float | None = None
+    """None where nothing is compiled"""
     saved: Path | None = None
     """the newest checkpoint written, or the one that the run went on from"""
 
@@ -122,12 +128,6 @@ def open_job(
         torch.set_num_threads(train.threads)
     device = torch.device(train.device)
     built = build(recipe, device, checkpoint)
-    optimizer = AdamW(
-        built.model,
-        weight_decay=train.optimizer.weight_decay,
-        betas=(train.optimizer.beta1, train.optimizer.beta2),
-        epsilon=train.optimizer.epsilon,
-    )
     pad = built.tokenizer.pad_token_id
 
     def rows_of(shards: TokenShards) -> Loader:
@@ -142,14 +142,66 @@ def open_job(
 
     loader = rows_of(data)
     validation = rows_of(held_out) if held_out is not None and len(held_out) else None
+    steps = total_steps(recipe, loader)
+    # before the optimizer, which takes gradients away
+    checked = check(recipe, built, loader, steps) if train.self_check and not checkpoint else None
+    warm_up = warm(recipe, built, loader) if train.compile else None
+    optimizer = Optimizer(
+        built.model, optimizer_config(recipe), rate_factors=_rate_factors(recipe, built), seed=recipe.seed
+    )
     meter = Meter(
         built.model.config, device, DTYPES[train.precision], built.trainable() if built.adapted else None
     )
-    steps = total_steps(recipe, loader)
     job = Job(recipe, device, built, optimizer, loader, validation, steps, meter)
+    job.checked, job.compile_seconds = checked, warm_up
     if checkpoint is not None:
         job.restore(checkpoint)
     return job
+
+
+def optimizer_config(recipe: Recipe) -> OptimizerConfig:
+    """The optimizer of a resolved recipe."""
+    wanted = recipe.train.optimizer
+    assert wanted.beta1 is not None  # resolved
+    assert wanted.beta2 is not None
+    return OptimizerConfig(
+        name=wanted.name,
+        weight_decay=wanted.weight_decay,
+        betas=(wanted.beta1, wanted.beta2),
+        epsilon=wanted.epsilon,
+        state_bits=wanted.state_bits,
+        masters=wanted.masters,
+        offload=wanted.offload,
+        in_backward=wanted.in_backward,
+    )
+
+
+def _rate_factors(recipe: Recipe, built: Built) -> dict[str, float]:
+    ratio = recipe.adapt.b_rate
+    return rate_factors(built.model, ratio) if ratio != 1.0 else {}
+
+
+def check(recipe: Recipe, built: Built, loader: Loader, steps: int) -> SelfCheck | None:
+    """The self-check on the run's first batch, at about 2% of the run's cost."""
+    train = recipe.train
+    rows = train.batch_size or 1
+    batch = loader.batch(0, rows)
+    # three passes, the plain one at about twice the cost: four times its tokens
+    tokens = steps * rows * recipe.data.sequence_length // 200
+    found = self_check(built.model, batch, chunk=train.loss_chunk, tokens=tokens)
+    return found
+
+
+def warm(recipe: Recipe, built: Built, loader: Loader) -> float:
+    """Compiles the blocks, and compares them with the blocks as written; the seconds that compiling took.
+
+    What is in the cache on disk takes few.
+    """
+    train = recipe.train
+    rows = train.micro_batch_size or train.batch_size or 1
+    return check_compiled(
+        built.model, loader.batch(0, rows), chunk=train.loss_chunk, compare=train.self_check
+    )
 
 
 def total_steps(recipe: Recipe, loader: Loader) -> int:

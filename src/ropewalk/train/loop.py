@@ -34,7 +34,14 @@ def run_loop(job: Job, run: RunDirectory, reporter: Reporter, stop: StopRequest)
     """
     train = job.recipe.train
     losses: list[float] = []
-    with closing(prefetch(job.loader, job.step * job.rows, job.rows, job.steps - job.step)) as batches:
+    batches = prefetch(
+        job.loader,
+        job.step * job.rows,
+        job.rows,
+        job.steps - job.step,
+        pin=job.device.type == "cuda",
+    )
+    with closing(batches):
         while not stop:
             if job.step == 0 or job.due(train.evaluate_every):
                 evaluate(job, run, reporter, stop)
@@ -67,19 +74,23 @@ def train_step(job: Job, batches: Iterator[Batch]) -> dict[str, Any]:
     if not counts.scored:
         raise RopewalkError(f"step {job.step}: nothing is scored in {named_documents(parts)}; see data.score")
 
+    rate = job.learning_rate()
+    optimizer.begin(rate)
+    if train.cuda_graphs:
+        torch.compiler.cudagraph_mark_step_begin()  # the gradients that the last replays made are used up
     sums = [backward(job, part, counts.scored) for part in parts]
     measured = torch.stack([*sums, optimizer.gradient_norm().to(job.device)])
     *part_sums, gradient_norm = measured.tolist()  # the step's one wait for the device
     loss = math.fsum(part_sums) / counts.scored
     if not math.isfinite(loss) or not math.isfinite(gradient_norm):
         guilty = [part for part, value in zip(parts, part_sums, strict=True) if not math.isfinite(value)]
-        raise not_finite(model, job.step, loss, gradient_norm, guilty or parts)
+        updated = train.optimizer.in_backward and math.isfinite(loss)
+        raise not_finite(model, job.step, loss, gradient_norm, guilty or parts, updated)
     if job.step == 1 and gradient_norm == 0.0:
         raise no_gradient(model)
 
     if train.clip and gradient_norm > train.clip:
         optimizer.scale_gradients(train.clip / gradient_norm)
-    rate = job.learning_rate()
     optimizer.step(rate)
     values = {"loss": loss, "gradient_norm": gradient_norm, "learning_rate": rate}
     return job.meter.record(job.step, counts, time.perf_counter() - began, waited, values)
@@ -92,11 +103,13 @@ def backward(job: Job, part: Batch, scored: int) -> Tensor:
     """
     if not job.recipe.train.compile:  # compiled code wants one shape
         part = without_padding(part)
-    loss = loss_sum(job.built.model, part.to(job.device), job.recipe.train.loss_chunk)
+    loss = loss_sum(job.built.model, part, job.recipe.train.loss_chunk)
     mean = loss / scored
     balance = job.built.model.auxiliary_loss()
     if balance is not None:  # a mean over rows: micro-batches share it
         mean = mean + balance * (len(part.tokens) / job.rows)
+    if job.recipe.train.optimizer.in_backward and not bool(torch.isfinite(loss)):
+        return loss.detach()  # backward would update the weights with it
     if mean.requires_grad:  # a frozen model is reported with the other zero gradients
         mean.backward()
     return loss.detach()

@@ -8,8 +8,14 @@ from ropewalk.ops import linear_cross_entropy
 
 
 def loss_sum(model: Transformer, batch: Batch, chunk: int) -> Tensor:
-    """Cross-entropy summed over the scored tokens of a batch on the model's device: 0-d float32."""
-    hidden = model(batch.tokens, positions=batch.positions, segments=batch.segments)
+    """Cross-entropy summed over the scored tokens of a batch on the host: 0-d float32.
+
+    Segments and labels stay on the host, where documents and scored tokens are counted, once for all layers,
+    without waiting for the device.
+    """
+    device = model.output_weight.device
+    tokens, positions = (part.to(device, non_blocking=True) for part in (batch.tokens, batch.positions))
+    hidden = model(tokens, positions=positions, segments=batch.segments)
     return linear_cross_entropy(
         hidden.flatten(0, 1),
         model.output_weight,

@@ -1,151 +1,243 @@
-"""AdamW with float32 masters for parameters that compute in bfloat16.
+"""The optimizer: which rule updates which weight, where masters, states and gradients are, and when.
 
-A bfloat16 weight cannot take small updates (8 bits of mantissa), so the optimizer owns a float32 copy of it,
-its moments and its gradient. Gradients move to float32 as soon as backward makes them and the bfloat16 ones
-are freed, so that micro-batches add up in float32 and only one gradient per parameter is alive. A float32
-parameter is its own master: nothing is copied.
+A bfloat16 weight cannot take small updates (8 bits of mantissa). So it either has a float32 master, which is
+updated and copied to it, or its updates are rounded at random (`masters=False`). Its gradient is taken off
+it as soon as backward has made it: kept as it is, and added up in float32 from the second micro-batch on. A
+float32 weight is its own master: nothing is copied. docs/optimizers.md says what each choice costs.
 """
 
-from typing import NamedTuple
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from ropewalk.errors import UserError
+from ropewalk.train.optim_rules import Rule, Update, adafactor, adamw, first_state, lion, muon
+from ropewalk.train.optim_slot import Host, Slot
 
-class AdamW:
-    """arXiv 1711.05101 over the parameters of `model` that need a gradient.
+RULES: dict[str, Rule] = {"adamw": adamw, "lion": lion, "muon": muon, "adafactor": adafactor}
+MOMENTS = ("exp_avg", "exp_avg_sq", "momentum", "row", "column")
+KINDS = {"master", "step", *MOMENTS, *(f"{m}_codes" for m in MOMENTS), *(f"{m}_scale" for m in MOMENTS)}
+"""the first parts of the names of `state_tensors`"""
+NORM_PART = {"cpu": 1 << 17, "cuda": 1 << 26}
 
-    Weight decay is applied to matrices only: not to biases, norms and embeddings. This calls torch's fused
-    kernel, not torch.optim.AdamW, which imports torch.compile's machinery: 2.5 s and 73 MB.
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    name: Literal["adamw", "lion", "muon", "adafactor"] = "adamw"
+    """muon: for matrices inside the model; embeddings, head, norms and biases by AdamW"""
+    weight_decay: float = 0.0
+    """on matrices only: not on biases, norms and embeddings"""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Lion's are usually (0.9, 0.99). Muon's momentum is the first; Adafactor has none."""
+    epsilon: float = 1e-8
+    """AdamW's; Lion and Muon have none, Adafactor's is 1e-30"""
+    state_bits: Literal[32, 8, 4] = 32
+    """bits of each number of AdamW's and Lion's states"""
+    masters: bool = True
+    """False: bfloat16 weights have no float32 master and are rounded at random (arXiv 2010.06192)"""
+    offload: bool = False
+    """masters, states and gradients are kept, and updates made, in the host's memory (as arXiv 2101.06840)"""
+    in_backward: bool = False
+    """each weight is updated as soon as its gradient is complete, and the gradient freed"""
+
+
+def refusals(config: OptimizerConfig) -> list[str]:
+    """One sentence for each pair of settings that cannot work together; none: they can."""
+    found = []
+    if config.in_backward and config.offload:
+        found.append("in_backward and offload both take gradients off the device; choose one")
+    if config.state_bits < 32 and config.name == "muon":
+        found.append(
+            "muon's state stays in 32 bits: making it orthogonal enlarges the rounding of small parts"
+        )
+    if config.state_bits < 32 and config.name == "adafactor":
+        found.append("adafactor's state stays in 32 bits: it is a row and a column per matrix")
+    return found
+
+
+class Optimizer:
+    """Updates the parameters of `model` that need a gradient.
+
+    A step: `begin(rate)`, backward for each micro-batch, `gradient_norm()` and `scale_gradients(factor)` as
+    wanted, `step(rate)`. Without `in_backward`, `begin` may be left out.
+    `rate_factors` are multiples of the learning rate by parameter name; `seed` is for rounding at random.
+    UserError for a config that `refusals` has something against.
     """
+
+    _OFFLOADED = ("cuda",)
+    """device types that `offload` applies to; tests add the CPU"""
 
     def __init__(
         self,
         model: nn.Module,
+        config: OptimizerConfig,
         *,
-        weight_decay: float = 0.0,
-        betas: tuple[float, float] = (0.9, 0.95),
-        epsilon: float = 1e-8,
+        rate_factors: Mapping[str, float] | None = None,
+        seed: int = 0,
     ) -> None:
+        if refused := refusals(config):
+            raise UserError("; ".join(refused))
+        self.config, self._seed, self._factors = config, seed, dict(rate_factors or {})
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.masters = {name: self._master(parameter) for name, parameter in self.parameters.items()}
-        self.moments: dict[str, Moments] = {}
-        """by name, from a parameter's first step on"""
-        self._betas, self._epsilon = betas, epsilon
-        matrices = set(matrix_names(model))
-        self._groups = (
-            ([name for name in self.masters if name in matrices], weight_decay),
-            ([name for name in self.masters if name not in matrices], 0.0),
-        )
+        if unknown := self._factors.keys() - self.parameters.keys():
+            raise ValueError(f"rate_factors: no trained parameter is named {min(unknown)}")
+        self._decayed = set(matrix_names(model))
+        matrices = {name for name in self._decayed if model.get_parameter(name).ndim == 2}
+        self._hidden = matrices - {"head.weight", "lm_head.weight"}
+        devices = {p.device for p in self.parameters.values()}
+        offloaded = [d for d in devices if config.offload and d.type in self._OFFLOADED]
+        self._hosts = {device: Host(device) for device in offloaded}
+        self._slots = {
+            name: Slot(i, name, p, config.masters, self._hosts.get(p.device))
+            for i, (name, p) in enumerate(self.parameters.items())
+        }
+        self._scale = 1.0
+        self._rate: float | None = None
+        """in_backward: the learning rate from `begin` to `step`"""
+        self._norms: dict[str, list[Tensor]] = {}
+        """in_backward: of the gradients used up since `begin`"""
+        for name, parameter in self.parameters.items():
+            parameter.register_post_accumulate_grad_hook(_hook(weakref.ref(self), name))
 
-    @staticmethod
-    def _master(parameter: nn.Parameter) -> Tensor:
-        if parameter.dtype not in (torch.bfloat16, torch.float16):
-            return parameter
-        master = parameter.detach().float()
-        master.requires_grad_(True)
+    def begin(self, learning_rate: float) -> None:
+        """Before the backward pass of a step: with in_backward, updates are made from here to `step`."""
+        self._norms.clear()
+        self._rate = learning_rate if self.config.in_backward else None
 
-        def move_gradient(p: Tensor) -> None:
-            assert p.grad is not None
-            if master.grad is None:
-                master.grad = p.grad.float()
-            else:
-                master.grad.add_(p.grad)
-            p.grad = None
+    def receive(self, name: str) -> None:
+        """Takes over the gradient that backward has made for a parameter. RuntimeError for a second one where
+        the first is used up."""
+        slot = self._slots[name]
+        slot.receive()
+        if self._rate is None:
+            return
+        if name in self._norms:
+            raise RuntimeError(f"{name} got a second gradient in one step, after its update in backward")
+        self._norms[name] = _norms(slot)
+        self._update([slot], self._rate)
 
-        parameter.register_post_accumulate_grad_hook(move_gradient)
-        return master
-
-    def gradients(self) -> list[Tensor]:
-        """The accumulated float32 gradients; parameters that got none are left out."""
-        return [m.grad for m in self.masters.values() if m.grad is not None]
+    def gradients(self) -> dict[str, Tensor]:
+        """The gradients at hand, as kept: not scaled, in bfloat16 or float32, on the host where offloaded."""
+        for host in self._hosts.values():
+            host.finish()
+        return {name: slot.gradient for name, slot in self._slots.items() if slot.gradient is not None}
 
     def gradient_norm(self) -> Tensor:
-        """Global 2-norm of all gradients: 0-d float32, 0 where there are none."""
-        gradients = self.gradients()
-        return torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+        """Global 2-norm of all gradients, used up ones too: 0-d float32, 0 where there are none."""
+        at_hand = self.gradients()
+        norms = [
+            norm
+            for name, slot in self._slots.items()
+            for norm in self._norms.get(name, []) + (_norms(slot) if name in at_hand else [])
+        ]
+        return torch.linalg.vector_norm(torch.stack(norms)) * self._scale if norms else torch.zeros(())
 
     def scale_gradients(self, factor: float) -> None:
-        torch._foreach_mul_(self.gradients(), factor)
+        """Multiplies all gradients, when the update reads them. Not those used up in backward."""
+        self._scale *= factor
+
+    def discard(self) -> None:
+        """Drops all gradients: the next backward begins anew."""
+        for name in self.gradients():
+            self._slots[name].gradient = None
+        self._norms.clear()
+        self._scale, self._rate = 1.0, None
+
+    def step(self, learning_rate: float) -> None:
+        """One update from the gradients, which are freed; what has none (any more) stays as it is."""
+        at_hand = self.gradients()
+        self._update([self._slots[name] for name in at_hand], learning_rate)
+        self._norms.clear()
+        self._scale, self._rate = 1.0, None
 
     @torch.no_grad()
-    def step(self, learning_rate: float) -> None:
-        """One update from the accumulated gradients, which are freed; what got none stays as it is."""
-        for names, weight_decay in self._groups:
-            ready = [name for name in names if self.masters[name].grad is not None]
-            if not ready:
-                continue
-            masters = [self.masters[name] for name in ready]
-            for name, master in zip(ready, masters, strict=True):
-                if name not in self.moments:
-                    self.moments[name] = Moments.zero(master)
-            moments = [self.moments[name] for name in ready]
-            steps = [m.step for m in moments]
-            torch._foreach_add_(steps, 1)
-            torch._fused_adamw_(
-                masters,
-                [master.grad for master in masters],  # type: ignore[misc]
-                [m.exp_avg for m in moments],
-                [m.exp_avg_sq for m in moments],
-                [],
-                steps,
-                lr=learning_rate,
-                beta1=self._betas[0],
-                beta2=self._betas[1],
-                weight_decay=weight_decay,
-                eps=self._epsilon,
-                amsgrad=False,
-                maximize=False,
-            )
-            for master in masters:
-                master.grad = None
-        self._copy_to_parameters()
+    def _update(self, slots: list[Slot], learning_rate: float) -> None:
+        groups: dict[Any, list[Slot]] = {}  # what one call of a kernel can take together
+        for slot in slots:
+            rate = learning_rate * self._factors.get(slot.name, 1.0)
+            decay = self.config.weight_decay if slot.name in self._decayed else 0.0
+            key = (self._rule(slot.name), rate, decay, slot.weight.device, slot.weight.dtype)
+            groups.setdefault(key, []).append(slot)
+        for (rule, rate, decay, *_), members in groups.items():
+            for slot in members:
+                slot.state = slot.state or first_state(rule, slot, self.config.state_bits)
+            betas, epsilon = self.config.betas, self.config.epsilon
+            RULES[rule](members, Update(rate, decay, betas, epsilon, self._scale, self._seed))
 
-    def _copy_to_parameters(self) -> None:
-        for name, parameter in self.parameters.items():
-            if self.masters[name] is not parameter:
-                parameter.copy_(self.masters[name])
+    def _rule(self, name: str) -> str:
+        outside = self.config.name == "muon" and name not in self._hidden
+        return "adamw" if outside else self.config.name
+
+    def state_bytes(self) -> int:
+        """Bytes of masters, states and gradients at hand; the parameters themselves are not counted."""
+        count = sum(gradient.nbytes for gradient in self.gradients().values())
+        for slot in self._slots.values():
+            tensors = slot.tensors()
+            if slot.weight is slot.parameter:
+                del tensors["master"]
+            count += sum(tensor.nbytes for tensor in tensors.values())
+        return count
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """What an exact continuation needs: `master.NAME`, and `exp_avg|exp_avg_sq|step.NAME` once stepped.
+        """What an exact continuation needs: `master.NAME`, and once updated `step.NAME` and the state's.
 
-        The tensors are the live ones, not copies.
+        `master.NAME` is the weight itself where it has no master. The tensors are the live ones, not copies.
         """
-        tensors = {f"master.{name}": master.detach() for name, master in self.masters.items()}
-        for name, moments in self.moments.items():
-            tensors |= {f"{key}.{name}": value for key, value in moments._asdict().items()}
-        return tensors
+        return {
+            f"{kind}.{name}": tensor
+            for name, slot in self._slots.items()
+            for kind, tensor in slot.tensors().items()
+        }
 
     @torch.no_grad()
-    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Restores what `state_tensors` gave, bit for bit. ValueError where names or shapes do not fit."""
-        expected = {f"master.{name}" for name in self.masters}
-        found = {name for name in tensors if name.startswith("master.")}
-        if expected != found:
-            raise ValueError(f"the state is of another model: {min(expected ^ found)} is on one side only")
-        for name, master in self.masters.items():
-            saved = tensors[f"master.{name}"]
-            if saved.shape != master.shape:
-                raise ValueError(f"{name} has shape {tuple(master.shape)}, in the state {tuple(saved.shape)}")
-            master.copy_(saved)
+    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restores what `state_tensors` gave, bit for bit; other names are left alone.
+
+        ValueError where it is of another model, or was made with other settings.
+        """
+        for name, slot in self._slots.items():
+            slot.state = {}
             if f"step.{name}" in tensors:
-                self.moments[name] = Moments.zero(master)
-                for key, value in self.moments[name]._asdict().items():
-                    value.copy_(tensors[f"{key}.{name}"])
-        self._copy_to_parameters()
+                slot.count = int(tensors[f"step.{name}"])
+                slot.state = first_state(self._rule(name), slot, self.config.state_bits)
+        expected = self.state_tensors()
+        found = {name for name in tensors if name.partition(".")[0] in KINDS}
+        if strange := expected.keys() ^ found:
+            masters = [name for name in strange if name.startswith("master.")]
+            what = "of another model" if masters else "made with other settings of the optimizer"
+            raise ValueError(f"the state is {what}: {min(masters or strange)} is on one side only")
+        for key, mine in expected.items():
+            saved = tensors[key]
+            if (saved.shape, saved.dtype) != (mine.shape, mine.dtype):
+                raise ValueError(f"{key.partition('.')[2]} has {_form(mine)}, in the state {_form(saved)}")
+            mine.copy_(saved)
+        for slot in self._slots.values():
+            slot.show()
 
 
-class Moments(NamedTuple):
-    """Optimizer state of one parameter; `step` counts its updates (0-d float32, as the kernel wants it)."""
+def _hook(optimizer: "weakref.ref[Optimizer]", name: str) -> Callable[[Tensor], None]:
+    """For a parameter: gives its gradient to its optimizer. A weak reference, so that both can be freed."""
 
-    step: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
+    def receive(_: Tensor) -> None:
+        if (alive := optimizer()) is not None:
+            alive.receive(name)
 
-    @classmethod
-    def zero(cls, master: Tensor) -> "Moments":
-        step = torch.zeros((), dtype=torch.float32, device=master.device)
-        return cls(step, torch.zeros_like(master), torch.zeros_like(master))
+    return receive
+
+
+def _norms(slot: Slot) -> list[Tensor]:
+    """Norms of a gradient's parts: a CPU's float32 norm of 30 million numbers is 0.2% too small."""
+    assert slot.gradient is not None
+    parts = slot.gradient.view(-1).split(NORM_PART[slot.gradient.device.type])
+    return list(torch._foreach_norm(parts, 2, dtype=torch.float32))
+
+
+def _form(tensor: Tensor) -> str:
+    return f"shape {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
 
 
 def matrix_names(model: nn.Module) -> list[str]:

@@ -19,7 +19,11 @@ def _lines(job: Job, run: RunDirectory) -> list[str]:
     sizes = [p.numel() for p in job.built.model.parameters()]
     scope = f"{job.built.trainable():,} parameters of {sum(sizes):,}"
     if job.built.adapted:
-        scope += f", LoRA of rank {recipe.adapt.rank} on {len(job.built.adapted)} layers"
+        rank = f" of rank {recipe.adapt.rank}" if recipe.adapt.method in ("lora", "dora") else ""
+        scope += f", {recipe.adapt.method}{rank} in {len(job.built.adapted)} places"
+    if recipe.adapt.quantize != "none":
+        scope += f", the frozen matrices in {recipe.adapt.quantize}"
+    waited = sum(record["data_wait_seconds"] for record in trained)
     peak = max((record["peak_memory_bytes"] for record in trained), default=meter.peak_memory())
     rows = [
         ("model", job.built.source),
@@ -29,9 +33,11 @@ def _lines(job: Job, run: RunDirectory) -> list[str]:
         ("data fingerprint", lineage.get("data", {}).get("fingerprint", "")),
         ("steps", f"{job.steps:,} of {job.rows} rows of {recipe.data.sequence_length} tokens"),
         ("tokens", f"{meter.tokens_seen:,} (padding excluded), {meter.scored_seen:,} of them scored"),
-        ("time in steps", f"{meter.train_seconds:,.1f} s"),
+        ("self-check", str(job.checked).removeprefix("self-check: ") if job.checked else "not in this part"),
+        ("time in steps", f"{meter.train_seconds:,.1f} s, {waited:,.2f} s of it waiting for data"),
         ("speed", f"{meter.tokens_per_second:,.0f} tokens/s"),
         ("peak memory", f"{peak / 2**20:,.0f} MiB"),
+        ("optimizer's memory", f"{job.optimizer.state_bytes() / 2**20:,.0f} MiB"),
     ]
     lines = [
         f"# {run.path.name}",

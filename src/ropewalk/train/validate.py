@@ -40,7 +40,7 @@ def validation_loss(
                 return None
             batch = without_padding(loader.batch(start, min(micro_batch, rows - start)))
             scored += int((batch.labels != -100).sum())
-            total += loss_sum(model, batch.to(device), chunk)
+            total += loss_sum(model, batch, chunk)
     return total.item() / max(1, scored), scored
 
 

@@ -1,0 +1,80 @@
+"""Pairs of settings that cannot go together, each with the reason and the way out."""
+
+from collections.abc import Iterator
+
+from ropewalk.errors import UserError
+from ropewalk.recipe.schema import Recipe
+
+
+def refuse_conflicts(recipe: Recipe) -> None:
+    """Raises UserError with every pair of a resolved recipe that cannot work or would have no effect."""
+    found = [*_of_adapters(recipe), *_of_optimizer(recipe), *_of_activations(recipe)]
+    if found:
+        raise UserError("; ".join(f"{key}: {why}" for key, why in found))
+
+
+def _of_adapters(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    adapt, method = recipe.adapt, recipe.adapt.method
+    low_rank = method in ("lora", "dora")
+    if method != "full" and recipe.model.source is None:
+        yield "adapt.method", f"{method} adapts a pretrained model; give model.source, or set it to full"
+    if adapt.quantize != "none" and method in ("full", "bitfit"):
+        why = f"4-bit weights cannot be trained or saved in place, as method {method} would"
+        yield "adapt.quantize", f"{why}; set adapt.method: lora"
+    if adapt.freeze and method != "full":
+        yield "adapt.freeze", f"method {method} freezes the whole model already; leave it out"
+    if adapt.dropout and not low_rank and method != "bottleneck":
+        yield "adapt.dropout", f"method {method} has nowhere to drop; set it to 0"
+    if not low_rank and adapt.b_rate != 1.0:
+        yield "adapt.b_rate", f"method {method} has no matrix B; set adapt.method: lora"
+    if not low_rank and adapt.rank_stabilized:
+        yield "adapt.rank_stabilized", f"method {method} has no scale; set adapt.method: lora"
+
+
+def _of_optimizer(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    train, optimizer = recipe.train, recipe.train.optimizer
+    if optimizer.in_backward:
+        key = "train.optimizer.in_backward"
+        if train.clip:
+            yield key, "clipping needs the norm of all gradients before the first update; set train.clip: 0"
+        if train.micro_batch_size != train.batch_size:
+            why = "a gradient is complete only after the last micro-batch"
+            yield key, f"{why}; set train.micro_batch_size: {train.batch_size}"
+        if optimizer.offload:
+            yield key, "offload collects gradients on the host and updates later; choose one of the two"
+    if optimizer.state_bits < 32 and optimizer.name not in ("adamw", "lion"):
+        why = {
+            "muon": "its momentum is made orthogonal, which would make the rounding of small parts large",
+            "adafactor": "its state is one row and one column per matrix and small already",
+        }[optimizer.name]
+        yield "train.optimizer.state_bits", f"not with {optimizer.name}: {why}; set it to 32"
+    if not optimizer.masters and train.precision == "float32":
+        yield (
+            "train.optimizer.masters",
+            "float32 weights are their own masters; set train.precision: bfloat16",
+        )
+
+
+def _of_activations(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    train = recipe.train
+    recomputed = train.checkpointing != "none" or train.checkpointing_budget is not None
+    if train.checkpointing_budget is not None and (
+        train.checkpointing != "none" or train.checkpointing_every != 1
+    ):
+        why = "it chooses the mode of each block itself"
+        yield "train.checkpointing_budget", f"{why}; leave out train.checkpointing and checkpointing_every"
+    elif train.checkpointing_every != 1 and not recomputed:
+        yield "train.checkpointing_every", "no block is recomputed; set train.checkpointing: full"
+    if train.activation_offload and train.checkpointing != "full":
+        why = "it moves the inputs of blocks that are recomputed whole"
+        yield "train.activation_offload", f"{why}; set train.checkpointing: full"
+    if train.compile and (train.checkpointing == "selective" or train.checkpointing_budget is not None):
+        why = "selective checkpointing chooses among single operations, which a compiled block has not"
+        yield "train.compile", f"{why} (a compiled block recomputes cheap ones anyway); use full or none"
+    if train.cuda_graphs and not (train.compile and train.device == "cuda"):
+        yield (
+            "train.cuda_graphs",
+            "graphs are made of compiled blocks on a GPU; set train.compile: true there",
+        )
+    if train.precision == "float8" and train.device != "cuda":
+        yield "train.precision", "float8 needs a GPU that has it (compute capability 8.9 or newer)"

@@ -1,0 +1,56 @@
+"""What makes a step faster without changing it: compiled blocks, CUDA graphs, float8 products."""
+
+import importlib.util
+import os
+
+import torch
+from torch import nn
+
+from ropewalk.errors import UserError
+from ropewalk.files import cache_directory
+from ropewalk.model import Transformer
+
+FLOAT8_LEAST = 4096 * 1024
+"""Weights with fewer values stay in bfloat16: what casting costs, the product does not give back."""
+
+
+def compile_blocks(model: Transformer, graphs: bool = False) -> None:
+    """torch.compile on each block, in place: all are one graph, which so is compiled once, not per layer.
+
+    What was compiled is kept on disk and found by the next process. `graphs`: replayed as CUDA graphs, for
+    which the shapes of a run are static enough.
+    """
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_directory() / "compiled"))
+    options = {"triton.cudagraphs": True} if graphs else None
+    for block in model.blocks.children():
+        block.compile(options=options)
+
+
+def use_float8(model: Transformer) -> None:
+    """Large linear layers of the blocks multiply in float8 (arXiv 2209.05433; torchao), in place.
+
+    Weights stay as they are and are cast for each product, scaled by row. Raises UserError where the GPU or
+    torchao is missing.
+    """
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
+    if capability < (8, 9):
+        raise UserError("train.precision: float8 needs a GPU of compute capability 8.9 or newer")
+    if importlib.util.find_spec("torchao") is None:
+        raise UserError("train.precision: float8 needs torchao: pip install 'ropewalk[float8]'")
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    convert_to_float8_training(
+        model.blocks,
+        config=Float8LinearConfig.from_recipe_name("rowwise"),
+        module_filter_fn=lambda module, _: worth_float8(module),
+    )
+
+
+def worth_float8(module: nn.Module) -> bool:
+    """Whether a layer is trained, large enough, and of sizes that the kernels take (multiples of 16)."""
+    return (
+        isinstance(module, nn.Linear)
+        and module.weight.requires_grad
+        and module.weight.numel() >= FLOAT8_LEAST
+        and all(size % 16 == 0 for size in module.weight.shape)
+    )
