@@ -38,7 +38,10 @@ class Measurement:
 
 
 def measure(
-    side: str, command: Sequence[str], environment: Mapping[str, str] | None = None, timeout: float = 3600.0
+    side: str,
+    command: Sequence[str | Path],
+    environment: Mapping[str, str] | None = None,
+    timeout: float = 3600.0,
 ) -> Measurement:
     """Runs `command` and waits for it. Raises RuntimeError with the end of its output when it fails.
 

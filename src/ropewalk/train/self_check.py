@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ropewalk.data import Batch
 from ropewalk.errors import RopewalkError
@@ -27,7 +28,9 @@ from ropewalk.ops import references
 from ropewalk.train.objective import loss_sum
 
 LEAST, MOST = 32, 512
-"""Tokens that are checked. The plain formulas hold [tokens, vocabulary] and [tokens, tokens]: no more."""
+"""Tokens that are checked."""
+LOGITS = 16 << 20
+"""Most logits: the plain formulas hold [tokens, vocabulary] in float32, several times over."""
 _BUCKETS = 4096
 
 
@@ -90,7 +93,8 @@ def self_check(model: Transformer, batch: Batch, *, chunk: int, tokens: int) -> 
     gradients away.
     """
     began = time.perf_counter()
-    packed = sample(batch, max(LEAST, min(MOST, tokens)))
+    most = min(MOST, LOGITS // model.config.vocab_size)
+    packed = sample(batch, max(LEAST, min(most, tokens)))
     alone = unpacked(packed)
     half = (len(alone.tokens) + 1) // 2
     parts = [part for part in (alone.rows(0, half), alone.rows(half, len(alone.tokens))) if len(part.tokens)]
@@ -267,8 +271,16 @@ def _ready(model: Transformer, compiled: bool = False) -> Iterator[None]:
 
 @contextmanager
 def _plainly(model: Transformer) -> Iterator[None]:
-    """The operations' references, and nothing recomputed (that would happen outside of this context)."""
-    before, model.run_block = model.run_block, None
+    """The operations' references. Blocks are recomputed: plain products with a 4-bit weight keep it in 16."""
+
+    def run(block: nn.Module, hidden: Tensor, context: Any) -> Any:
+        def plain(hidden: Tensor) -> Any:
+            with references():  # once more, because a GPU's backward pass has its own thread
+                return block(hidden, context)
+
+        return checkpoint(plain, hidden, use_reentrant=False)
+
+    before, model.run_block = model.run_block, run
     try:
         with references():
             yield

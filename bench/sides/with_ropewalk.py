@@ -1,0 +1,34 @@
+"""Ropewalk's side: `ropewalk.train` on the job's recipe, the same loop that every user runs."""
+
+import json
+from contextlib import nullcontext
+
+from common import read_job, report
+
+import ropewalk as rw
+from ropewalk.ops import references
+
+
+def main() -> None:
+    job = read_job()
+    with references() if job.get("plain") else nullcontext():  # plain: operations by their references
+        result = rw.train(job["recipe"], progress=False)
+    records = [json.loads(line) for line in (result.run / "metrics-train.jsonl").read_text().splitlines()]
+    steps = [record for record in records if record["kind"] == "train"]
+    start = next(record for record in records if record["kind"] == "start")
+    report(
+        job,
+        ("ropewalk", "transformers", "torchao"),
+        seconds=[record["seconds"] for record in steps],
+        tokens=[record["tokens"] for record in steps],
+        scored_tokens=[record["scored_tokens"] for record in steps],
+        losses=[record["loss"] for record in steps],
+        gradient_norms=[record["gradient_norm"] for record in steps],
+        flops=[record["flops_per_second"] * record["seconds"] for record in steps],
+        trainable=start["trainable"],
+        settings={name: job["recipe"].get(name, {}) for name in ("adapt", "train")},
+    )
+
+
+if __name__ == "__main__":
+    main()
