@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import work
-from measure import Measurement, machine, measure, median, table
+from measure import Measurement, as_json, machine, measure, median, table
 from peers import BENCH, OURS, Setting, last_line, nested
 from shapes import SHAPES
 
@@ -97,7 +97,7 @@ def main() -> None:
     name = f"ladder-{options.device}{'-quick' if options.quick else ''}.json"
     out = options.out or BENCH / "results" / name
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    out.write_text(as_json(content), encoding="utf-8")
     print(shown(rows), f"\nwritten to {out}", sep="\n")
     sys.exit(1 if failed else 0)
 

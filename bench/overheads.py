@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from measure import machine, table
+from measure import as_json, machine, table
 
 from ropewalk.track import RunDirectory
 
@@ -44,7 +44,7 @@ def main() -> None:
     }
     print(table(["", "measured"], [[name, value] for name, value in rows.items()]))
     content = {"machine": machine(), "steps": options.steps, "measured": rows}
-    options.out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    options.out.write_text(as_json(content), encoding="utf-8")
 
 
 def _options() -> argparse.Namespace:

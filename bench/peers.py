@@ -23,7 +23,7 @@ from typing import Any
 import work
 from cases import CASES, EXAMPLES, Case, Peer, quick
 from environments import GPU_ONLY, peer_python
-from measure import Measurement, machine, measure, median, table
+from measure import Measurement, as_json, machine, measure, median, table
 from shapes import SHAPES
 
 from ropewalk.errors import RopewalkError
@@ -52,7 +52,7 @@ def main() -> None:
                 failed = True
         if options.out:
             options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
+            options.out.write_text(as_json(entries), encoding="utf-8")
     print(summary(entries))
     sys.exit(1 if failed else 0)
 
