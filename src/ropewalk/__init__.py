@@ -7,7 +7,6 @@ Every command of the command line is a function of the same name here. Nothing h
 before it is used.
 """
 
-import os
 import sys
 from importlib import import_module
 from types import ModuleType
@@ -25,10 +24,6 @@ if TYPE_CHECKING:
     from ropewalk.train import resume as resume
 
 __version__ = "0.1.0"
-
-# Read by torch when it is loaded: large tensors on a CPU get huge pages. A training step allocates the same
-# hundreds of megabytes again and again, and so takes a third of the page faults: 5 to 8% of its time.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 _HOME = {
     "load_recipe": "recipe",
