@@ -32,7 +32,7 @@ def main() -> None:
         rows = [_measure(length, options, text, Path(folder)) for length in options.lengths]
     fixed, slope = _line([(row["tokens"], row["peak_bytes"]) for row in rows[:-1]] or [(1, 0)])
     last = rows[-1]
-    foreseen = fixed + slope * last["tokens"]
+    foreseen = fixed + slope * last["tokens"] or last["peak_bytes"]
     lines = [
         [f"{r['tokens']:,}", f"{r['peak_bytes'] / 1e9:.2f}", f"{r['seconds']:.0f}", f"{r['loss']:.3f}"]
         for r in rows
