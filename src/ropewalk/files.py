@@ -5,12 +5,14 @@ Leftovers of a killed process end in `.tmp`; nothing reads them and `remove_left
 
 import errno
 import hashlib
+import json
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from ropewalk.errors import RopewalkError, UserError
 
@@ -18,6 +20,19 @@ from ropewalk.errors import RopewalkError, UserError
 def cache_directory() -> Path:
     """What can be made again: ROPEWALK_CACHE, or ~/.cache/ropewalk."""
     return Path(os.environ.get("ROPEWALK_CACHE") or Path.home() / ".cache" / "ropewalk")
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """A JSON file from elsewhere; UserError, naming it, where it cannot be read or holds no object."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return raw
 
 
 def atomic_write(path: str | Path, data: bytes | str) -> None:

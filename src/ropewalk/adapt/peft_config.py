@@ -1,12 +1,12 @@
 """adapter_config.json: read, and refused by name where it says what is not understood."""
 
-import json
 import math
 import re
 from pathlib import Path
 from typing import Any
 
 from ropewalk.errors import UserError
+from ropewalk.files import read_json_object
 
 CONFIG = "adapter_config.json"
 MAX_RANK = 1 << 16
@@ -43,14 +43,7 @@ def read_adapter_config(path: Path) -> dict[str, Any]:
 
     Raises UserError, naming file and field.
     """
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: not a JSON object")
+    config = read_json_object(path)
     kind = config.get("peft_type")
     if not isinstance(kind, str) or kind not in _KNOWN:
         raise UserError(f"{path}: peft_type is {kind!r}; those that can be loaded are {', '.join(_KNOWN)}")

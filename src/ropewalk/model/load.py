@@ -9,12 +9,12 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from ropewalk.errors import UserError
+from ropewalk.files import read_json_object
 from ropewalk.model.config import ModelConfig
 from ropewalk.model.families_config import config_from_hf
 from ropewalk.model.families_weights import WeightRule, stored_name, weight_map
@@ -92,8 +92,8 @@ def read_config(directory: Path) -> ModelConfig:
     What ends a sequence is taken from generation_config.json where there is one: it often knows more.
     """
     path, generation = directory / "config.json", directory / "generation_config.json"
-    config = config_from_hf(_read_object(path), str(path))
-    eos = _read_object(generation).get("eos_token_id") if generation.is_file() else None
+    config = config_from_hf(read_json_object(path), str(path))
+    eos = read_json_object(generation).get("eos_token_id") if generation.is_file() else None
     if eos is None:
         return config
     ids = eos if isinstance(eos, list) else [eos]
@@ -102,18 +102,6 @@ def read_config(directory: Path) -> ModelConfig:
             f"{generation}: eos_token_id is {eos!r}, not ids of the model's {config.vocab_size} tokens"
         )
     return replace(config, eos_token_id=tuple(ids) if isinstance(eos, list) else eos)
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: not a JSON object")
-    return raw
 
 
 def _match(config: ModelConfig, directory: Path) -> list[tuple[WeightRule, StoredTensor]]:

@@ -21,12 +21,14 @@ from ropewalk.ops import NF4Tensor
 
 Mode = Literal["none", "full", "selective"]
 
-_KEPT = (
-    "aten.mm.default aten.addmm.default aten.addmm_.default aten.bmm.default aten.baddbmm.default "
-    "aten._scaled_dot_product_flash_attention.default aten._scaled_dot_product_efficient_attention.default "
-    "aten._scaled_dot_product_cudnn_attention.default "
-    "aten._scaled_dot_product_flash_attention_for_cpu.default torch_attn._varlen_attn.default"
-).split()
+_KEPT = frozenset(
+    """
+    aten.mm.default aten.addmm.default aten.addmm_.default aten.bmm.default aten.baddbmm.default
+    aten._scaled_dot_product_flash_attention.default aten._scaled_dot_product_efficient_attention.default
+    aten._scaled_dot_product_cudnn_attention.default
+    aten._scaled_dot_product_flash_attention_for_cpu.default torch_attn._varlen_attn.default
+    """.split()
+)
 """What `selective` keeps: results of matrix products and of attention. LoRA adds its part to a product in
 place (addmm_): kept too, it is not added twice."""
 
