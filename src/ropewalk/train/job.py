@@ -17,6 +17,7 @@ from ropewalk.track import RunDirectory
 from ropewalk.track.environment import git_commit
 from ropewalk.train.build import DTYPES, Built, build
 from ropewalk.train.checkpoint import load_state, save_checkpoint, set_random_state
+from ropewalk.train.host_memory import give_back_large_blocks
 from ropewalk.train.metrics import Meter
 from ropewalk.train.optim import Optimizer, OptimizerConfig
 from ropewalk.train.schedule import learning_rate
@@ -127,6 +128,8 @@ def open_job(
     if train.threads:
         torch.set_num_threads(train.threads)
     device = torch.device(train.device)
+    if device.type == "cpu":
+        give_back_large_blocks()
     built = build(recipe, device, checkpoint)
     pad = built.tokenizer.pad_token_id
 
@@ -152,8 +155,18 @@ def open_job(
     meter = Meter(
         built.model.config, device, DTYPES[train.precision], built.trainable() if built.adapted else None
     )
-    job = Job(recipe, device, built, optimizer, loader, validation, steps, meter)
-    job.checked, job.compile_seconds = checked, warm_up
+    job = Job(
+        recipe,
+        device,
+        built,
+        optimizer,
+        loader,
+        validation,
+        steps,
+        meter,
+        checked=checked,
+        compile_seconds=warm_up,
+    )
     if checkpoint is not None:
         job.restore(checkpoint)
     return job
@@ -185,11 +198,9 @@ def check(recipe: Recipe, built: Built, loader: Loader, steps: int) -> SelfCheck
     """The self-check on the run's first batch, at about 2% of the run's cost."""
     train = recipe.train
     rows = train.batch_size or 1
-    batch = loader.batch(0, rows)
     # three passes, the plain one at about twice the cost: four times its tokens
     tokens = steps * rows * recipe.data.sequence_length // 200
-    found = self_check(built.model, batch, chunk=train.loss_chunk, tokens=tokens)
-    return found
+    return self_check(built.model, loader.batch(0, rows), chunk=train.loss_chunk, tokens=tokens)
 
 
 def warm(recipe: Recipe, built: Built, loader: Loader) -> float:
