@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ropewalk.ops.product import multiply, product
+
 _CHUNK_BYTES = 256 << 20
 # The softmax goes over a chunk in blocks, for its float32 copies: on a CPU 4 MB, which stay in the cache
 # (half the time of whole chunks); elsewhere 64 MB.
@@ -79,7 +81,7 @@ class HeadChunks:
             rows = self.hidden[where]
             logits = buffer[: rows.shape[0]]
             if self.bias is None:
-                torch.mm(rows, self.weight.t(), out=logits)
+                multiply(rows, self.weight.t(), logits)
             else:
                 torch.addmm(self.bias, rows, self.weight.t(), out=logits)
             yield place, where, rows, logits
@@ -105,11 +107,11 @@ class HeadGradients:
         """Adds a chunk: `slopes` [c, V] is the gradient of its logits, `rows` [c, H] its hidden states."""
         if self.hidden is not None:
             if isinstance(where, slice):
-                torch.mm(slopes, self._weight, out=self.hidden[where])
+                multiply(slopes, self._weight, self.hidden[where])
             else:
-                self.hidden.index_copy_(0, where, torch.mm(slopes, self._weight))
+                self.hidden.index_copy_(0, where, product(slopes, self._weight))
         if self.weight is not None:
-            self.weight.addmm_(slopes.t(), rows, beta=0 if self._first else 1)
+            multiply(slopes.t(), rows, self.weight, add=not self._first)
         if self.bias is not None:
             self.bias += slopes.sum(0, dtype=self.bias.dtype)
         self._first = False

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ropewalk.ops.nf4 import NF4Tensor
+from ropewalk.ops.product import product, widens
 from ropewalk.ops.reference import using_references
 
 
@@ -29,4 +30,7 @@ class Linear(nn.Linear):
             row = input.reshape(-1)
             out = weight.mv(row) if self.bias is None else torch.addmv(self.bias, weight, row)
             return out.view(*input.shape[:-1], -1)
+        rows = input.reshape(-1, input.shape[-1])
+        if not isinstance(weight, NF4Tensor) and widens(rows, weight.t()):
+            return product(rows, weight.t(), self.bias).view(*input.shape[:-1], -1)
         return nn.functional.linear(input, weight, self.bias)

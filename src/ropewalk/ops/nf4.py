@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from ropewalk.errors import UserError
 from ropewalk.ops.nf4_codes import BLOCK, GROUP, is_traced, plain_values, quantize_values, write_values
+from ropewalk.ops.product import product
 from ropewalk.ops.reference import using_references
 
 _PARTS = ("codes", "scale_codes", "scale_absmax", "offset")
@@ -202,15 +203,17 @@ class _NF4Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight)
-        return F.linear(x, dense(weight), bias)
+        rows = x.reshape(-1, x.shape[-1])
+        return product(rows, dense(weight).t(), bias).view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
         (weight,) = ctx.saved_tensors
         needs_x, _, needs_bias = ctx.needs_input_grad
-        d_x = slope @ dense(weight) if needs_x else None
-        return d_x, None, slope.reshape(-1, slope.shape[-1]).sum(0) if needs_bias else None
+        rows = slope.reshape(-1, slope.shape[-1])
+        d_x = product(rows, dense(weight)).view(*slope.shape[:-1], -1) if needs_x else None
+        return d_x, None, rows.sum(0) if needs_bias else None
 
 
 # What torch's modules, state_dict and fully_shard ask of a tensor.

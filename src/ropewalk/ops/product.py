@@ -1,0 +1,111 @@
+"""Matrix products of bfloat16 tensors, done in float32 on processors that are faster at that."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ropewalk.ops.reference import using_references
+
+_PANEL = 1 << 20
+"""Numbers of a panel in float32: 4 MB, which stay in the cache between the cast and the product."""
+_LEAST = 64
+"""Shortest side of a product that is worth the casts."""
+
+
+def _slow_bfloat16() -> bool:
+    known: Any = getattr(torch.cpu, "get_capabilities", dict)()
+    if known.get("architecture") != "x86_64" or known.get("amx_bf16"):
+        return False
+    return not (known.get("avx512_bf16") and "AMD" in str(known.get("cpu_name")))
+
+
+_faster = _slow_bfloat16()
+
+
+def float32_is_faster() -> bool:
+    """Whether this processor multiplies float32 matrices faster than bfloat16 ones.
+
+    x86-64 without AMX. Where there is AVX512-BF16, one Xeon was measured at 320 GFLOP/s in float32 and 163 in
+    bfloat16; where there is none, torch has no fast kernel at all. AMD's AVX512-BF16 is taken at its word.
+    """
+    return _faster
+
+
+def widens(a: Tensor, b: Tensor) -> bool:
+    """Whether `product` and `multiply` go through float32."""
+    return (
+        a.dtype is torch.bfloat16
+        and a.device.type == "cpu"
+        and float32_is_faster()
+        and min(*a.shape, b.shape[1]) >= _LEAST
+        and not using_references()
+    )
+
+
+def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`a @ b + bias` in the dtype of a [M, K] and b [K, N], bias [N]; summed in float32, rounded once."""
+    if widens(a, b):
+        return torch.ops.ropewalk.product(a, b, bias)
+    return a @ b if bias is None else torch.addmm(bias, a, b)
+
+
+def multiply(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> Tensor:
+    """`out = a @ b`, or `out += a @ b`; no gradient, and each panel's part of `out` is rounded."""
+    if widens(a, b):
+        return _write(a, b, out, None, add)
+    return out.addmm_(a, b) if add else torch.mm(a, b, out=out)
+
+
+def _write(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None, add: bool = False) -> Tensor:
+    """Cuts the longest of the three sides, so that what is held in float32 beside the inputs is small."""
+    (m, k), n = a.shape, b.shape[1]
+    longest = max(m, k, n)
+    size = max(_LEAST, _PANEL // sorted((m, k, n))[1])
+    cuts = [slice(start, start + size) for start in range(0, longest, size)]
+    if k == longest:
+        total = torch.zeros(m, n) if bias is None else bias.float().repeat(m, 1)
+        for cut in cuts:
+            total.addmm_(a[:, cut].float(), b[cut].float())
+        return out.add_(total) if add else out.copy_(total)
+    whole = b.float() if m == longest else a.float()
+    for cut in cuts:
+        part, panel = (
+            (out[cut], a[cut].float() @ whole) if m == longest else (out[:, cut], whole @ b[:, cut].float())
+        )
+        if bias is not None:
+            panel += bias if m == longest else bias[cut]
+        if add:
+            part.add_(panel)
+        else:
+            part.copy_(panel)
+    return out
+
+
+# An operation of its own, so that selective checkpointing sees one product and not its panels.
+@torch.library.custom_op("ropewalk::product", mutates_args=())
+def _product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    return _write(a, b, a.new_empty(a.shape[0], b.shape[1]), bias)
+
+
+@_product.register_fake
+def _(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    return a.new_empty(a.shape[0], b.shape[1])
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+    a, b = ctx.saved_tensors
+    need_a, need_b, need_bias = ctx.needs_input_grad
+    return (
+        product(slope, b.t()) if need_a else None,
+        # laid out as the transpose that b mostly is: a weight's gradient is contiguous
+        product(slope.t(), a).t() if need_b else None,
+        slope.sum(0) if need_bias else None,
+    )
+
+
+_product.register_autograd(_backward, setup_context=_keep)
