@@ -224,3 +224,14 @@ def test_the_ladder_runs_and_its_first_rungs_compute_the_same(tmp_path):
     assert own["losses"] == pytest.approx(plain["losses"], rel=1e-5)
     assert own["gradient_norms"] == pytest.approx(plain["gradient_norms"], rel=1e-4)
     assert 0 < content["rungs"][1]["mfu"] < 1
+
+
+@pytest.mark.slow
+def test_attention_s_candidates_are_compared(tmp_path):
+    """Each candidate that is timed has given the reference's result; Ropewalk's own choice always has."""
+    out = tmp_path / "out.json"
+    call("attention.py", "--quick", "--runs", "1", "--threads", "1", "--out", out)
+    plain, capped = json.loads(out.read_text())["shapes"]
+    assert {"pick", "flash", "flash in float32", "math", "written out"} <= set(plain["seconds"])
+    assert {"pick", "written out"} == set(capped["seconds"])
+    assert "packed" in plain["left_out"]
