@@ -14,7 +14,9 @@ from rich.console import Console
 
 from ropewalk.data import prepare
 from ropewalk.data.readers import Source, files_of
+from ropewalk.errors import UserError
 from ropewalk.evaluate import Evaluation, TaskResult, evaluate
+from ropewalk.parallel import started
 from ropewalk.recipe import Recipe, load_recipe, resolve
 from ropewalk.stage import Stage
 from ropewalk.track import RunDirectory
@@ -72,6 +74,10 @@ def run(
     is the one that counts. A model from scratch is measured after training only. Progress is on stderr.
     Raises UserError for what the recipe has wrong, before any long work where it can be known.
     """
+    if started():
+        raise UserError(
+            "`ropewalk run` starts its processes itself (parallel.shard=2): call it without torchrun"
+        )
     recipe = resolve(load_recipe(recipe, overrides)).recipe
     _check_files(recipe)
     wanted = recipe.evaluate

@@ -26,6 +26,7 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
 
 
 def off(found: Tensor, exact: Tensor) -> float:
+    exact = exact.detach()
     return float((found.detach().double() - exact).norm() / exact.norm())
 
 

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "src" / "ropewalk"
 
 LOW = {"model", "ops", "adapt", "parallel"}
 STAGES = set("data train align evaluate plan sweep compress export serve board compare".split())
-LEAVES = {"errors", "files", "stage"}
+LEAVES = {"errors", "files", "layout", "stage"}
 """Single modules that everybody may use."""
 WHOLE_LANE = {"cli", "lane", "doctor"}
 """What stands above the rooms; nothing below may import it."""

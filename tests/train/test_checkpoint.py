@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from ropewalk.errors import RopewalkError
+from ropewalk.parallel import World, load_tensors, save_tensors
 from ropewalk.train import checkpoint as ck
 from ropewalk.train.checkpoint import best_checkpoint, list_checkpoints, newest_valid_checkpoint
 
@@ -24,12 +25,23 @@ def weights(path: Path) -> None:
     (path / "model.safetensors").write_bytes(bytes(range(256)) * 8)
 
 
+TENSORS = {"master.a": torch.arange(5.0), "step.a": torch.tensor(2.0)}
+
+
+def save_state(folder: Path, others: dict[str, torch.Tensor]) -> None:
+    save_tensors({**TENSORS, **others}, folder, {}, World())
+
+
+def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return load_tensors(checkpoint / "state", {}, World())
+
+
 def save(run: Path, step: int, loss: float | None = None, keep: int = 9, needed: int = 1000) -> Path:
     return ck.save_checkpoint(
         run / "checkpoints",
         step,
         save_weights=weights,
-        tensors={"master.a": torch.arange(5.0), "step.a": torch.tensor(float(step))},
+        save_state=save_state,
         state={"steps": 10, "loader": {"seed": 1}},
         needed=needed,
         validation_loss=loss,
@@ -50,7 +62,7 @@ def test_layout_and_what_is_read_back(run: Path) -> None:
     state = {"state/state.json", "state/tensors.safetensors"}
     assert files == {"MANIFEST.json", "model/model.safetensors", *state}
     assert set(json.loads((path / "MANIFEST.json").read_text())["files"]) == files - {"MANIFEST.json"}
-    tensors, values = ck.load_state(path)
+    tensors, values = tensors_of(path), ck.load_state(path)
     assert torch.equal(tensors["master.a"], torch.arange(5.0))
     assert values["step"] == 3
     assert values["loader"] == {"seed": 1}
@@ -200,7 +212,7 @@ def test_generators_come_back(run: Path) -> None:
     path = save(run, 1)
     draw = lambda: (torch.rand(3).tolist(), random.random(), np.random.rand(), np.random.randn())  # noqa: E731
     first = draw()
-    tensors, values = ck.load_state(path)
+    tensors, values = tensors_of(path), ck.load_state(path)
     ck.set_random_state(tensors, values["random"])
     assert draw() == first
 

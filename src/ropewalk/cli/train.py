@@ -1,5 +1,6 @@
 """`ropewalk train`."""
 
+import os
 from typing import TYPE_CHECKING
 
 import typer
@@ -25,7 +26,9 @@ def command(
 
 def finish(result: "TrainResult", json: bool) -> None:
     """Print what became of a run; an interrupted one ends with a status that stops a script."""
-    if json:
+    if os.environ.get("RANK", "0") != "0":
+        pass  # one of several processes, of which the first speaks
+    elif json:
         print_json(result)
     else:
         print(result.run)

@@ -141,9 +141,17 @@ def _splitmix(x: np.ndarray) -> np.ndarray:
 
 
 def prefetch(
-    loader: Loader, start: int, rows: int, count: int, depth: int = 2, pin: bool = False
+    loader: Loader,
+    start: int,
+    rows: int,
+    count: int,
+    depth: int = 2,
+    pin: bool = False,
+    stride: int | None = None,
 ) -> Generator[Batch]:
     """`count` batches of `rows` rows from row `start` on, made ahead by a thread, pinned for a GPU.
+
+    `stride`: rows from the beginning of one to that of the next, where others take those between.
 
     An error of the thread is raised here. Close the iterator (or use it up) to end the thread.
     """
@@ -162,7 +170,7 @@ def prefetch(
             for i in range(count):
                 if stop.is_set():
                     return
-                batch = loader.batch(start + i * rows, rows)
+                batch = loader.batch(start + i * (stride or rows), rows)
                 offer(batch.pinned() if pin else batch)
         except BaseException as error:
             offer(error)

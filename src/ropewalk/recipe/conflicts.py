@@ -8,7 +8,8 @@ from ropewalk.recipe.schema import Recipe
 
 def refuse_conflicts(recipe: Recipe) -> None:
     """Raises UserError with every pair of a resolved recipe that cannot work or would have no effect."""
-    found = [*_of_adapters(recipe), *_of_optimizer(recipe), *_of_activations(recipe)]
+    parts = (_of_adapters, _of_layout, _of_optimizer, _of_activations)
+    found = [conflict for part in parts for conflict in part(recipe)]
     if found:
         raise UserError("; ".join(f"{key}: {why}" for key, why in found))
 
@@ -37,9 +38,11 @@ def _of_optimizer(recipe: Recipe) -> Iterator[tuple[str, str]]:
         key = "train.optimizer.in_backward"
         if train.clip:
             yield key, "clipping needs the norm of all gradients before the first update; set train.clip: 0"
-        if train.micro_batch_size != train.batch_size:
+        assert train.batch_size is not None  # resolved
+        rows = train.batch_size // (recipe.parallel.replicate * recipe.parallel.shard)
+        if train.micro_batch_size != rows:
             why = "a gradient is complete only after the last micro-batch"
-            yield key, f"{why}; set train.micro_batch_size: {train.batch_size}"
+            yield key, f"{why}; set train.micro_batch_size: {rows}"
         if optimizer.offload:
             yield key, "offload collects gradients on the host and updates later; choose one of the two"
     if optimizer.state_bits < 32 and optimizer.name not in ("adamw", "lion"):
@@ -53,6 +56,20 @@ def _of_optimizer(recipe: Recipe) -> Iterator[tuple[str, str]]:
             "train.optimizer.masters",
             "float32 weights are their own masters; set train.precision: bfloat16",
         )
+
+
+def _of_layout(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """What needs whole matrices, or has not been taught to do with parts of them."""
+    parallel, optimizer, method = recipe.parallel, recipe.train.optimizer, recipe.adapt.method
+    if parallel.shard > 1 and optimizer.name in ("muon", "adafactor"):
+        why = f"{optimizer.name} looks at whole matrices, and each process has a part; use adamw or lion"
+        yield "train.optimizer.name", f"{why}, or set parallel.replicate instead of parallel.shard"
+    if parallel.shard > 1 and optimizer.state_bits < 32:
+        why = "blocks of low-bit states lie across the borders of the parts"
+        yield "train.optimizer.state_bits", f"not with parallel.shard: {why}; set it to 32"
+    if parallel.replicate * parallel.shard > 1 and method in ("prompt", "prefix"):
+        why = "virtual tokens run through the blocks beside the documents"
+        yield "adapt.method", f"{method} trains in one process only: {why}; set parallel.shard: 1"
 
 
 def _of_activations(recipe: Recipe) -> Iterator[tuple[str, str]]:

@@ -7,6 +7,7 @@ from pathlib import PurePath
 from typing import Any
 
 from ropewalk.errors import UserError
+from ropewalk.layout import DEGREES, REST, Layout
 from ropewalk.recipe.conflicts import refuse_conflicts
 from ropewalk.recipe.loader import Origin
 from ropewalk.recipe.machine import Machine
@@ -150,12 +151,23 @@ def _derive_train(recipe: Recipe, machine: Machine) -> Derived:
     elif rows is None:
         rows = 8
         found["train.batch_size"] = (rows, "8 rows unless told")
+    layout, why = _layout(recipe, machine)
+    for name in DEGREES:
+        if getattr(recipe.parallel, name) == REST:
+            found[f"parallel.{name}"] = (getattr(layout, name), why)
+    mine, odd = divmod(rows, layout.data)
+    if odd:
+        raise UserError(
+            f"train.batch_size: {rows} rows cannot be shared out among {layout.data} processes; "
+            f"choose a multiple of {layout.data}"
+        )
     if train.micro_batch_size is None:
-        found["train.micro_batch_size"] = _micro_batch(rows, recipe.data.sequence_length, device)
-    elif rows % train.micro_batch_size:
+        found["train.micro_batch_size"] = _micro_batch(mine, recipe.data.sequence_length, device)
+    elif mine % train.micro_batch_size:
+        each = f", {mine} for each process" if layout.data > 1 else ""
         raise UserError(
             f"train.micro_batch_size: {train.micro_batch_size} does not divide the batch of {rows} rows "
-            "(train.batch_size); choose a divisor of it"
+            f"(train.batch_size{each}); choose a divisor of it"
         )
     if train.schedule.warmup_steps is None:
         steps, reason = train.steps, "train.steps"
@@ -166,6 +178,14 @@ def _derive_train(recipe: Recipe, machine: Machine) -> Derived:
             warmup = round(steps * train.schedule.warmup_fraction)
             found["train.schedule.warmup_steps"] = (warmup, f"train.schedule.warmup_fraction of {reason}")
     return found
+
+
+def _layout(recipe: Recipe, machine: Machine) -> tuple[Layout, str]:
+    """What the processes that there are make of the recipe's degrees, or how many those ask for."""
+    layout = Layout(recipe.parallel.replicate, recipe.parallel.shard, recipe.parallel.stage)
+    if machine.processes is None:
+        return layout.over(layout.processes), "no more processes than the other degrees ask for"
+    return layout.over(machine.processes), f"the rest of {machine.processes} processes"
 
 
 def _learning_rate(recipe: Recipe) -> tuple[float, str]:

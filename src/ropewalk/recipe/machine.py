@@ -22,6 +22,8 @@ class Machine:
     """There is an NVIDIA GPU and the installed torch can use it."""
     gpu_bfloat16: bool = False
     """The GPU is of compute capability 8.0 (Ampere) or newer."""
+    processes: int | None = None
+    """How many torchrun, or a scheduler in its manner, has started; None where nobody did."""
 
     @staticmethod
     @cache
@@ -32,6 +34,7 @@ class Machine:
             cpu_bfloat16=_cpu_has_bfloat16(),
             gpu=capability is not None,
             gpu_bfloat16=capability is not None and capability >= 8.0,
+            processes=int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ else None,
         )
 
 

@@ -224,6 +224,15 @@ class Train(Section):
         return self
 
 
+class Parallel(Section):
+    replicate: Positive | Literal[-1] = 1
+    """Groups of processes with a whole model each; -1: the rest of the processes."""
+    shard: Positive | Literal[-1] = -1
+    """Processes that share one model, each with a part of it; -1: the rest of the processes."""
+    stage: Literal[1, 2, 3] = 3
+    """Divide optimizer states (1), gradients too (2), weights too (3): ZeRO, arXiv 1910.02054."""
+
+
 class Task(Section):
     """A generation task: prompts with references from a JSONL file."""
 
@@ -277,4 +286,5 @@ class Recipe(Section):
     data: Data
     adapt: Adapt = Adapt()
     train: Train
+    parallel: Parallel = Parallel()
     evaluate: Evaluate = Evaluate()

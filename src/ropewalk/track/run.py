@@ -19,8 +19,9 @@ _line = json.JSONEncoder(separators=(",", ":")).encode
 class RunDirectory:
     """`runs/<name>-<id>/`. Metrics are append-only JSON lines, one file per writer: writers never meet."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, writes: bool = True) -> None:
+        """`writes`: False for processes that train along, of which one writes."""
+        self.path, self.writes = path, writes
         self._writers: dict[str, TextIO] = {}
 
     @classmethod
@@ -62,6 +63,8 @@ class RunDirectory:
 
     def log(self, record: dict[str, Any], writer: str = "train") -> None:
         """Appends a line to metrics-WRITER.jsonl that survives the process (after `sync`, the machine)."""
+        if not self.writes:
+            return
         file = self._writers.get(writer)
         if file is None:
             file = self._writers[writer] = self.metrics_path(writer).open("a", encoding="utf-8")
@@ -96,7 +99,7 @@ class RunDirectory:
         """Drops the records after `step`, so that a resumed trace has each step once; gives what is left."""
         kept = [record for record in self.read(writer) if record.get("step", 0) <= step]
         self.close()
-        if self.metrics_path(writer).exists():
+        if self.writes and self.metrics_path(writer).exists():
             text = "".join(_line(record) + "\n" for record in kept)
             atomic_write(self.metrics_path(writer), text)
         return kept
@@ -106,7 +109,8 @@ class RunDirectory:
 
     def write_text(self, name: str, text: str) -> None:
         """Writes one file of the directory, whole or not at all."""
-        atomic_write(self.path / name, text)
+        if self.writes:
+            atomic_write(self.path / name, text)
 
     def write_json(self, name: str, value: Any) -> None:
         self.write_text(name, json.dumps(value, indent=2, default=str) + "\n")
@@ -122,6 +126,9 @@ class RunDirectory:
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Keeps other processes from training this run; the lock dies with the process that holds it."""
+        if not self.writes:
+            yield
+            return
         with open(self.path / "lock", "w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

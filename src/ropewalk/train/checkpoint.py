@@ -2,7 +2,7 @@
 
     step-00000100/
       model/         a Hugging Face directory, or a PEFT adapter directory
-      state/         tensors.safetensors (optimizer, RNG) and state.json (step, data position, ...)
+      state/         safetensors (optimizer, RNG; one for each process), state.json (step, position, ...)
       MANIFEST.json  size and SHA-256 of every file, written last
 
 A checkpoint is written under a temporary name, fsynced and renamed. Nothing in it is pickled: a checkpoint
@@ -19,11 +19,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ropewalk.errors import RopewalkError
 from ropewalk.files import atomic_directory, atomic_write, free_bytes, full_disk, remove_leftovers, sha256
+from ropewalk.parallel import World
 
 FORMAT = 1
 
@@ -32,32 +32,43 @@ def save_checkpoint(
     folder: Path,
     step: int,
     *,
-    save_weights: Callable[[Path], None],
-    tensors: dict[str, Tensor],
+    save_weights: Callable[[Path | None], None],
+    save_state: Callable[[Path, dict[str, Tensor]], None],
     state: dict[str, Any],
     needed: int,
     validation_loss: float | None = None,
     keep: int = 2,
+    world: World | None = None,
 ) -> Path:
     """Writes `folder/step-XXXXXXXX`, then deletes all but the `keep` newest and the best by validation loss.
 
-    `save_weights` fills the `model/` directory it is given; `needed` is about how many bytes will be written.
+    `save_weights` fills the `model/` directory it is given (None: takes part without writing); `save_state`
+    writes tensors into `state/`, its own and those given to it; `needed` is about how many bytes will be
+    written. Of several processes each writes its part of the state, and the first one all the rest.
     Raises RopewalkError where the disk is full: then nothing is left behind and nothing was deleted.
     """
-    path = folder / checkpoint_name(step)
+    world, path = world or World(), folder / checkpoint_name(step)
+    random_tensors, random_json = random_state(world.rank)
+    if not world.first:
+        save_state(Path(world.share(None), "state"), random_tensors)
+        world.wait()
+        save_weights(None)
+        return Path(world.share(None))
     if free_bytes(folder) < needed:
         raise full_disk(path, needed)
     remove_leftovers(folder)
-    random_tensors, random_json = random_state()
     with atomic_directory(path, overwrite=True, needed=needed) as temporary:
-        save_weights(temporary / "model")
         (temporary / "state").mkdir()
-        save_file({**tensors, **random_tensors}, temporary / "state" / "tensors.safetensors")
+        world.share(str(temporary))
+        save_state(temporary / "state", random_tensors)
+        world.wait()
+        save_weights(temporary / "model")
         (temporary / "state" / "state.json").write_text(
             json.dumps({**state, "step": step, "random": random_json})
         )
         write_manifest(temporary, step, validation_loss)
     _prune(folder, keep)
+    world.share(str(path))
     return path
 
 
@@ -65,10 +76,10 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def load_state(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, state) of a checkpoint that was verified."""
-    state = json.loads((checkpoint / "state" / "state.json").read_text(encoding="utf-8"))
-    return load_file(checkpoint / "state" / "tensors.safetensors"), state
+def load_state(checkpoint: Path) -> dict[str, Any]:
+    """What is not tensors in the state of a checkpoint that was verified."""
+    state: dict[str, Any] = json.loads((checkpoint / "state" / "state.json").read_text(encoding="utf-8"))
+    return state
 
 
 def newest_valid_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
@@ -148,12 +159,11 @@ def find_damage(checkpoint: Path) -> str | None:
     return None
 
 
-def random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """States of torch's (every device), Python's and numpy's global generators, as tensors and as JSON."""
-    tensors = {"random.cpu": torch.get_rng_state()}
+def random_state(rank: int = 0) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """States of torch's (process by process), Python's and numpy's global generators: tensors and JSON."""
+    tensors = {_of_rank("random.cpu", rank): torch.get_rng_state()}
     if torch.cuda.is_available():
-        for index, state in enumerate(torch.cuda.get_rng_state_all()):
-            tensors[f"random.cuda.{index}"] = state
+        tensors[f"random.cuda.{rank}"] = torch.cuda.get_rng_state()
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     return tensors, {
@@ -162,15 +172,19 @@ def random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
     }
 
 
-def set_random_state(tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-    """Restores what `random_state` gave; a CUDA device that is gone is left alone."""
-    torch.set_rng_state(tensors["random.cpu"].clone())
-    for index in range(torch.cuda.device_count()):
-        if f"random.cuda.{index}" in tensors:
-            torch.cuda.set_rng_state(tensors[f"random.cuda.{index}"].clone(), index)
+def set_random_state(tensors: dict[str, Tensor], values: dict[str, Any], rank: int = 0) -> None:
+    """Restores what `random_state` gave; of a process or a GPU that was not there, nothing."""
+    if (name := _of_rank("random.cpu", rank)) in tensors:
+        torch.set_rng_state(tensors[name].clone())
+    if f"random.cuda.{rank}" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors[f"random.cuda.{rank}"].clone())
     version, words, gauss = values["python"]
     random.setstate((version, tuple(words), gauss))
     np.random.set_state(tuple(values["numpy"]))
+
+
+def _of_rank(name: str, rank: int) -> str:
+    return f"{name}.{rank}" if rank else name
 
 
 def _prune(folder: Path, keep: int) -> None:

@@ -1,5 +1,7 @@
 """`train` and `resume`: from a recipe or a run directory to a finished run."""
 
+import json
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -10,8 +12,11 @@ import torch
 
 from ropewalk.adapt import left_out
 from ropewalk.data import DamagedDataError, TokenShards, prepare
-from ropewalk.errors import UserError
+from ropewalk.errors import RopewalkError, UserError
 from ropewalk.files import cache_directory, remove_leftovers
+from ropewalk.layout import Layout
+from ropewalk.parallel import World, started
+from ropewalk.parallel.launch import launch
 from ropewalk.recipe import Recipe, load_recipe, resolve, to_yaml
 from ropewalk.track import RunDirectory, environment
 from ropewalk.train.checkpoint import list_checkpoints, newest_valid_checkpoint
@@ -20,6 +25,9 @@ from ropewalk.train.loop import run_loop
 from ropewalk.train.progress import Reporter
 from ropewalk.train.report import write_report
 from ropewalk.train.signals import StopRequest
+
+RESPREAD = ("parallel.", "train.micro_batch_size", "train.threads")
+"""Fields of a recipe that change where a run is computed, and not what."""
 
 
 @dataclass(frozen=True)
@@ -50,30 +58,57 @@ def train(
     Raises UserError for what the recipe has wrong and RopewalkError for what fails on the way.
     """
     recipe = anchored(resolve(load_recipe(recipe, overrides)).recipe)
+    layout = layout_of(recipe)
+    if layout.processes > 1 and not started():
+        return together("train", [recipe.model_dump(mode="json"), [], progress], layout.processes)
+    world = World.join(recipe.train.device, layout)
+    if world.first:
+        prepare(recipe)
+    world.wait()  # the others find it done
     prepared = prepare(recipe)
-    job = open_job(recipe, prepared.train, prepared.validation)
-    run = RunDirectory.create(recipe.runs, recipe.name, to_yaml(recipe), lineage(recipe, prepared))
-    run.write_json("environment.json", environment(**facts(job)))
+    job = open_job(recipe, prepared.train, prepared.validation, world=world)
+    if world.first:
+        run = RunDirectory.create(recipe.runs, recipe.name, to_yaml(recipe), lineage(recipe, prepared))
+        run.write_json("environment.json", environment(**facts(job)))
+        world.share(str(run.path))
+    else:
+        run = RunDirectory(Path(world.share(None)), writes=False)
     with run.lock():
-        return finish(job, run, Reporter(progress))
+        return finish(job, run, Reporter(progress and world.first))
 
 
-def resume(run: str | Path, progress: bool = True) -> TrainResult:
+def resume(run: str | Path, overrides: Sequence[str] = (), progress: bool = True) -> TrainResult:
     """Finishes an interrupted run, bit for bit as if it had never stopped, from its newest whole checkpoint.
+
+    `overrides` may change how it is spread (`parallel.shard=4`), which changes sums in their last bits only.
 
     Its metrics after that checkpoint are dropped and made again. Damaged checkpoints are skipped, and said.
     A run that is finished is left as it is.
     """
-    directory, reporter = RunDirectory.open(run), Reporter(progress)
+    directory = RunDirectory.open(run)
+    for word in overrides:
+        if not word.startswith(RESPREAD):
+            raise UserError(
+                f"{word}: a run goes on as it began; only {', '.join(RESPREAD)}... can be changed"
+            )
+    recipe = resolve(load_recipe(directory.path / "recipe.yaml", overrides)).recipe
+    layout = layout_of(recipe)
+    if layout.processes > 1 and not started():
+        return together("resume", [str(directory.path), overrides, progress], layout.processes)
+    world = World.join(recipe.train.device, layout)
+    directory.writes = world.first
+    reporter = Reporter(progress and world.first)
     with directory.lock():
-        for folder in (directory.path, directory.samples_path, directory.checkpoints_path):
-            remove_leftovers(folder)
-        checkpoint, warnings = newest_valid_checkpoint(directory.path)
-        for warning in warnings:
-            reporter.warn(warning)
-        recipe = load_recipe(directory.path / "recipe.yaml")
+        checkpoint: Path | None = None
+        if world.first:
+            for folder in (directory.path, directory.samples_path, directory.checkpoints_path):
+                remove_leftovers(folder)
+            checkpoint, warnings = newest_valid_checkpoint(directory.path)
+            for warning in warnings:
+                reporter.warn(warning)
+        checkpoint = world.share(checkpoint)
         check_unchanged(directory, recipe, reporter)
-        job = open_job(recipe, *same_data(directory, recipe), checkpoint)
+        job = open_job(recipe, *same_data(directory, recipe), checkpoint, world)
         for record in directory.truncate(job.step):
             if record["kind"] == "validation":
                 job.validation_losses[record["step"]] = record["loss"]
@@ -81,6 +116,27 @@ def resume(run: str | Path, progress: bool = True) -> TrainResult:
             reporter.say(f"{directory.path}: all {job.steps} steps are done; nothing to do")
             return result_of(job, directory, [], interrupted=False)
         return finish(job, directory, reporter)
+
+
+def layout_of(recipe: Recipe) -> Layout:
+    """The layout of a resolved recipe."""
+    return Layout(**recipe.parallel.model_dump())
+
+
+def together(call: str, arguments: list[Any], processes: int) -> TrainResult:
+    """`call(*arguments)` of this module in new processes on this machine: what the first one got."""
+    with tempfile.TemporaryDirectory(prefix="ropewalk-") as folder:
+        job = Path(folder, "job.json")
+        job.write_text(json.dumps({"call": call, "arguments": arguments}), encoding="utf-8")
+        status = launch(["-m", "ropewalk.train.worker", str(job)], processes)
+        answer = job.with_suffix(".result")
+        if status == 0 and answer.is_file():
+            values = json.loads(answer.read_text(encoding="utf-8"))
+            paths = {name: Path(values[name]) for name in ("run", "checkpoint") if values[name] is not None}
+            return TrainResult(**values | paths)
+        said = [path.read_text(encoding="utf-8") for path in sorted(Path(folder).glob("job.error-*"))]
+    why = said[0] if said else f"a process of the run ended with {status}; what it printed is above"
+    raise (UserError if status == 2 else RopewalkError)(why)
 
 
 def finish(job: Job, run: RunDirectory, reporter: Reporter) -> TrainResult:
@@ -107,7 +163,7 @@ def finish(job: Job, run: RunDirectory, reporter: Reporter) -> TrainResult:
         run.log({"kind": "self_check", "step": job.step, **asdict(job.checked)})
     reporter.start(job.steps, job.step)
     try:
-        with StopRequest() as stop:
+        with StopRequest(job.world) as stop:
             losses = run_loop(job, run, reporter, stop)
     finally:
         reporter.stop()
@@ -119,7 +175,8 @@ def finish(job: Job, run: RunDirectory, reporter: Reporter) -> TrainResult:
             f"{result.checkpoint}; go on with: ropewalk resume {run.path}"
         )
     else:
-        write_report(job, run)
+        if job.world.first:
+            write_report(job, run)
         reporter.say(f"{run.path}: done; see {run.path / 'report.md'}")
     return result
 

@@ -18,6 +18,7 @@ import torch
 
 from ropewalk.data.batch import Batch
 from ropewalk.model.config import ModelConfig
+from ropewalk.parallel import World
 
 PEAK_BF16 = (("H200", 989e12), ("H100 PCIe", 756e12), ("H100", 989e12), ("A100", 312e12))
 """Dense bfloat16 FLOP/s from the vendor's data sheets; the first name found in the device's counts."""
@@ -43,6 +44,14 @@ class TokenCounts:
             slots=real.numel(),
             pairs={w: int((seen if w is None else seen.clamp(max=w)).sum()) for w in windows},
         )
+
+    def total(self, world: World) -> "TokenCounts":
+        """The sums over all processes."""
+        windows = list(self.pairs)
+        tokens, scored, slots, *pairs = map(
+            int, world.total([self.tokens, self.scored, self.slots, *self.pairs.values()])
+        )
+        return TokenCounts(tokens, scored, slots, dict(zip(windows, pairs, strict=True)))
 
 
 def block_parameters(config: ModelConfig, layer: int) -> int:

@@ -7,6 +7,7 @@ from ropewalk.data import Batch
 from ropewalk.errors import RopewalkError
 from ropewalk.model import Transformer
 from ropewalk.ops import NF4Tensor
+from ropewalk.parallel import local
 
 SHOWN = 12
 
@@ -46,7 +47,7 @@ def broken_parameter(model: Transformer) -> str | None:
     (Quantized weights are frozen, and were finite when they were made.)
     """
     plain = ((name, p) for name, p in model.named_parameters() if not isinstance(p, NF4Tensor))
-    return next((name for name, p in plain if not bool(torch.isfinite(p).all())), None)
+    return next((name for name, p in plain if not bool(torch.isfinite(local(p)).all())), None)
 
 
 def no_gradient(model: Transformer) -> RopewalkError:
@@ -55,9 +56,9 @@ def no_gradient(model: Transformer) -> RopewalkError:
     adapters = adapter_parameters(model).values()
     if not trained:
         why = "every parameter is frozen; set adapt.method to lora or full"
-    elif adapters and not any(p.any() for p in adapters):
+    elif adapters and not any(local(p).any() for p in adapters):
         why = "all adapter weights are zero, which no gradient can leave"
-    elif not any(p.any() for p in trained):
+    elif not any(local(p).any() for p in trained):
         why = "all trained weights are zero"
     else:
         why = "the loss does not depend on the trained weights; is the output head or a norm all zeros?"

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ropewalk.adapt import rate_factors
 from ropewalk.data import Loader, Prepared, TokenShards
 from ropewalk.errors import UserError
 from ropewalk.files import sha256
 from ropewalk.model import resolve_source
+from ropewalk.parallel import World, divided, gathered, load_tensors, save_tensors, shard
 from ropewalk.recipe import Recipe
 from ropewalk.track import RunDirectory
 from ropewalk.track.environment import git_commit
@@ -36,6 +38,7 @@ class Job:
     validation: Loader | None
     steps: int
     meter: Meter
+    world: World
     step: int = 0
     validation_losses: dict[int, float] = field(default_factory=dict)
     """by step"""
@@ -53,8 +56,13 @@ class Job:
         return self.recipe.train.batch_size
 
     @property
+    def own_rows(self) -> int:
+        """Rows of an optimizer step that this process computes."""
+        return self.rows // self.world.layout.data
+
+    @property
     def micro_rows(self) -> int:
-        return self.recipe.train.micro_batch_size or self.rows
+        return self.recipe.train.micro_batch_size or self.own_rows
 
     @property
     def warmup(self) -> int:
@@ -84,22 +92,35 @@ class Job:
     def save(self, run: RunDirectory) -> Path:
         """Writes the checkpoint of this step."""
         run.sync()
+        model, world, parameters = self.built.model, self.world, self.optimizer.parameters
+        divided(model, world)
         tensors = self.optimizer.state_tensors()
-        weights = self.optimizer.parameters.values()
+
+        def save_state(folder: Path, others: dict[str, Tensor]) -> None:
+            save_tensors({**tensors, **others}, folder, parameters, world)
+
+        def save_weights(folder: Path | None) -> None:
+            with gathered(model, world):
+                if folder is not None:
+                    self.built.save(folder)
+
         return save_checkpoint(
             run.checkpoints_path,
             self.step,
-            save_weights=self.built.save,
-            tensors=tensors,
+            save_weights=save_weights,
+            save_state=save_state,
             state={"steps": self.steps, "loader": self._position(), **self.meter.totals()},
-            needed=sum(t.nbytes for t in (*tensors.values(), *weights)),
+            needed=sum(t.nbytes for t in tensors.values()) * world.size
+            + sum(p.numel() * p.element_size() for p in parameters.values()),
             validation_loss=self.validation_losses.get(self.step),
             keep=self.recipe.train.keep,
+            world=world,
         )
 
     def restore(self, checkpoint: Path) -> None:
         """Goes on from a verified checkpoint. UserError where it belongs to other data or another model."""
-        tensors, state = load_state(checkpoint)
+        state = load_state(checkpoint)
+        tensors = load_tensors(checkpoint / "state", self.optimizer.parameters, self.world)
         self.step, self.saved = state["step"], checkpoint
         if state["loader"] != self._position():
             raise UserError(
@@ -112,22 +133,27 @@ class Job:
             raise UserError(f"{checkpoint}: {error}") from None
         for name in self.meter.totals():
             setattr(self.meter, name, state[name])
-        set_random_state(tensors, state["random"])
+        set_random_state(tensors, state["random"], self.world.rank)
 
     def _position(self) -> dict[str, Any]:
         return self.loader.state(self.step * self.rows)
 
 
 def open_job(
-    recipe: Recipe, data: TokenShards, held_out: TokenShards | None, checkpoint: Path | None = None
+    recipe: Recipe,
+    data: TokenShards,
+    held_out: TokenShards | None,
+    checkpoint: Path | None = None,
+    world: World | None = None,
 ) -> Job:
     """Builds all parts of a resolved recipe's run, at the step of `checkpoint` (verified) or at step 0."""
+    world = world or World()
     train = recipe.train
     if train.device == "cuda" and not torch.cuda.is_available():
         raise UserError("train.device: cuda, but torch finds no usable GPU here (see `ropewalk doctor`)")
     if train.threads:
         torch.set_num_threads(train.threads)
-    device = torch.device(train.device)
+    device = torch.device("cuda", world.local_rank) if train.device == "cuda" else torch.device("cpu")
     if device.type == "cpu":
         give_back_large_blocks()
     built = build(recipe, device, checkpoint)
@@ -149,8 +175,13 @@ def open_job(
     # before the optimizer, which takes gradients away
     checked = check(recipe, built, loader, steps) if train.self_check and not checkpoint else None
     warm_up = warm(recipe, built, loader) if train.compile else None
+    shard(built.model, world)
     optimizer = Optimizer(
-        built.model, optimizer_config(recipe), rate_factors=_rate_factors(recipe, built), seed=recipe.seed
+        built.model,
+        optimizer_config(recipe),
+        rate_factors=_rate_factors(recipe, built),
+        seed=recipe.seed,
+        world=world,
     )
     meter = Meter(
         built.model.config, device, DTYPES[train.precision], built.trainable() if built.adapted else None
@@ -164,6 +195,7 @@ def open_job(
         validation,
         steps,
         meter,
+        world,
         checked=checked,
         compile_seconds=warm_up,
     )

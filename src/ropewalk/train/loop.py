@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ropewalk.data import Batch, prefetch
 from ropewalk.errors import RopewalkError
+from ropewalk.parallel import reduce_gradients
 from ropewalk.track import RunDirectory
 from ropewalk.train.checkpoint import checkpoint_name, note_validation
 from ropewalk.train.flops import TokenCounts
@@ -36,13 +37,17 @@ def run_loop(job: Job, run: RunDirectory, reporter: Reporter, stop: StopRequest)
     losses: list[float] = []
     batches = prefetch(
         job.loader,
-        job.step * job.rows,
-        job.rows,
+        job.step * job.rows + job.world.part * job.own_rows,
+        job.own_rows,
         job.steps - job.step,
+        stride=job.rows,
         pin=job.device.type == "cuda",
     )
     with closing(batches):
-        while not stop:
+        while True:
+            stop.agree()
+            if stop:
+                break
             if job.step == 0 or job.due(train.evaluate_every):
                 evaluate(job, run, reporter, stop)
             if job.due(train.sample_every) and not stop:
@@ -70,7 +75,8 @@ def train_step(job: Job, batches: Iterator[Batch]) -> dict[str, Any]:
     batch = next(batches)
     waited = time.perf_counter() - began
     counts = TokenCounts.of(batch, model.config)
-    parts = [batch.rows(row, row + job.micro_rows) for row in range(0, job.rows, job.micro_rows)]
+    parts = [batch.rows(row, row + job.micro_rows) for row in range(0, job.own_rows, job.micro_rows)]
+    counts = counts.total(job.world)
     if not counts.scored:
         raise RopewalkError(f"step {job.step}: nothing is scored in {named_documents(parts)}; see data.score")
 
@@ -78,10 +84,13 @@ def train_step(job: Job, batches: Iterator[Batch]) -> dict[str, Any]:
     optimizer.begin(rate)
     if train.cuda_graphs:
         torch.compiler.cudagraph_mark_step_begin()  # the gradients that the last replays made are used up
-    sums = [backward(job, part, counts.scored) for part in parts]
+    sums = []
+    for part in parts:
+        reduce_gradients(model, job.world, last=part is parts[-1])
+        sums.append(backward(job, part, counts.scored))
     measured = torch.stack([*sums, optimizer.gradient_norm().to(job.device)])
     *part_sums, gradient_norm = measured.tolist()  # the step's one wait for the device
-    loss = math.fsum(part_sums) / counts.scored
+    loss = job.world.total([math.fsum(part_sums)])[0] / counts.scored
     if not math.isfinite(loss) or not math.isfinite(gradient_norm):
         guilty = [part for part, value in zip(parts, part_sums, strict=True) if not math.isfinite(value)]
         updated = train.optimizer.in_backward and math.isfinite(loss)
@@ -108,8 +117,10 @@ def backward(job: Job, part: Batch, scored: int) -> Tensor:
     balance = job.built.model.auxiliary_loss()
     if balance is not None:  # a mean over rows: micro-batches share it
         mean = mean + balance * (len(part.tokens) / job.rows)
-    if job.recipe.train.optimizer.in_backward and not bool(torch.isfinite(loss)):
-        return loss.detach()  # backward would update the weights with it
+    if job.recipe.train.optimizer.in_backward:
+        whole = job.world.total([loss.item()])[0]  # no process alone may leave out a backward pass
+        if not math.isfinite(whole):
+            return loss.detach()  # backward would update the weights with it
     if mean.requires_grad:  # a frozen model is reported with the other zero gradients
         mean.backward()
     return loss.detach()
@@ -129,6 +140,7 @@ def evaluate(job: Job, run: RunDirectory, reporter: Reporter, stop: StopRequest)
         device=job.device,
         compiled=job.recipe.train.compile,
         stop=lambda: bool(stop),
+        world=job.world,
     )
     if measured is None:
         return
@@ -153,7 +165,7 @@ def sample(job: Job, run: RunDirectory) -> None:
             job.built.model,
             job.built.tokenizer,
             panel.prompts,
-            run.samples_path / f"step-{job.step:08d}.jsonl",
+            run.samples_path / f"step-{job.step:08d}.jsonl" if job.world.first else None,
             max_new_tokens=panel.max_new_tokens,
             batch_size=panel.batch_size,
             compiled=job.recipe.train.compile,
@@ -168,5 +180,5 @@ def checkpoint(job: Job, run: RunDirectory) -> None:
         job.saved = job.save(run)
         seconds = round(time.perf_counter() - began, 3)
         run.log({"kind": "checkpoint", "step": job.step, "path": job.saved.name, "seconds": seconds})
-    elif loss is not None:
+    elif loss is not None and job.world.first:
         note_validation(job.saved, loss)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ropewalk.errors import UserError
+from ropewalk.parallel import World
 from ropewalk.train.optim_rules import Rule, Update, adafactor, adamw, first_state, lion, muon
 from ropewalk.train.optim_slot import Host, Slot
 
@@ -78,10 +79,12 @@ class Optimizer:
         *,
         rate_factors: Mapping[str, float] | None = None,
         seed: int = 0,
+        world: World | None = None,
     ) -> None:
         if refused := refusals(config):
             raise UserError("; ".join(refused))
-        self.config, self._seed, self._factors = config, seed, dict(rate_factors or {})
+        self.config, self._factors, self._world = config, dict(rate_factors or {}), world or World()
+        self._seed = seed + self._world.rank % self._world.layout.shard  # no two parts round alike
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if unknown := self._factors.keys() - self.parameters.keys():
             raise ValueError(f"rate_factors: no trained parameter is named {min(unknown)}")
@@ -134,7 +137,10 @@ class Optimizer:
             for name, slot in self._slots.items()
             for norm in self._norms.get(name, []) + (_norms(slot) if name in at_hand else [])
         ]
-        return torch.linalg.vector_norm(torch.stack(norms)) * self._scale if norms else torch.zeros(())
+        if not norms:
+            return torch.zeros(())
+        squares = self._world.shard_total(torch.linalg.vector_norm(torch.stack(norms)).square())
+        return squares.sqrt() * self._scale
 
     def scale_gradients(self, factor: float) -> None:
         """Multiplies all gradients, when the update reads them. Not those used up in backward."""

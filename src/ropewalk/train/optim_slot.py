@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ropewalk.parallel import local
 from ropewalk.train.optim_lowbit import LowBitState, stochastic_round
 
 CHUNK = {"cpu": 1 << 18, "cuda": 1 << 23}
@@ -24,16 +25,18 @@ class Slot:
     def __init__(
         self, index: int, name: str, parameter: nn.Parameter, masters: bool, host: "Host | None"
     ) -> None:
-        if not parameter.is_contiguous():
+        self.source, self.parameter = parameter, local(parameter)
+        """the model's, which gets gradients; and what of it is here, in the same memory"""
+        if not self.parameter.is_contiguous():
             raise ValueError(f"{name} is not contiguous, so it cannot be updated piece by piece")
-        self.index, self.name, self.parameter, self.host = index, name, parameter, host
+        self.index, self.name, self.host = index, name, host
         wants_master = parameter.dtype in LOW and (masters or parameter.dtype != torch.bfloat16)
         dtype = torch.float32 if wants_master else parameter.dtype
-        self.weight: Tensor = parameter
+        self.weight = self.parameter
         if host is not None:
-            self.weight = host.copy(parameter.detach(), dtype)
+            self.weight = host.copy(self.parameter, dtype)
         elif wants_master:
-            self.weight = parameter.detach().to(dtype)
+            self.weight = self.parameter.to(dtype)
         self.gradient: Tensor | None = None
         self.count = 0
         """updates done"""
@@ -42,8 +45,9 @@ class Slot:
 
     def receive(self) -> None:
         """Takes the gradient that backward has just made away from the parameter."""
-        gradient, self.parameter.grad = self.parameter.grad, None
+        gradient, self.source.grad = self.source.grad, None
         assert gradient is not None
+        gradient = local(gradient)
         if self.host is not None:
             self.host.fetch(gradient, self.add)
         else:
@@ -170,7 +174,7 @@ def pieces(slot: Slot, whole: int = 1) -> Iterator[Piece]:
     """All of a slot, in order, in pieces that hold a multiple of `whole` numbers."""
     total = slot.parameter.numel()
     length = max(CHUNK[slot.weight.device.type] // whole, 1) * whole
-    for start in range(0, total, length):
+    for start in range(0, max(total, 1), length):  # an empty part is a piece too
         yield Piece(slot, start, min(start + length, total))
 
 

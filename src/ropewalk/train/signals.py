@@ -5,6 +5,8 @@ import threading
 from types import FrameType
 from typing import Any
 
+from ropewalk.parallel import World
+
 
 class StopRequest:
     """`with StopRequest() as stop:` then look at `stop.signal`: the name of the signal that came, or None.
@@ -12,12 +14,18 @@ class StopRequest:
     Outside the main thread Python cannot receive signals: then this never asks for anything.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, world: World | None = None) -> None:
         self.signal: str | None = None
+        self._world, self._agreed = world or World(), False
         self._previous: dict[signal.Signals, Any] = {}
 
     def __bool__(self) -> bool:
-        return self.signal is not None
+        return self.signal is not None if self._world.size == 1 else self._agreed
+
+    def agree(self) -> None:
+        """If one of several processes was asked to stop, all are from here on; each comes here as often."""
+        if self._world.size > 1 and not self._agreed:
+            self._agreed = self._world.total([self.signal is not None])[0] > 0
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():

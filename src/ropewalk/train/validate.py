@@ -13,6 +13,7 @@ from ropewalk.data import Loader
 from ropewalk.evaluate import run_panel
 from ropewalk.files import atomic_write
 from ropewalk.model import Transformer
+from ropewalk.parallel import World
 from ropewalk.train.objective import loss_sum, without_padding
 
 
@@ -27,37 +28,47 @@ def validation_loss(
     device: torch.device,
     compiled: bool = False,
     stop: Callable[[], bool] = lambda: False,
+    world: World | None = None,
 ) -> tuple[float, int] | None:
     """(mean loss per scored token, scored tokens) over the loader's first `rows` rows, each at most once.
 
-    None where `stop()` became true on the way.
+    Processes take turns with the micro-batches. None where `stop()` became true on the way.
     """
-    rows = min(rows, loader.rows_per_epoch(0))
+    world = world or World()
+    rows, parts = min(rows, loader.rows_per_epoch(0)), world.layout.data
     total, scored = torch.zeros((), dtype=torch.float64, device=device), 0
     with evaluating(model, compiled):
-        for start in range(0, rows, micro_batch):
+        for first in range(0, rows, micro_batch * parts):
             if stop():
                 return None
-            batch = without_padding(loader.batch(start, min(micro_batch, rows - start)))
-            scored += int((batch.labels != -100).sum())
-            total += loss_sum(model, batch, chunk)
-    return total.item() / max(1, scored), scored
+            start = first + world.part * micro_batch
+            count = max(1, min(micro_batch, rows - start))
+            batch = without_padding(loader.batch(min(start, rows - 1), count))
+            found = loss_sum(model, batch, chunk)  # all take part in each: parts of the model are sent around
+            if start < rows:
+                scored += int((batch.labels != -100).sum())
+                total += found
+    whole, seen = world.total([total.item(), scored])
+    return whole / max(1, seen), int(seen)
 
 
 def write_samples(
     model: Transformer,
     tokenizer: Any,
     prompts: tuple[str, ...],
-    path: Path,
+    path: Path | None,
     *,
     max_new_tokens: int,
     batch_size: int,
     compiled: bool = False,
 ) -> None:
-    """Greedy answers to the prompt panel, one JSON line `{prompt, answer}` each."""
+    """Greedy answers to the prompt panel, one JSON line `{prompt, answer}` each; None: not written."""
     with evaluating(model, compiled):
         samples = run_panel(model, tokenizer, prompts, max_new_tokens, batch_size)
-    atomic_write(path, "".join(json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in samples))
+    if path is not None:
+        atomic_write(
+            path, "".join(json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in samples)
+        )
 
 
 @contextmanager

@@ -1,0 +1,46 @@
+"""How a run is spread over processes: the degrees, and the one rule that they obey."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ropewalk.errors import UserError
+
+REST = -1
+DEGREES = ("replicate", "shard")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Into how many parts each thing is divided; the product is the number of processes."""
+
+    replicate: int = 1
+    """groups of processes with a whole model each, which add up their gradients"""
+    shard: int = REST
+    """processes that share one model: each holds a part of every weight, gradient and optimizer state"""
+    stage: Literal[1, 2, 3] = 3
+    """what is divided (ZeRO, arXiv 1910.02054): 1 optimizer states, 2 gradients too, 3 weights too"""
+
+    @property
+    def data(self) -> int:
+        """Parts into which the rows of a batch are divided."""
+        return self.replicate * self.shard
+
+    @property
+    def processes(self) -> int:
+        """How many it takes; a degree that is "the rest" counts as one."""
+        return max(1, self.replicate) * max(1, self.shard)
+
+    def over(self, processes: int) -> "Layout":
+        """The same with its -1 filled in. UserError where the degrees do not make `processes`."""
+        open_ = [name for name in DEGREES if getattr(self, name) == REST]
+        if len(open_) > 1:
+            raise UserError(f"parallel: {' and '.join(open_)} are both -1 (the rest); give one of them")
+        rest, odd = divmod(processes, self.processes)
+        said = " x ".join(f"{name} {getattr(self, name)}" for name in DEGREES)
+        if odd or (rest != 1 and not open_):
+            raise UserError(
+                f"parallel: {said} does not make {processes} process{'es' * (processes != 1)}; "
+                f"start {self.processes}, or set one degree to -1 (the rest)"
+            )
+        filled = {name: rest if name in open_ else getattr(self, name) for name in DEGREES}
+        return Layout(**filled, stage=self.stage)

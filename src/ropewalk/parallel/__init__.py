@@ -1,0 +1,24 @@
+"""The parallel room: how a run is spread over processes. Model code knows nothing of it.
+
+In: a model, a Layout, the processes that torchrun started. Out: the same model in parts, and a World in which
+processes add up numbers. May import torch, model and errors.
+"""
+
+from ropewalk.layout import Layout
+from ropewalk.parallel.sharding import divided, gathered, local, reduce_gradients, shard
+from ropewalk.parallel.state import load_tensors, save_tensors
+from ropewalk.parallel.world import World, processes, started
+
+__all__ = [
+    "Layout",
+    "World",
+    "divided",
+    "gathered",
+    "load_tensors",
+    "local",
+    "processes",
+    "reduce_gradients",
+    "save_tensors",
+    "shard",
+    "started",
+]

@@ -1,0 +1,81 @@
+"""Starts the processes of a run on this machine, where nobody else (torchrun, a scheduler) has."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+FORWARDED = (signal.SIGINT, signal.SIGTERM)
+GRACE = 30.0
+"""Seconds that the others have to end when one has failed."""
+
+
+def launch(arguments: list[str], processes: int) -> int:
+    """Runs `python ARGUMENTS` in so many processes with torchrun's variables: their exit status.
+
+    That of the first to fail, or 0. SIGINT and SIGTERM go on to all; when one fails, the others are ended.
+    """
+    shared = {
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+        "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // processes)),
+    }
+    command = [sys.executable, *arguments]
+    running = [
+        # a session of their own: Ctrl-C comes to them once, from here
+        subprocess.Popen(
+            command, env=os.environ | shared | {"RANK": str(i), "LOCAL_RANK": str(i)}, start_new_session=True
+        )
+        for i in range(processes)
+    ]
+    try:
+        with _forwarding(running):
+            return _wait(running)
+    finally:
+        for process in running:
+            if process.poll() is None:
+                process.kill()
+
+
+def _wait(running: list[subprocess.Popen[bytes]]) -> int:
+    status, limit = 0, float("inf")
+    while any(process.poll() is None for process in running):
+        failed = [process.returncode for process in running if process.returncode]
+        if failed and not status:
+            status, limit = failed[0], time.monotonic() + GRACE
+        if status and time.monotonic() > limit:
+            break  # they wait for the one that is gone
+        time.sleep(0.05)
+    return status or next((process.returncode for process in running if process.returncode), 0)
+
+
+@contextmanager
+def _forwarding(running: list[subprocess.Popen[bytes]]) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def forward(number: int, _: object) -> None:
+        for process in running:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    before = {number: signal.signal(number, forward) for number in FORWARDED}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,80 @@
+"""Data parallelism: weights, gradients and states divided over the processes, or copied to each of them.
+
+One way for all of it, torch's fully_shard (FSDP2, arXiv 2304.11277) block by block. Replication alone is a
+mesh whose shards are whole; ZeRO's stages differ in when weights are gathered and gradients divided.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ropewalk.model import Transformer
+from ropewalk.parallel.world import World
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+
+
+def shard(model: Transformer, world: World) -> None:
+    """Divides `model` over the mesh, in place; gradients are sums over the processes, reduced in float32."""
+    if world.mesh is None:
+        return
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    options: dict[str, Any] = {
+        "mesh": world.mesh,
+        "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False),
+    }
+    for block in model.blocks:
+        fully_shard(block, reshard_after_forward=world.layout.stage == 3, **options)
+    # the head meets the hidden states after the model's own forward: what is outside the blocks stays there
+    fully_shard(model, reshard_after_forward=False, **options)
+    for module in _units(model):
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+
+
+def reduce_gradients(model: Transformer, world: World, last: bool) -> None:
+    """Before the backward pass of a micro-batch: whether its gradients are sent at once.
+
+    At stage 1 they are added up whole, and divided with the last micro-batch of a step.
+    """
+    if world.mesh is not None and world.layout.stage == 1:
+        next(_units(model)).set_requires_gradient_sync(last)  # the model's own: for all of it
+
+
+@contextmanager
+def gathered(model: Transformer, world: World) -> Iterator[None]:
+    """Inside, every process has all the weights as plain tensors: for what writes them."""
+    if world.mesh is None:
+        yield
+        return
+    for module in _units(model):
+        module.unshard()
+    try:
+        yield
+    finally:
+        divided(model, world)
+
+
+def divided(model: Transformer, world: World) -> None:
+    """Lets go of gathered weights, so that the parameters are the parts again."""
+    if world.mesh is not None:
+        for module in _units(model):
+            module.reshard()
+
+
+def _units(model: Transformer) -> "Iterator[FSDPModule]":
+    """The model and its blocks, after `shard`."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return (module for module in model.modules() if isinstance(module, FSDPModule))
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of it that is here; the tensor itself where it is whole. Same memory, no gradient."""
+    tensor = tensor.detach()
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # a DTensor

@@ -1,0 +1,104 @@
+"""The processes of a run, and what they tell each other beside tensors."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ropewalk.layout import Layout
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+def processes() -> int:
+    """How many torchrun (or a scheduler in its manner) has started; 1 where nobody did."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def started() -> bool:
+    """Whether this process is one of those."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+ALONE = Layout(replicate=1, shard=1)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the others. With one process nothing is sent, and everything is the identity."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    layout: Layout = ALONE
+    mesh: "DeviceMesh | None" = None
+    """axes `replicate` and `shard`"""
+
+    @staticmethod
+    def join(device: str, layout: Layout, timeout: float = 1800.0) -> "World":
+        """Meets the other processes; needs torchrun's variables where there is more than one."""
+        size = processes()
+        layout = layout.over(size)
+        if size == 1:
+            return World(layout=layout)
+        from torch.distributed.device_mesh import init_device_mesh
+
+        if not dist.is_initialized():
+            # numbers on the host go by Gloo, so that nothing waits for a GPU
+            backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        if device == "cuda":
+            torch.cuda.set_device(local)
+        mesh = init_device_mesh(
+            device, (layout.replicate, layout.shard), mesh_dim_names=("replicate", "shard")
+        )
+        return World(dist.get_rank(), size, local, layout, mesh)
+
+    @property
+    def first(self) -> bool:
+        """The process that writes what only one may write."""
+        return self.rank == 0
+
+    @property
+    def part(self) -> int:
+        """Which of `layout.data` parts of the rows is this process's."""
+        return self.rank
+
+    def total(self, numbers: Sequence[float]) -> list[float]:
+        """Sums over all processes; whole numbers stay exact up to 2^53."""
+        if self.size == 1:
+            return list(numbers)
+        sums = torch.tensor(list(numbers), dtype=torch.float64)
+        dist.all_reduce(sums)
+        return sums.tolist()
+
+    def shard_total(self, value: Tensor) -> Tensor:
+        """The sum over the processes that share one model."""
+        if self.mesh is None or self.layout.shard == 1:
+            return value
+        dist.all_reduce(value, group=self.mesh["shard"].get_group())
+        return value
+
+    def share(self, value: Any) -> Any:
+        """The first process's value, everywhere."""
+        if self.size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+        return values[0]
+
+    def wait(self) -> None:
+        """Until all have come here."""
+        if self.size > 1:
+            self.total([0.0])
+
+    def leave(self) -> None:
+        if self.size > 1 and dist.is_initialized():
+            dist.destroy_process_group()

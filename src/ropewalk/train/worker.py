@@ -1,0 +1,33 @@
+"""One process of a run in several: `python -m ropewalk.train.worker JOB.json`, started by `together`."""
+
+import ctypes
+import json
+import os
+import signal
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+PR_SET_PDEATHSIG = 1
+
+
+def main() -> int:
+    # where the process that started this one is killed, nobody else would end it
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    path = Path(sys.argv[1])
+    job = json.loads(path.read_text(encoding="utf-8"))
+    from ropewalk.errors import RopewalkError, UserError
+    from ropewalk.train import entry
+
+    try:
+        result = getattr(entry, job["call"])(*job["arguments"])
+    except (UserError, RopewalkError) as error:
+        path.with_suffix(f".error-{os.environ['RANK']}").write_text(str(error), encoding="utf-8")
+        return 2 if isinstance(error, UserError) else 1
+    if os.environ["RANK"] == "0":
+        path.with_suffix(".result").write_text(json.dumps(asdict(result), default=str), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

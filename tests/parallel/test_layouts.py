@@ -1,0 +1,174 @@
+"""Every layout trains what one process trains: the same losses, gradient norms and weights.
+
+Runs of one number of processes share them, so that the whole table costs their start-up once.
+"""
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import ropewalk as rw
+
+SIZES = {
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 384,
+    "max_position_embeddings": 128,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": SIZES | {"model_type": "llama", "tie_word_embeddings": True},
+    "gemma2": SIZES | {"model_type": "gemma2", "sliding_window": 16, "query_pre_attn_scalar": 8},
+    "gpt2": {
+        "model_type": "gpt2",
+        "n_embd": 40,
+        "n_layer": 3,
+        "n_head": 5,
+        "vocab_size": 384,
+        "n_positions": 128,
+    },
+    "qwen3_moe": SIZES
+    | {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    | {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True, "router_aux_loss_coef": 0.01},
+}
+LAYOUTS = {
+    2: {
+        "stage 3": {"shard": 2},
+        "stage 2": {"shard": 2, "stage": 2},
+        "stage 1": {"shard": 2, "stage": 1},
+        "replicated": {"replicate": 2, "shard": 1},
+    },
+    4: {
+        "stage 3": {"shard": 4},
+        "hybrid": {"replicate": 2, "shard": 2},
+        "replicated": {"replicate": 4, "shard": 1},
+    },
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "recomputed": {"train": {"checkpointing": "full"}},
+    "in backward": {"train": {"micro_batch_size": None, "clip": 0.0, "optimizer.in_backward": True}},
+    "lora": {"adapt": {"method": "lora", "rank": 4}},
+    "qlora": {"adapt": {"method": "lora", "rank": 4, "quantize": "nf4"}},
+    "lion": {"train": {"optimizer.name": "lion"}},
+}
+"""Of llama at stage 3, over two processes."""
+
+
+@pytest.fixture(scope="module")
+def recipes(
+    tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: Path
+) -> Callable[..., dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("layouts")
+    draw = random.Random(5)
+    words = "rope walk fibre strand twist long building loose strong spin lay yarn hemp tar".split()
+    rows = [" ".join(draw.choices(words, k=draw.choice((3, 5, 8, 13, 21)))) for _ in range(80)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    bases: dict[str, str] = {}
+
+    def make(
+        family: str,
+        layout: dict[str, Any] | None = None,
+        adapt: dict[str, Any] | None = None,
+        train: dict[str, Any] | None = None,
+        seed: int = 1,
+    ) -> dict[str, Any]:
+        fields: dict[str, Any] = {"steps": 5, "batch_size": 8, "micro_batch_size": 1, "threads": 1}
+        fields |= {"device": "cpu", "precision": "float32", "optimizer": {"learning_rate": 3e-3}}
+        for name, value in (train or {}).items():
+            section, _, key = name.rpartition(".")
+            (fields[section] if section else fields)[key] = value
+        scratch = {"config": FAMILIES[family], "tokenizer": str(tiny_tokenizer_dir)}
+        if adapt and family not in bases:
+            bases[family] = _base(make(family), folder / family)
+        return {
+            "name": family,
+            "seed": seed,
+            "runs": str(folder / "runs"),
+            "model": {"source": bases[family]} if adapt else scratch,
+            "data": {
+                "train": [{"path": str(folder / "rows.jsonl")}],
+                "validation_fraction": 0.1,
+                "sequence_length": 64,
+                "directory": str(folder / "prepared"),
+                "workers": 1,
+            },
+            "adapt": adapt or {},
+            "train": fields,
+            "parallel": layout or {},
+        }
+
+    return make
+
+
+def _base(recipe: dict[str, Any], path: Path) -> str:
+    """A model to adapt, on disk."""
+    recipe["train"] |= {"steps": 1}
+    run = rw.train(recipe, progress=False)
+    (run.checkpoint / "model").rename(path)
+    return str(path)
+
+
+def trace(run: Path) -> list[tuple[float, float]]:
+    records = [json.loads(line) for line in (Path(run) / "metrics-train.jsonl").read_text().splitlines()]
+    return [(r["loss"], r["gradient_norm"]) for r in records if r["kind"] == "train"]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    (checkpoint,) = (Path(run) / "checkpoints").glob("step-00000005")
+    (file,) = (checkpoint / "model").glob("*.safetensors")
+    return load_file(file)
+
+
+def assert_same_training(found: dict[str, Any], alone: Any) -> None:
+    losses, wanted = trace(found["run"]), trace(alone.run)
+    assert len(losses) == len(wanted) == 5
+    for (loss, norm), (other, other_norm) in zip(losses, wanted, strict=True):
+        assert loss == pytest.approx(other, rel=1e-5)
+        assert norm == pytest.approx(other_norm, rel=1e-4)
+    assert found["validation_after"] == pytest.approx(alone.validation_after, rel=1e-5)
+    ours, theirs = weights(found["run"]), weights(alone.run)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        # AdamW's first steps are signs of gradients: where one is almost zero, its rounding is seen
+        assert (ours[name] - theirs[name]).abs().max() < 2e-3, name
+        assert torch.linalg.norm(ours[name] - theirs[name]) < 1e-3 * torch.linalg.norm(theirs[name]), name
+
+
+def test_two_processes_train_what_one_trains(recipes, train_in) -> None:  # type: ignore[no-untyped-def]
+    cases = {
+        f"{family}, {name}": (family, layout, {})
+        for family in FAMILIES
+        for name, layout in LAYOUTS[2].items()
+        if family == "llama" or name in ("stage 3", "replicated")
+    }
+    cases |= {f"llama, {name}": ("llama", {"shard": 2}, fields) for name, fields in VARIANTS.items()}
+    calls = {
+        name: ("train", [recipes(family, layout, **fields), [], False])
+        for name, (family, layout, fields) in cases.items()
+    }
+    runs = train_in(2, calls)
+    alone: dict[str, Any] = {}
+    for name, (family, _, fields) in cases.items():
+        key = json.dumps([family, fields])
+        if key not in alone:
+            alone[key] = rw.train(recipes(family, **fields), progress=False)
+        assert_same_training(runs[name], alone[key])
+
+
+@pytest.mark.slow
+def test_four_processes_train_what_one_trains(recipes, train_in) -> None:  # type: ignore[no-untyped-def]
+    runs = train_in(
+        4, {name: ("train", [recipes("llama", layout), [], False]) for name, layout in LAYOUTS[4].items()}
+    )
+    alone = rw.train(recipes("llama"), progress=False)
+    for run in runs.values():
+        assert_same_training(run, alone)
