@@ -1,8 +1,10 @@
 """A run in several processes stops and goes on, there or in another number of them, and nothing is lost."""
 
 import json
+import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -69,16 +71,8 @@ def test_a_stop_signal_ends_all_processes_in_good_order(make_recipe: Any, tmp_pa
     recipe = make_recipe(steps=100000, batch_size=2, micro_batch_size=1, log_every=1) | {
         "parallel": {"shard": 2}
     }
-    process = subprocess.Popen(
-        [sys.executable, "-c", TRAIN, json.dumps(recipe)], stdout=subprocess.PIPE, text=True
-    )
-    deadline = time.monotonic() + 120
-    while (
-        not (found := list(Path(recipe["runs"]).glob("*/metrics-train.jsonl")))
-        or len(losses(found[0].parent)) < 3
-    ):
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    process = start(recipe)
+    wait_for_step(recipe, 3)
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=120)
     assert said.strip() == "True"
@@ -96,6 +90,67 @@ def test_what_fails_in_one_process_is_said_once(make_recipe: Any, monkeypatch: p
         rw.train(recipe | {"parallel": {"shard": 3}}, progress=False)
 
 
+def workers(parent: int) -> list[int]:
+    """The processes that train, first to last."""
+    found = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    return [
+        int(pid) for pid in found if b"ropewalk.train.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
+
+
+def start(recipe: dict[str, Any]) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", TRAIN, json.dumps(recipe)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_step(recipe: dict[str, Any], step: int) -> Path:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        for file in Path(recipe["runs"]).glob("*/metrics-train.jsonl"):
+            if len(losses(file.parent)) >= step:
+                return file.parent
+        time.sleep(0.05)
+    raise AssertionError("no such step in two minutes")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_costs_the_steps_since_the_last_checkpoint(
+    make_recipe: Any, train_in: Any, rank: int
+) -> None:
+    recipe = make_recipe(steps=40, batch_size=2, micro_batch_size=1, checkpoint_every=5, keep=99)
+    recipe |= {"parallel": {"shard": 2}}
+    process = start(recipe)
+    run = wait_for_step(recipe, 12)
+    os.kill(workers(process.pid)[rank], signal.SIGKILL)
+    said, warned = process.communicate(timeout=240)
+    assert said.strip() == "False", warned
+    assert "a process of the run ended by SIGKILL after step" in warned
+    assert "starting again (1 of 3)" in warned
+    assert "Traceback" not in warned
+    assert [path for path in Path(recipe["runs"]).iterdir()] == [run]
+    whole = Path(train_in(2, {"whole": ("train", [recipe, [], False])})["whole"]["run"])
+    assert losses(run) == losses(whole)
+    wanted = model(whole, 40)
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in model(run, 40).items())
+
+
+def test_a_run_that_dies_twice_at_one_step_is_not_started_for_ever(make_recipe: Any, tmp_path: Path) -> None:
+    recipe = make_recipe(steps=100000, batch_size=2, micro_batch_size=1) | {"parallel": {"shard": 2}}
+    process = start(recipe)
+    run = wait_for_step(recipe, 2)
+    killed: set[int] = set()
+    while process.poll() is None:  # before the first step after each start: it never gets further
+        for pid in workers(process.pid):
+            if pid not in killed:
+                os.kill(pid, signal.SIGKILL)
+                killed.add(pid)
+        time.sleep(0.01)
+    _, warned = process.communicate()
+    assert process.returncode
+    assert "for the second time there; go on with: ropewalk resume" in warned
+    assert str(run) in warned
+
+
 @pytest.mark.slow
 def test_torchrun_starts_a_run_that_takes_all_its_processes(make_recipe: Any, tmp_path: Path) -> None:
     recipe = make_recipe(steps=2, batch_size=4, micro_batch_size=None)
@@ -109,3 +164,62 @@ def test_torchrun_starts_a_run_that_takes_all_its_processes(make_recipe: Any, tm
     assert "shard: 2" in (run / "recipe.yaml").read_text()
     refused = subprocess.run([*command[:-2], "run", command[-1]], capture_output=True, text=True, timeout=240)
     assert "call it without torchrun" in refused.stderr
+
+
+@pytest.mark.slow
+def test_torchrun_starts_a_killed_run_again_and_it_goes_on(make_recipe: Any, tmp_path: Path) -> None:
+    recipe = make_recipe(steps=40, batch_size=2, micro_batch_size=None, checkpoint_every=5, keep=99)
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    program = Path(sys.executable).with_name("ropewalk")
+    words = f"--standalone --nproc-per-node 2 --max-restarts 2 --no-python {program} train".split()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", *words, str(tmp_path / "recipe.yaml")],
+        # by torch's default a third of the restarts fail with Gloo
+        env=os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    run = wait_for_step(recipe, 12)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    said, warned = process.communicate(timeout=240)
+    assert process.returncode == 0, warned
+    assert said.strip() == str(run)
+    assert [path for path in Path(recipe["runs"]).iterdir()] == [run]
+    assert len(losses(run)) == 40
+    assert (run / "report.md").exists()
+
+
+@pytest.mark.slow
+def test_an_elastic_job_goes_on_with_the_processes_that_are_left(make_recipe: Any, tmp_path: Path) -> None:
+    recipe = make_recipe(steps=40, batch_size=2, micro_batch_size=None, checkpoint_every=5, keep=99)
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    program = Path(sys.executable).with_name("ropewalk")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    words = f"--nnodes 1:2 --nproc-per-node 1 --rdzv-backend c10d --rdzv-id e{port}"
+    words += f" --rdzv-endpoint 127.0.0.1:{port}"
+    words += f" --max-restarts 3 --no-python {program} train {tmp_path / 'recipe.yaml'}"
+    nodes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *words.split()],
+            env=os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=(tmp_path / f"node-{i}.log").open("w"),
+            start_new_session=True,
+        )
+        for i in range(2)
+        if i == 0 or not time.sleep(3)  # the first one holds the rendezvous
+    ]
+    run = wait_for_step(recipe, 12)
+    assert "shard: 2" in (run / "recipe.yaml").read_text()
+    for pid in Path(f"/proc/{nodes[1].pid}/task/{nodes[1].pid}/children").read_text().split():
+        os.kill(int(pid), signal.SIGKILL)
+    nodes[1].kill()
+    assert nodes[0].wait(240) == 0, (tmp_path / "node-0.log").read_text()
+    nodes[1].wait()
+    assert [path for path in Path(recipe["runs"]).iterdir()] == [run]
+    alone = rw.train(recipe | {"runs": str(tmp_path / "alone")}, progress=False)
+    assert losses(run) == pytest.approx(losses(alone.run), rel=1e-4)

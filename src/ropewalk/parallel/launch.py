@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM)
@@ -15,12 +15,13 @@ GRACE = 30.0
 """Seconds that the others have to end when one has failed."""
 
 
-def launch(arguments: list[str], processes: int) -> int:
+def launch(arguments: list[str], processes: int, variables: Mapping[str, str] | None = None) -> int:
     """Runs `python ARGUMENTS` in so many processes with torchrun's variables: their exit status.
 
-    That of the first to fail, or 0. SIGINT and SIGTERM go on to all; when one fails, the others are ended.
+    That of the first to fail (less than 0: the signal that ended it), or 0. SIGINT and SIGTERM go on to all;
+    when one fails, the others are ended.
     """
-    shared = {
+    shared = dict(variables or {}) | {
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes),
         "MASTER_ADDR": "127.0.0.1",
@@ -45,15 +46,16 @@ def launch(arguments: list[str], processes: int) -> int:
 
 
 def _wait(running: list[subprocess.Popen[bytes]]) -> int:
-    status, limit = 0, float("inf")
+    limit = float("inf")
     while any(process.poll() is None for process in running):
-        failed = [process.returncode for process in running if process.returncode]
-        if failed and not status:
-            status, limit = failed[0], time.monotonic() + GRACE
-        if status and time.monotonic() > limit:
+        if any(process.returncode for process in running):
+            limit = min(limit, time.monotonic() + GRACE)
+        if time.monotonic() > limit:
             break  # they wait for the one that is gone
         time.sleep(0.05)
-    return status or next((process.returncode for process in running if process.returncode), 0)
+    failed = [process.returncode for process in running if process.returncode]
+    # one that was killed is the cause, and the others have only noticed
+    return min(failed, default=0) if min(failed, default=0) < 0 else next(iter(failed), 0)
 
 
 @contextmanager

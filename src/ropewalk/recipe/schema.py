@@ -231,6 +231,8 @@ class Parallel(Section):
     """Processes that share one model, each with a part of it; -1: the rest of the processes."""
     stage: Literal[1, 2, 3] = 3
     """Divide optimizer states (1), gradients too (2), weights too (3): ZeRO, arXiv 1910.02054."""
+    restarts: Count = 3
+    """How often processes that Ropewalk started itself are started again when one is killed."""
 
 
 class Task(Section):

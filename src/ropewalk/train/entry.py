@@ -1,10 +1,8 @@
 """`train` and `resume`: from a recipe or a run directory to a finished run."""
 
-import json
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +10,10 @@ import torch
 
 from ropewalk.adapt import left_out
 from ropewalk.data import DamagedDataError, TokenShards, prepare
-from ropewalk.errors import RopewalkError, UserError
+from ropewalk.errors import UserError
 from ropewalk.files import cache_directory, remove_leftovers
 from ropewalk.layout import Layout
 from ropewalk.parallel import World, started
-from ropewalk.parallel.launch import launch
 from ropewalk.recipe import Recipe, load_recipe, resolve, to_yaml
 from ropewalk.track import RunDirectory, environment
 from ropewalk.train.checkpoint import list_checkpoints, newest_valid_checkpoint
@@ -25,6 +22,7 @@ from ropewalk.train.loop import run_loop
 from ropewalk.train.progress import Reporter
 from ropewalk.train.report import write_report
 from ropewalk.train.signals import StopRequest
+from ropewalk.train.together import job_key, run_of, together
 
 RESPREAD = ("parallel.", "train.micro_batch_size", "train.threads")
 """Fields of a recipe that change where a run is computed, and not what."""
@@ -60,8 +58,16 @@ def train(
     recipe = anchored(resolve(load_recipe(recipe, overrides)).recipe)
     layout = layout_of(recipe)
     if layout.processes > 1 and not started():
-        return together("train", [recipe.model_dump(mode="json"), [], progress], layout.processes)
+        return _together("train", [recipe.model_dump(mode="json"), [], progress], recipe)
     world = World.join(recipe.train.device, layout)
+    begun = world.share(run_of(job_key(), recipe.runs, recipe.name) if world.first else None)
+    if begun is not None:  # the processes of this job were started again
+        before = load_recipe(begun / "recipe.yaml")
+        spread = {
+            "train": before.train.model_copy(update={"micro_batch_size": recipe.train.micro_batch_size})
+        }
+        recipe = before.model_copy(update={"parallel": recipe.parallel, **spread})
+        return _go_on(RunDirectory(begun, writes=world.first), recipe, world, progress)
     if world.first:
         prepare(recipe)
     world.wait()  # the others find it done
@@ -69,7 +75,7 @@ def train(
     job = open_job(recipe, prepared.train, prepared.validation, world=world)
     if world.first:
         run = RunDirectory.create(recipe.runs, recipe.name, to_yaml(recipe), lineage(recipe, prepared))
-        run.write_json("environment.json", environment(**facts(job)))
+        run.write_json("environment.json", environment(**facts(job), job=job_key()))
         world.share(str(run.path))
     else:
         run = RunDirectory(Path(world.share(None)), writes=False)
@@ -94,9 +100,13 @@ def resume(run: str | Path, overrides: Sequence[str] = (), progress: bool = True
     recipe = resolve(load_recipe(directory.path / "recipe.yaml", overrides)).recipe
     layout = layout_of(recipe)
     if layout.processes > 1 and not started():
-        return together("resume", [str(directory.path), overrides, progress], layout.processes)
+        return _together("resume", [str(directory.path), list(overrides), progress], recipe)
     world = World.join(recipe.train.device, layout)
     directory.writes = world.first
+    return _go_on(directory, recipe, world, progress)
+
+
+def _go_on(directory: RunDirectory, recipe: Recipe, world: World, progress: bool) -> TrainResult:
     reporter = Reporter(progress and world.first)
     with directory.lock():
         checkpoint: Path | None = None
@@ -120,23 +130,14 @@ def resume(run: str | Path, overrides: Sequence[str] = (), progress: bool = True
 
 def layout_of(recipe: Recipe) -> Layout:
     """The layout of a resolved recipe."""
-    return Layout(**recipe.parallel.model_dump())
+    return Layout(**{field.name: getattr(recipe.parallel, field.name) for field in fields(Layout)})
 
 
-def together(call: str, arguments: list[Any], processes: int) -> TrainResult:
-    """`call(*arguments)` of this module in new processes on this machine: what the first one got."""
-    with tempfile.TemporaryDirectory(prefix="ropewalk-") as folder:
-        job = Path(folder, "job.json")
-        job.write_text(json.dumps({"call": call, "arguments": arguments}), encoding="utf-8")
-        status = launch(["-m", "ropewalk.train.worker", str(job)], processes)
-        answer = job.with_suffix(".result")
-        if status == 0 and answer.is_file():
-            values = json.loads(answer.read_text(encoding="utf-8"))
-            paths = {name: Path(values[name]) for name in ("run", "checkpoint") if values[name] is not None}
-            return TrainResult(**values | paths)
-        said = [path.read_text(encoding="utf-8") for path in sorted(Path(folder).glob("job.error-*"))]
-    why = said[0] if said else f"a process of the run ended with {status}; what it printed is above"
-    raise (UserError if status == 2 else RopewalkError)(why)
+def _together(call: str, arguments: list[Any], recipe: Recipe) -> TrainResult:
+    processes, restarts = layout_of(recipe).processes, recipe.parallel.restarts
+    values = together(call, arguments, processes, restarts, recipe.runs, recipe.name)
+    paths = {name: Path(values[name]) for name in ("run", "checkpoint") if values[name] is not None}
+    return TrainResult(**values | paths)
 
 
 def finish(job: Job, run: RunDirectory, reporter: Reporter) -> TrainResult:

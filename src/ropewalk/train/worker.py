@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import sys
+import traceback
 from dataclasses import asdict
 from pathlib import Path
 
@@ -24,6 +25,9 @@ def main() -> int:
     except (UserError, RopewalkError) as error:
         path.with_suffix(f".error-{os.environ['RANK']}").write_text(str(error), encoding="utf-8")
         return 2 if isinstance(error, UserError) else 1
+    except Exception:
+        path.with_suffix(f".crash-{os.environ['RANK']}").write_text(traceback.format_exc(), encoding="utf-8")
+        return 3
     if os.environ["RANK"] == "0":
         path.with_suffix(".result").write_text(json.dumps(asdict(result), default=str), encoding="utf-8")
     return 0
