@@ -1,4 +1,4 @@
-"""`ropewalk runs ls|show|diff`."""
+"""`ropewalk runs ls|show|diff|verify`."""
 
 import time
 from pathlib import Path
@@ -79,3 +79,22 @@ def diff(first: Run, second: Run, json: Json = False, debug: Debug = False) -> N
         print("no difference")
     else:
         print_table(("what", str(first), str(second)), found)
+
+
+@app.command("verify")
+def verify(run: Run, json: Json = False, debug: Debug = False) -> None:
+    """Check every file of a run's checkpoints against its size and hash; ends with 1 where one is damaged."""
+    from ropewalk.track import RunDirectory
+    from ropewalk.train.checkpoint import find_damage, list_checkpoints
+
+    checkpoints = list_checkpoints(RunDirectory.open(run).checkpoints_path)
+    found = {path.name: find_damage(path) for path in checkpoints}
+    if json:
+        print_json({"checkpoints": found})
+    elif not found:
+        print(f"{run}: no checkpoints")
+    else:
+        for name, damage in found.items():
+            print(f"{name}  {'whole' if damage is None else damage}")
+    if any(found.values()):
+        raise typer.Exit(1)

@@ -212,6 +212,8 @@ class Train(Section):
     """Steps between generations from the prompt panel; 0: only after the last step."""
     checkpoint_every: Count = 0
     """Steps between checkpoints; 0: only after the last step."""
+    checkpoint_minutes: PositiveNumber | None = None
+    """Minutes between checkpoints by the clock, besides those by steps."""
     keep: Positive = 2
     """Newest checkpoints kept, besides the best."""
 

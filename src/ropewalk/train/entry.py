@@ -17,6 +17,7 @@ from ropewalk.parallel import World, started
 from ropewalk.recipe import Recipe, load_recipe, resolve, to_yaml
 from ropewalk.track import RunDirectory, environment
 from ropewalk.train.checkpoint import list_checkpoints, newest_valid_checkpoint
+from ropewalk.train.goodput import left_behind, note_end, note_start
 from ropewalk.train.job import Job, lineage, model_identity, open_job
 from ropewalk.train.loop import run_loop
 from ropewalk.train.progress import Reporter
@@ -55,6 +56,7 @@ def train(
     A stop by SIGINT or SIGTERM is no error: the result says `interrupted`, and `resume` goes on.
     Raises UserError for what the recipe has wrong and RopewalkError for what fails on the way.
     """
+    began = time.time()
     recipe = anchored(resolve(load_recipe(recipe, overrides)).recipe)
     layout = layout_of(recipe)
     if layout.processes > 1 and not started():
@@ -67,7 +69,7 @@ def train(
             "train": before.train.model_copy(update={"micro_batch_size": recipe.train.micro_batch_size})
         }
         recipe = before.model_copy(update={"parallel": recipe.parallel, **spread})
-        return _go_on(RunDirectory(begun, writes=world.first), recipe, world, progress)
+        return _go_on(RunDirectory(begun, writes=world.first), recipe, world, progress, began)
     if world.first:
         prepare(recipe)
     world.wait()  # the others find it done
@@ -80,6 +82,7 @@ def train(
     else:
         run = RunDirectory(Path(world.share(None)), writes=False)
     with run.lock():
+        note_start(run, began, 0.0, {})
         return finish(job, run, Reporter(progress and world.first))
 
 
@@ -91,7 +94,7 @@ def resume(run: str | Path, overrides: Sequence[str] = (), progress: bool = True
     Its metrics after that checkpoint are dropped and made again. Damaged checkpoints are skipped, and said.
     A run that is finished is left as it is.
     """
-    directory = RunDirectory.open(run)
+    began, directory = time.time(), RunDirectory.open(run)
     for word in overrides:
         if not word.startswith(RESPREAD):
             raise UserError(
@@ -103,10 +106,12 @@ def resume(run: str | Path, overrides: Sequence[str] = (), progress: bool = True
         return _together("resume", [str(directory.path), list(overrides), progress], recipe)
     world = World.join(recipe.train.device, layout)
     directory.writes = world.first
-    return _go_on(directory, recipe, world, progress)
+    return _go_on(directory, recipe, world, progress, began)
 
 
-def _go_on(directory: RunDirectory, recipe: Recipe, world: World, progress: bool) -> TrainResult:
+def _go_on(
+    directory: RunDirectory, recipe: Recipe, world: World, progress: bool, began: float
+) -> TrainResult:
     reporter = Reporter(progress and world.first)
     with directory.lock():
         checkpoint: Path | None = None
@@ -119,12 +124,14 @@ def _go_on(directory: RunDirectory, recipe: Recipe, world: World, progress: bool
         checkpoint = world.share(checkpoint)
         check_unchanged(directory, recipe, reporter)
         job = open_job(recipe, *same_data(directory, recipe), checkpoint, world)
+        left = left_behind(directory)
         for record in directory.truncate(job.step):
             if record["kind"] == "validation":
                 job.validation_losses[record["step"]] = record["loss"]
         if job.step == job.steps and (directory.path / "report.md").exists():
             reporter.say(f"{directory.path}: all {job.steps} steps are done; nothing to do")
             return result_of(job, directory, [], interrupted=False)
+        note_start(directory, began, job.meter.train_seconds, left)
         return finish(job, directory, reporter)
 
 
@@ -166,6 +173,7 @@ def finish(job: Job, run: RunDirectory, reporter: Reporter) -> TrainResult:
     try:
         with StopRequest(job.world) as stop:
             losses = run_loop(job, run, reporter, stop)
+        note_end(run)
     finally:
         reporter.stop()
         run.close()

@@ -1,6 +1,7 @@
 """Everything that a run needs, opened once: data, model, optimizer, position; new or from a checkpoint."""
 
 import math
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,9 @@ class Job:
     saved: Path | None = None
     """the newest checkpoint written, or the one that the run went on from"""
 
+    saved_at: float = field(default_factory=time.monotonic)
+    """when that was, or when the job was opened"""
+
     @property
     def rows(self) -> int:
         """Rows in an optimizer step."""
@@ -88,6 +92,11 @@ class Job:
     def due(self, every: int) -> bool:
         """Whether something that happens each `every` steps (0: never before the end) happens now."""
         return self.step == self.steps or (every > 0 and self.step % every == 0)
+
+    def save_is_due(self) -> bool:
+        """Whether the last checkpoint is train.checkpoint_minutes ago."""
+        minutes = self.recipe.train.checkpoint_minutes
+        return minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes
 
     def save(self, run: RunDirectory) -> Path:
         """Writes the checkpoint of this step."""

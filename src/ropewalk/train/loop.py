@@ -45,14 +45,14 @@ def run_loop(job: Job, run: RunDirectory, reporter: Reporter, stop: StopRequest)
     )
     with closing(batches):
         while True:
-            stop.agree()
+            by_clock = stop.agree(job.save_is_due())
             if stop:
                 break
             if job.step == 0 or job.due(train.evaluate_every):
                 evaluate(job, run, reporter, stop)
             if job.due(train.sample_every) and not stop:
                 sample(job, run)
-            if job.step > 0 and job.due(train.checkpoint_every) and not stop:
+            if job.step > 0 and (by_clock or job.due(train.checkpoint_every)) and not stop:
                 checkpoint(job, run)
             if job.step == job.steps or stop:
                 break
@@ -178,6 +178,7 @@ def checkpoint(job: Job, run: RunDirectory) -> None:
     if job.saved is None or job.saved.name != checkpoint_name(job.step):
         began = time.perf_counter()
         job.saved = job.save(run)
+        job.saved_at = time.monotonic()
         seconds = round(time.perf_counter() - began, 3)
         run.log({"kind": "checkpoint", "step": job.step, "path": job.saved.name, "seconds": seconds})
     elif loss is not None and job.world.first:

@@ -4,6 +4,7 @@ import json
 
 from ropewalk.evaluate import Sample, panel_markdown
 from ropewalk.track import RunDirectory
+from ropewalk.train.goodput import goodput
 from ropewalk.train.job import Job
 
 
@@ -35,6 +36,7 @@ def _lines(job: Job, run: RunDirectory) -> list[str]:
         ("tokens", f"{meter.tokens_seen:,} (padding excluded), {meter.scored_seen:,} of them scored"),
         ("self-check", str(job.checked).removeprefix("self-check: ") if job.checked else "not in this part"),
         ("time in steps", f"{meter.train_seconds:,.1f} s, {waited:,.2f} s of it waiting for data"),
+        ("goodput", str(goodput(run, meter.train_seconds))),
         ("speed", f"{meter.tokens_per_second:,.0f} tokens/s"),
         ("peak memory", f"{peak / 2**20:,.0f} MiB"),
         ("optimizer's memory", f"{job.optimizer.state_bytes() / 2**20:,.0f} MiB"),

@@ -22,10 +22,16 @@ class StopRequest:
     def __bool__(self) -> bool:
         return self.signal is not None if self._world.size == 1 else self._agreed
 
-    def agree(self) -> None:
-        """If one of several processes was asked to stop, all are from here on; each comes here as often."""
-        if self._world.size > 1 and not self._agreed:
-            self._agreed = self._world.total([self.signal is not None])[0] > 0
+    def agree(self, wish: bool = False) -> bool:
+        """If one of several processes was asked to stop, all are from here on; each comes here as often.
+
+        Returns whether any of them has the `wish`.
+        """
+        if self._world.size == 1:
+            return wish
+        stops, wishes = self._world.total([self.signal is not None, wish])
+        self._agreed = self._agreed or stops > 0
+        return wishes > 0
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
