@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -122,7 +123,7 @@ def test_a_killed_process_costs_the_steps_since_the_last_checkpoint(
     process = start(recipe)
     run = wait_for_step(recipe, 12)
     os.kill(workers(process.pid)[rank], signal.SIGKILL)
-    said, warned = process.communicate(timeout=240)
+    said, warned = process.communicate(timeout=120)
     assert said.strip() == "False", warned
     assert "a process of the run ended by SIGKILL after step" in warned
     assert "starting again (1 of 3)" in warned
@@ -132,6 +133,24 @@ def test_a_killed_process_costs_the_steps_since_the_last_checkpoint(
     assert losses(run) == losses(whole)
     wanted = model(whole, 40)
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in model(run, 40).items())
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_stopped_process_is_named_and_the_run_goes_on(make_recipe: Any, train_in: Any, rank: int) -> None:
+    recipe = make_recipe(steps=40, batch_size=2, micro_batch_size=1, checkpoint_every=5, keep=99)
+    recipe |= {"parallel": {"shard": 2, "hang_seconds": 2}}
+    process = start(recipe)
+    run = wait_for_step(recipe, 12)
+    os.kill(workers(process.pid)[rank], signal.SIGSTOP)
+    said, warned = process.communicate(timeout=120)
+    assert said.strip() == "False", warned
+    assert re.search(
+        rf"step \d+ hangs: process {rank} on \S+ never came to \w+ \(.*\), where 1 wait;", warned
+    )
+    assert re.search(r"it has not answered for \d+ s, last seen in step \d+, ", warned)
+    assert "starting again (1 of 3)" in warned
+    whole = Path(train_in(2, {"whole": ("train", [recipe, [], False])})["whole"]["run"])
+    assert losses(run) == losses(whole)
 
 
 def test_a_run_that_dies_twice_at_one_step_is_not_started_for_ever(make_recipe: Any, tmp_path: Path) -> None:
@@ -162,7 +181,7 @@ def test_torchrun_starts_a_run_that_takes_all_its_processes(make_recipe: Any, tm
     (run,) = Path(recipe["runs"]).iterdir()
     assert said.strip() == str(run)  # once, not by each
     assert "shard: 2" in (run / "recipe.yaml").read_text()
-    refused = subprocess.run([*command[:-2], "run", command[-1]], capture_output=True, text=True, timeout=240)
+    refused = subprocess.run([*command[:-2], "run", command[-1]], capture_output=True, text=True, timeout=120)
     assert "call it without torchrun" in refused.stderr
 
 
@@ -183,7 +202,7 @@ def test_torchrun_starts_a_killed_run_again_and_it_goes_on(make_recipe: Any, tmp
     run = wait_for_step(recipe, 12)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(children[-1]), signal.SIGKILL)
-    said, warned = process.communicate(timeout=240)
+    said, warned = process.communicate(timeout=120)
     assert process.returncode == 0, warned
     assert said.strip() == str(run)
     assert [path for path in Path(recipe["runs"]).iterdir()] == [run]

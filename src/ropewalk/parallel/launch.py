@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM)
-GRACE = 30.0
+GRACE = 10.0
 """Seconds that the others have to end when one has failed."""
 
 
@@ -47,7 +47,7 @@ def launch(arguments: list[str], processes: int, variables: Mapping[str, str] | 
 
 def _wait(running: list[subprocess.Popen[bytes]]) -> int:
     limit = float("inf")
-    while any(process.poll() is None for process in running):
+    while None in [process.poll() for process in running]:
         if any(process.returncode for process in running):
             limit = min(limit, time.monotonic() + GRACE)
         if time.monotonic() > limit:

@@ -233,6 +233,8 @@ class Parallel(Section):
     """Processes that share one model, each with a part of it; -1: the rest of the processes."""
     stage: Literal[1, 2, 3] = 3
     """Divide optimizer states (1), gradients too (2), weights too (3): ZeRO, arXiv 1910.02054."""
+    hang_seconds: PositiveNumber | None = None
+    """Seconds without progress in a step after which a run is ended; unless told, learned from the steps."""
     restarts: Count = 3
     """How often processes that Ropewalk started itself are started again when one is killed."""
 

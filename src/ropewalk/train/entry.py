@@ -24,6 +24,7 @@ from ropewalk.train.progress import Reporter
 from ropewalk.train.report import write_report
 from ropewalk.train.signals import StopRequest
 from ropewalk.train.together import job_key, run_of, together
+from ropewalk.train.watchdog import Watchdog
 
 RESPREAD = ("parallel.", "train.micro_batch_size", "train.threads")
 """Fields of a recipe that change where a run is computed, and not what."""
@@ -171,7 +172,10 @@ def finish(job: Job, run: RunDirectory, reporter: Reporter) -> TrainResult:
         run.log({"kind": "self_check", "step": job.step, **asdict(job.checked)})
     reporter.start(job.steps, job.step)
     try:
-        with StopRequest(job.world) as stop:
+        world = job.world
+        watchdog = Watchdog(run.path, world.rank, world.size, job.recipe.parallel.hang_seconds)
+        with StopRequest(world) as stop, watchdog as watch:
+            job.at = watch.at
             losses = run_loop(job, run, reporter, stop)
         note_end(run)
     finally:

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,9 @@ class Job:
 
     saved_at: float = field(default_factory=time.monotonic)
     """when that was, or when the job was opened"""
+
+    at: Callable[[int, str], None] = lambda step, phase: None
+    """told the step and what is done now: see `Watchdog.at`"""
 
     @property
     def rows(self) -> int:

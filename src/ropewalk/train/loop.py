@@ -72,8 +72,10 @@ def train_step(job: Job, batches: Iterator[Batch]) -> dict[str, Any]:
     """One optimizer step: its record. Nothing is updated where the loss or a gradient is not finite."""
     train, model, optimizer = job.recipe.train, job.built.model, job.optimizer
     began = time.perf_counter()
+    job.at(job.step, "waiting for data")
     batch = next(batches)
     waited = time.perf_counter() - began
+    job.at(job.step, "forward and backward")
     counts = TokenCounts.of(batch, model.config)
     parts = [batch.rows(row, row + job.micro_rows) for row in range(0, job.own_rows, job.micro_rows)]
     counts = counts.total(job.world)
@@ -98,6 +100,7 @@ def train_step(job: Job, batches: Iterator[Batch]) -> dict[str, Any]:
     if job.step == 1 and gradient_norm == 0.0:
         raise no_gradient(model)
 
+    job.at(job.step, "update")
     if train.clip and gradient_norm > train.clip:
         optimizer.scale_gradients(train.clip / gradient_norm)
     optimizer.step(rate)
@@ -130,6 +133,7 @@ def evaluate(job: Job, run: RunDirectory, reporter: Reporter, stop: StopRequest)
     """The validation loss at this step, unless it is known already or `stop` comes first."""
     if job.validation is None or job.step in job.validation_losses:
         return
+    job.at(job.step, "validation")
     began = time.perf_counter()
     measured = validation_loss(
         job.built.model,
@@ -159,6 +163,7 @@ def evaluate(job: Job, run: RunDirectory, reporter: Reporter, stop: StopRequest)
 
 def sample(job: Job, run: RunDirectory) -> None:
     """Answers to the prompt panel, in samples/."""
+    job.at(job.step, "samples")
     panel = job.recipe.evaluate
     if panel.prompts:
         write_samples(
@@ -174,6 +179,7 @@ def sample(job: Job, run: RunDirectory) -> None:
 
 def checkpoint(job: Job, run: RunDirectory) -> None:
     """A checkpoint of this step; one that is there already only learns its validation loss."""
+    job.at(job.step, "checkpoint")
     loss = job.validation_losses.get(job.step)
     if job.saved is None or job.saved.name != checkpoint_name(job.step):
         began = time.perf_counter()

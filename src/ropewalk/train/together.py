@@ -12,6 +12,7 @@ from typing import Any
 from ropewalk.errors import RopewalkError, UserError
 from ropewalk.parallel.launch import launch
 from ropewalk.track import RunDirectory
+from ropewalk.train.watchdog import HUNG, SAID
 
 JOB = "ROPEWALK_JOB"
 
@@ -44,6 +45,8 @@ def together(
         step = _last_step(run) if run is not None else None
         before, reached = reached, step
         what = f"a process of the run ended {how}" + (f" after step {step}" if step is not None else "")
+        if status == HUNG and run is not None:
+            what = (run / "watch" / SAID).read_text(encoding="utf-8")
         if why or run is None or attempt == restarts or (attempt and step == before):
             again = ", for the second time there" if attempt and step == before and not why else ""
             hint = f"; go on with: ropewalk resume {run}" if run is not None else ""
