@@ -9,7 +9,8 @@ tenth is scored; each in a process of its own, the first step left out. A rung k
 that it stands on ("after"), and its factors are against that one. A gradient norm of zero fails the run.
 MFU is model FLOPs a second over the peak: the FLOPs are those that the mathematics asks for (see
 src/ropewalk/train/flops.py: recomputing adds none, padding none, the head counts for scored tokens), and the
-peak is the data sheet's dense bfloat16 on a known GPU, else the best of ten bfloat16 products of 2048^3.
+peak is the data sheet's dense bfloat16 on a known GPU, else the best of ten products of 2048^3 in
+bfloat16 and in float32.
 """
 
 import argparse

@@ -36,9 +36,7 @@ class CPUCausal(torch.autograd.Function):
         scale: float,
     ) -> Tensor:
         attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        wide = _type_of_products(q, least=SHORT)
-        out, logsumexp = attend(*(t.to(wide) for t in (q, k, v)), 0.0, True, scale=scale)
-        out = out.to(q.dtype)
+        out, logsumexp = attend(q, k, v, 0.0, True, scale=scale)
         if before_k is not None and before_v is not None:
             other, other_sum = attend(_as_one(q), before_k[None], before_v[None], 0.0, False, scale=scale)
             other, other_sum = _as_many(other, len(q)), _as_many(other_sum, len(q))
@@ -54,7 +52,8 @@ class CPUCausal(torch.autograd.Function):
         q, k, v, before_k, before_v, out, logsumexp = ctx.saved_tensors
         differentiate = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         dtype = q.dtype
-        wide = torch.float32 if dtype == torch.bfloat16 and q.shape[2] <= SHORT else _type_of_products(q)
+        cast = dtype == torch.bfloat16 and (q.shape[2] <= SHORT or float32_is_faster())
+        wide = torch.float32 if cast else dtype
         grad, q, out = (t.to(wide) for t in (grad, q, out))
         dq, dk, dv = differentiate(
             grad, q, k.to(wide), v.to(wide), out, logsumexp, 0.0, True, scale=ctx.scale
@@ -67,12 +66,6 @@ class CPUCausal(torch.autograd.Function):
             dq = dq + _as_many(more, len(q))
             before = tuple(t[0].to(dtype) for t in before)
         return dq.to(dtype), dk.to(dtype), dv.to(dtype), *before, None
-
-
-def _type_of_products(q: Tensor, least: int = 0) -> torch.dtype:
-    """float32 for documents of more than `least` tokens in bfloat16 where the processor prefers it."""
-    cast = q.dtype == torch.bfloat16 and q.shape[2] > least and float32_is_faster()
-    return torch.float32 if cast else q.dtype
 
 
 def _as_one(x: Tensor) -> Tensor:
