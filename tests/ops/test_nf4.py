@@ -2,6 +2,7 @@
 
 import copy
 import os
+import threading
 from statistics import NormalDist
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ropewalk.errors import UserError
-from ropewalk.ops import Linear, NF4Tensor, lora_linear, lora_linear_reference, references
+from ropewalk.ops import Linear, NF4Tensor, lora_linear, lora_linear_reference, nf4, references
 from ropewalk.ops.nf4 import dense
 from ropewalk.ops.nf4_codes import LEVELS, SCALE_LEVELS, plain_values
 
@@ -333,3 +334,12 @@ def test_fully_shard_over_two_processes():
         port = free.getsockname()[1]
     # forked, so that the processes need not find this file as a module
     torch.multiprocessing.start_processes(shard_and_step, (port,), nprocs=2, start_method="fork")
+
+
+def test_a_buffer_made_while_generating_serves_training(monkeypatch):
+    monkeypatch.setattr(nf4, "_buffers", threading.local())
+    weight = NF4Tensor.quantize(torch.randn(64, 64))
+    x = torch.randn(3, 64)
+    with torch.inference_mode():
+        first = F.linear(x, weight)
+    assert torch.equal(F.linear(x.requires_grad_(), weight), first)

@@ -1,5 +1,7 @@
 """bfloat16 products done in float32 are the same products, rounded once. Forced on, on any machine."""
 
+import threading
+
 import pytest
 import torch
 from torch import Tensor
@@ -85,6 +87,14 @@ def test_the_narrow_product_is_used_for_few_rows_other_types_and_in_references()
     assert not widened(a.float(), b.float())
     with references():
         assert not widened(a, b)
+
+
+def test_what_generation_has_left_serves_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(product_module, "_buffers", threading.local())
+    a, b = drawn(80, 96), drawn(96, 70, seed=1)
+    with torch.inference_mode():
+        first = product(a, b)
+    assert torch.equal(product(a.requires_grad_(), b), first)
 
 
 def test_a_linear_layer_computes_the_same_compiled_and_not() -> None:

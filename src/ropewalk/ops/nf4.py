@@ -195,7 +195,8 @@ def dense(weight: Tensor) -> Tensor:
     kept: dict[Any, Tensor] = _buffers.__dict__
     buffer = kept.get(weight.dtype)
     if buffer is None or buffer.numel() < weight.numel():
-        buffer = kept[weight.dtype] = torch.empty(weight.numel(), dtype=weight.dtype)
+        with torch.inference_mode(False):  # where generation makes it, training uses it too
+            buffer = kept[weight.dtype] = torch.empty(weight.numel(), dtype=weight.dtype)
     return weight.dequantize(out=buffer[: weight.numel()].view(weight.shape))
 
 

@@ -105,7 +105,8 @@ def scratch(name: str, *shape: int) -> Tensor:
         return torch.empty(shape)
     kept: dict[str, Tensor] = _buffers.__dict__
     if name not in kept or kept[name].numel() < size:
-        kept[name] = torch.empty(size)
+        with torch.inference_mode(False):  # where generation makes it, training uses it too
+            kept[name] = torch.empty(size)
     return kept[name][:size].view(shape)
 
 
