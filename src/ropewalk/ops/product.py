@@ -67,7 +67,7 @@ def _write(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None, add: bool = F
     size = max(_LEAST, _PANEL // sorted((m, k, n))[1])
     cuts = [slice(start, start + size) for start in range(0, longest, size)]
     if k == longest:
-        total = scratch("result", m, n)
+        total = _scratch("result", m, n)
         total.zero_() if bias is None else total.copy_(bias.expand(m, n))
         for cut in cuts:
             total.addmm_(_cast("left", a[:, cut]), _cast("right", b[cut]))
@@ -77,7 +77,7 @@ def _write(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None, add: bool = F
     for cut in cuts:
         part = out[cut] if by_rows else out[:, cut]
         pair = (_cast("left", a[cut]), whole) if by_rows else (whole, _cast("right", b[:, cut]))
-        panel = torch.mm(*pair, out=scratch("result", *part.shape))
+        panel = torch.mm(*pair, out=_scratch("result", *part.shape))
         if bias is not None:
             panel += bias if by_rows else bias[cut]
         if add:
@@ -90,11 +90,11 @@ def _write(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None, add: bool = F
 def _cast(name: str, x: Tensor) -> Tensor:
     """`x` in float32, laid out as it is: products take a transposed matrix as it comes."""
     if x.stride(0) == 1 and x.stride(1) != 1:
-        return scratch(name, x.shape[1], x.shape[0]).copy_(x.t()).t()
-    return scratch(name, *x.shape).copy_(x)
+        return _scratch(name, x.shape[1], x.shape[0]).copy_(x.t()).t()
+    return _scratch(name, *x.shape).copy_(x)
 
 
-def scratch(name: str, *shape: int) -> Tensor:
+def _scratch(name: str, *shape: int) -> Tensor:
     """A float32 tensor on the CPU that is overwritten by the next one of that name in this thread.
 
     Made anew each time, they would leave gaps between the activations that are kept: a step of SmolLM2-135M

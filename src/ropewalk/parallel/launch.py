@@ -55,7 +55,8 @@ def _wait(running: list[subprocess.Popen[bytes]]) -> int:
         time.sleep(0.05)
     failed = [process.returncode for process in running if process.returncode]
     # one that was killed is the cause, and the others have only noticed
-    return min(failed, default=0) if min(failed, default=0) < 0 else next(iter(failed), 0)
+    killed = [status for status in failed if status < 0]
+    return (killed or failed or [0])[0]
 
 
 @contextmanager

@@ -98,7 +98,3 @@ class World:
         """Until all have come here."""
         if self.size > 1:
             self.total([0.0])
-
-    def leave(self) -> None:
-        if self.size > 1 and dist.is_initialized():
-            dist.destroy_process_group()

@@ -71,10 +71,10 @@ def train(
         }
         recipe = before.model_copy(update={"parallel": recipe.parallel, **spread})
         return _go_on(RunDirectory(begun, writes=world.first), recipe, world, progress, began)
-    if world.first:
-        prepare(recipe)
-    world.wait()  # the others find it done
-    prepared = prepare(recipe)
+    prepared = prepare(recipe) if world.first else None
+    world.wait()
+    if prepared is None:
+        prepared = prepare(recipe)  # the first one has done the work
     job = open_job(recipe, prepared.train, prepared.validation, world=world)
     if world.first:
         run = RunDirectory.create(recipe.runs, recipe.name, to_yaml(recipe), lineage(recipe, prepared))
