@@ -42,6 +42,9 @@ class Case:
     steps: int = 6
     contexts: tuple[int, ...] = ()
     """Not empty: Ropewalk alone, with rows of these many tokens one after the other until it fails."""
+    blocks: int | None = None
+    """Of the shape's blocks only so many, and memory is taken up for the weights and adapters of the others
+    (each block of a long row takes minutes and the same memory; what it keeps is on the host)."""
     recipe: dict[str, Any] = field(default_factory=dict)
     peers: dict[str, Peer] = field(default_factory=dict)
 
@@ -146,11 +149,11 @@ _LLAMA_LORA = Case(
     "cuda",
     "llama-3-8b",
     4096,
-    4,
+    8,
     2e-4,
     rank=16,
-    micro_batch_size=1,
-    steps=8,
+    micro_batch_size=2,
+    steps=5,
     recipe={"train.compile": True, "train.loss_chunk": 4096},
     peers={
         "liger": _trainer("bfloat16", use_liger_kernel=True),
@@ -164,11 +167,11 @@ _PRETRAIN = Case(
     "cuda",
     "llama-3.2-1b",
     4096,
-    4,
+    16,
     6e-4,
     scratch=True,
     micro_batch_size=4,
-    steps=10,
+    steps=6,
     recipe={"train.compile": True, "train.loss_chunk": 8192, "train.optimizer.weight_decay": 0.1},
     peers={"litgpt": _litgpt("pretrain", "bf16-mixed"), "nanogpt": _plain(compiled=True)},
 )
@@ -178,10 +181,10 @@ CUDA: dict[str, Case] = {
         "cuda",
         "llama-3.2-3b",
         4096,
-        4,
+        16,
         2e-5,
-        micro_batch_size=1,
-        steps=8,
+        micro_batch_size=2,
+        steps=5,
         # float32 masters, states and gradients of 3.2B weights would leave no room on 80 GB
         recipe={"train.compile": True, "train.loss_chunk": 4096, "train.optimizer.masters": False},
         peers={
@@ -202,8 +205,9 @@ CUDA: dict[str, Case] = {
         1,
         2e-4,
         rank=32,
-        steps=2,
-        contexts=(131072, 262144, 327680, 350000, 360448, 376832, 393216, 425984),
+        steps=1,
+        blocks=2,
+        contexts=(131072, 350000, 400000, 450000, 500000),
         recipe={
             "adapt.quantize": "nf4",
             "train.checkpointing": "full",
@@ -234,4 +238,5 @@ def quick(case: Case) -> Case:
         for name, peer in case.peers.items()
     }
     contexts = tuple(64 * 2**i for i in range(min(2, len(case.contexts))))
-    return replace(case, shape="tiny", recipe=recipe, peers=peers, contexts=contexts, **rows)
+    short = {"shape": "tiny", "contexts": contexts, "blocks": None}
+    return replace(case, recipe=recipe, peers=peers, **short, **rows)

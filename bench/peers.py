@@ -24,7 +24,7 @@ import work
 from cases import CASES, EXAMPLES, Case, Peer, quick
 from environments import GPU_ONLY, peer_python
 from measure import Measurement, as_json, machine, measure, median, table
-from shapes import SHAPES
+from shapes import SHAPES, block_bytes
 
 from ropewalk.errors import RopewalkError
 
@@ -128,10 +128,8 @@ def run_case(name: str, case: Case, folder: Path, options: argparse.Namespace) -
 
 def prepare(name: str, case: Case, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Writes the work, and returns what every side is told."""
-    model, config = folder / "model", SHAPES.get(case.shape)
+    model, config = folder / "model", config_of(case)
     if config is not None:
-        if case.contexts:
-            config = config | {"max_position_embeddings": 2 * max(case.contexts)}
         work.write_model(model, config, weights=not case.scratch, seed=0)
         count = (case.steps + 2) * case.batch_size
         work.synthetic_documents(
@@ -159,6 +157,16 @@ def prepare(name: str, case: Case, folder: Path, options: argparse.Namespace) ->
         "targets": "all-linear",
         "recipe": recipe,
     }
+
+
+def config_of(case: Case) -> dict[str, Any] | None:
+    """The case's shape; None for the demo's model."""
+    config = SHAPES.get(case.shape)
+    if config is not None and case.contexts:
+        config = config | {"max_position_embeddings": 2 * max(case.contexts)}
+    if config is not None and case.blocks:
+        config = config | {"num_hidden_layers": case.blocks}
+    return config
 
 
 def recipe_of(
@@ -232,8 +240,9 @@ def _run(
     environment = {"OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1"}
     environment |= {"TOKENIZERS_PARALLELISM": "true"}
     # One compiler process, in every tool alike: otherwise the pool's memory is what is measured.
-    environment |= {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    if peer is not OURS:
+    if options.device == "cpu":
+        environment |= {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    if peer is not OURS and not options.in_place:
         environment["PYTHONPATH"] = ""
     return measure(key, [str(python), BENCH / "sides" / peer.script, path], environment, options.timeout)
 
@@ -246,9 +255,13 @@ def longest_context(
     entry: Entry = {"case": name, "peer": None, "contexts": rows, "quick": options.quick}
     for length in case.contexts:
         longer = replace(case, sequence_length=length, contexts=())
-        config = SHAPES[case.shape] | {"max_position_embeddings": 2 * max(case.contexts)}
+        config = config_of(case)
+        assert config is not None
         work.synthetic_documents(folder, config["vocab_size"], case.steps + 2, length, seed=0)
         job = job | {"sequence_length": length}
+        absent = SHAPES[case.shape]["num_hidden_layers"] - config["num_hidden_layers"]
+        if absent:
+            job["ballast_bytes"] = absent * block_bytes(config, case.rank or 0)
         job["recipe"] = recipe_of(longer, folder / "model", config, folder, options)
         print(f"{name}: {length:,} tokens ...", flush=True)
         try:
@@ -260,6 +273,10 @@ def longest_context(
             break
         rows.append({"tokens": length, "tokens_per_s": _rate(run, "tokens"), **_peaks(run)})
     last = rows[-1]
+    if absent:
+        # each block's input, in bfloat16
+        entry |= {"blocks": case.blocks, "ballast_bytes": job["ballast_bytes"]}
+        entry["host_bytes_of_absent_blocks"] = absent * last["tokens"] * config["hidden_size"] * 2
     return entry | {
         "context_tokens": last["tokens"],
         "ours_tokens_per_s": last["tokens_per_s"],

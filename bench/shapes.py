@@ -48,8 +48,22 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 def parameters(config: dict[str, Any]) -> int:
     """Number of weights; a tied matrix counts once."""
-    hidden, inner, size = config["hidden_size"], config["intermediate_size"], config["head_dim"]
-    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    block = 2 * hidden * size * (heads + kv_heads) + 3 * hidden * inner + 2 * hidden
+    hidden = config["hidden_size"]
+    block = sum(rows * columns for rows, columns in matrices(config)) + 2 * hidden
     tables = 1 if config["tie_word_embeddings"] else 2
     return config["num_hidden_layers"] * block + hidden + tables * config["vocab_size"] * hidden
+
+
+def matrices(config: dict[str, Any]) -> list[tuple[int, int]]:
+    """The sizes of a block's matrices."""
+    hidden, inner, size = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    q, kv = config["num_attention_heads"] * size, config["num_key_value_heads"] * size
+    return [(q, hidden), (kv, hidden), (kv, hidden), (hidden, q), *[(inner, hidden)] * 2, (hidden, inner)]
+
+
+def block_bytes(config: dict[str, Any], rank: int) -> int:
+    """What a block of a QLoRA run holds: NF4 weights with their scales (0.5161 bytes a weight), norms, and
+    adapters in bfloat16 with float32 masters, moments and gradients."""
+    frozen = sum(rows * columns for rows, columns in matrices(config))
+    trained = sum(rank * (rows + columns) for rows, columns in matrices(config))
+    return round(frozen * (1 / 2 + 1 / 64 + 4 / (64 * 256))) + 4 * config["hidden_size"] + 18 * trained

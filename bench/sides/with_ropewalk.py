@@ -3,6 +3,7 @@
 import json
 from contextlib import nullcontext
 
+import torch
 from common import read_job, report
 
 import ropewalk as rw
@@ -11,6 +12,7 @@ from ropewalk.ops import references
 
 def main() -> None:
     job = read_job()
+    ballast = torch.empty(job.get("ballast_bytes", 0), dtype=torch.uint8, device=job["device"])
     with references() if job.get("plain") else nullcontext():  # plain: operations by their references
         result = rw.train(job["recipe"], progress=False)
     records = [json.loads(line) for line in (result.run / "metrics-train.jsonl").read_text().splitlines()]
@@ -26,6 +28,7 @@ def main() -> None:
         gradient_norms=[record["gradient_norm"] for record in steps],
         flops=[record["flops_per_second"] * record["seconds"] for record in steps],
         trainable=start["trainable"],
+        ballast_bytes=len(ballast),
         settings={name: job["recipe"].get(name, {}) for name in ("adapt", "train")},
     )
 

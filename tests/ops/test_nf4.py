@@ -343,3 +343,25 @@ def test_a_buffer_made_while_generating_serves_training(monkeypatch):
     with torch.inference_mode():
         first = F.linear(x, weight)
     assert torch.equal(F.linear(x.requires_grad_(), weight), first)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpu_makes_and_reads_the_same_codes(dtype):
+    values = draw(96, 200, dtype=dtype)
+    here, there = NF4Tensor.quantize(values), NF4Tensor.quantize(values.cuda())
+    moved = here.cuda()
+    for name, part in here.parts().items():
+        torch.testing.assert_close(there.parts()[name].cpu(), part, rtol=1e-6, atol=0)
+        assert torch.equal(moved.parts()[name].cpu(), part)
+    assert torch.equal(moved.dequantize().cpu(), here.dequantize())
+    x, a, b = draw(5, 200, dtype=dtype), draw(4, 200, seed=1, dtype=dtype), draw(96, 4, seed=2, dtype=dtype)
+    ends = []
+    for device, weight in (("cpu", here), ("cuda", moved)):
+        inputs = [t.to(device).requires_grad_() for t in (x, a, b)]
+        out = lora_linear(inputs[0], weight, None, *inputs[1:], 0.5)
+        ends.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
+    for far, near in zip(ends[1], ends[0], strict=True):
+        error = (far.cpu() - near).float().norm() / near.float().norm()
+        assert error < (1e-5 if dtype == torch.float32 else 1e-2)

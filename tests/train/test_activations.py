@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ropewalk.model import Transformer, from_config
+from ropewalk.train import activations
 from ropewalk.train.activations import Offload, _kept_share, _within, save_activations
 
 CONFIG = {
@@ -147,3 +148,31 @@ def test_offload_on_a_gpu_takes_less_memory(model):
     on_device = peak()
     save_activations(model, "full", offload=True)
     assert peak() < on_device
+
+
+def test_long_rows_go_through_the_mlp_in_tiles(model, monkeypatch):
+    """The same gradients, and of the MLP's activations only a tile's are there at once."""
+    plain = gradients(model)
+    monkeypatch.setattr(activations, "_TILE", 16)
+    save_activations(model, "full")
+    rows = []
+    for block in model.blocks:
+        block.mlp.up_proj.register_forward_hook(lambda _, given, __: rows.append(given[0].shape[1]))
+    tiled = gradients(model)
+    assert set(rows) == {16}
+    for name, gradient in plain.items():
+        torch.testing.assert_close(tiled[name], gradient, rtol=1e-4, atol=1e-4)
+    save_activations(model, "selective")
+    assert model.blocks[0].tile is None
+
+
+def test_host_memory_is_used_again_by_shorter_and_longer_rows(model):
+    offload = Offload(torch.device("cpu"))
+    model.run_block = offload.run
+    for length in (64, 32, 96):
+        saved = gradients(model, length=length)
+        model.run_block = None
+        plain = gradients(model, length=length)
+        assert all(torch.equal(plain[name], saved[name]) for name in plain)
+        model.run_block = offload.run
+        assert len(offload.spare) == 6

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ropewalk.errors import UserError
 from ropewalk.model.cache import KVCache
@@ -32,6 +33,8 @@ class Block(nn.Module):
         moe = layer in config.moe_layers
         self.mlp = MixtureOfExperts(config) if moe else MLP(config, config.intermediate_size)
         self.post_mlp_norm = make_norm(config, size) if after else None
+        self.tile: int | None = None
+        """In training, rows of more than twice as many tokens go through the MLP by that many at a time."""
 
     def forward(self, hidden: Tensor, context: Context) -> tuple[Tensor, RouterStatistics | None]:
         """hidden `[B, S, hidden_size]` -> (the same shape, statistics of the router if there is one)."""
@@ -44,11 +47,20 @@ class Block(nn.Module):
         statistics = None
         if isinstance(self.mlp, MixtureOfExperts):
             out, statistics = self.mlp(x, context.real)
+        elif self.tile is not None and x.shape[1] > 2 * self.tile and torch.is_grad_enabled():
+            out = _by_tiles(self.mlp, x, self.tile)
         else:
             out = self.mlp(x)
         if self.post_mlp_norm is not None:
             out = self.post_mlp_norm(out)
         return residual + out, statistics
+
+
+@torch.compiler.disable  # as many tiles as the row is long would be unrolled
+def _by_tiles(mlp: nn.Module, x: Tensor, size: int) -> Tensor:
+    """`mlp(x)` for x `[B, S, H]`, `size` tokens at a time (as arXiv 2506.13996): what it keeps inside is for
+    one tile only. Each tile is computed again in the backward pass."""
+    return torch.cat([checkpoint(mlp, part, use_reentrant=False) for part in x.split(size, 1)], 1)
 
 
 RunBlock = Callable[[Any, Tensor, Context], tuple[Tensor, RouterStatistics | None]]

@@ -15,15 +15,15 @@ from torch.autograd.function import once_differentiable
 from ropewalk.ops.product import multiply, product
 
 _CHUNK_BYTES = 256 << 20
-# The softmax goes over a chunk in blocks, for its float32 copies: on a CPU 4 MB, which stay in the cache
+_DEVICE_CHUNK_BYTES = 1 << 30  # elsewhere: the weight's gradient is read and written once a chunk
+# Plain softmaxes go over a chunk in blocks, for their float32 copies: on a CPU 4 MB, which stay in the cache
 # (half the time of whole chunks); elsewhere 64 MB.
 _CPU_BLOCK = 1 << 20
 _DEVICE_BLOCK = 1 << 24
 
-BlockLosses = Callable[[slice, Tensor, bool], Tensor]
-"""(rows of the chunk, their logits, wanted) -> losses; where wanted, the logits become their gradient"""
-ChunkLosses = Callable[[slice], BlockLosses]
-"""(place among the scored rows) -> what handles the blocks of that chunk"""
+Losses = Callable[[slice, Tensor, bool], Tensor]
+"""(place, logits [c, V] of that place, wanted) -> losses [c]; where wanted, the logits become their gradient.
+The place is that of a chunk among the scored rows, or of a block in its chunk."""
 
 
 def head_loss(
@@ -33,7 +33,7 @@ def head_loss(
     index: Tensor | None,
     count: int,
     chunk: int,
-    losses: ChunkLosses,
+    losses: Losses,
     buffers: int = 1,
 ) -> Tensor:
     """Sum of `losses` over the `count` scored rows, at `index` (None: all): 0-d, in the dtype of `wide`.
@@ -46,10 +46,12 @@ def head_loss(
     return _HeadLoss.apply(hidden, weight, bias, index, count, chunk, losses, buffers, wanted)
 
 
-def blocks(rows: int, vocab: int, device: torch.device) -> Iterator[slice]:
-    """The rows of a chunk in such blocks that float32 copies of a block's logits are small."""
-    size = max(1, (_CPU_BLOCK if device.type == "cpu" else _DEVICE_BLOCK) // vocab)
-    return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
+def by_blocks(losses: Losses, logits: Tensor, wanted: bool) -> Tensor:
+    """`losses` of a chunk, in such blocks of its rows that float32 copies of a block's logits are small."""
+    rows, vocab = logits.shape
+    size = max(1, (_CPU_BLOCK if logits.device.type == "cpu" else _DEVICE_BLOCK) // vocab)
+    places = (slice(start, min(start + size, rows)) for start in range(0, rows, size))
+    return torch.cat([losses(place, logits[place], wanted) for place in places])
 
 
 class HeadChunks:
@@ -65,9 +67,13 @@ class HeadChunks:
         chunk: int,
         buffers: int = 1,
     ) -> None:
-        """`buffers`: how many of its size the caller will hold at once; together they stay within 256 MiB."""
+        """`buffers`: how many of its size the caller will hold at once; together they stay within 256 MiB on
+        a CPU, and 1 GiB elsewhere."""
         self.hidden, self.weight, self.bias, self.index, self.count = hidden, weight, bias, index, count
-        fitting = _CHUNK_BYTES // (buffers * weight.shape[0] * weight.element_size())
+        most = _CHUNK_BYTES if weight.device.type == "cpu" else _DEVICE_CHUNK_BYTES
+        fitting = most // (buffers * weight.shape[0] * weight.element_size())
+        if fitting > 128:
+            fitting -= fitting % 128  # whole tiles of a GPU's products
         self.rows = max(1, min(chunk, fitting, count))
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor | slice, Tensor, Tensor]]:
@@ -127,16 +133,14 @@ class _HeadLoss(torch.autograd.Function):
         index: Tensor | None,
         count: int,
         chunk: int,
-        losses: ChunkLosses,
+        losses: Losses,
         buffers: int,
         wanted: bool,
     ) -> Tensor:
         total = hidden.new_empty(count, dtype=wide(hidden.dtype))
         gradients = HeadGradients(hidden, weight, bias, ctx.needs_input_grad[:3], count) if wanted else None
         for place, where, rows, logits in HeadChunks(hidden, weight, bias, index, count, chunk, buffers):
-            block_losses = losses(place)
-            for some in blocks(len(rows), weight.shape[0], hidden.device):
-                total[place][some] = block_losses(some, logits[some], wanted)
+            total[place] = losses(place, logits, wanted)
             if gradients is not None:
                 gradients.add(where, rows, logits)
         if gradients is not None:

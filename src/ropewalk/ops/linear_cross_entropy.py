@@ -1,11 +1,14 @@
 """Cross-entropy of a linear output head without a [tokens, vocab] matrix, and the plain form beside it."""
 
+import functools
+import importlib.util
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ropewalk.errors import UserError
-from ropewalk.ops.head import BlockLosses, capped, head_loss, plain_logits, uncap_
+from ropewalk.ops.head import by_blocks, capped, head_loss, plain_logits, uncap_
 from ropewalk.ops.reference import using_references
 
 IGNORED = -100
@@ -27,7 +30,7 @@ def linear_cross_entropy(
     scored (0.0 and zero gradients if none is), on any device: on the host, nothing waits for a GPU. The head
     is `hidden @ weight.T + bias`, then `softcap * tanh(x / softcap)`. `z_loss` adds `z_loss * logsumexp ** 2`
     per row (PaLM, arXiv 2204.02311).
-    `chunk` is the most rows of logits held at once; fewer where they would pass 256 MiB.
+    `chunk` is the most rows of logits held at once; fewer where they would pass 256 MiB (a GPU: 1 GiB).
 
     Logits are rounded to the inputs' dtype and the softmax is float32, as in transformers. In bfloat16 each
     chunk's part of the weight gradient is added in bfloat16: over 8 chunks it was measured 0.35% from the
@@ -42,9 +45,8 @@ def linear_cross_entropy(
         )
     index, targets = scored_rows(labels, weight.shape[0], hidden.device)
 
-    def losses(place: slice) -> BlockLosses:
-        here = targets[place]
-        return lambda some, logits, wanted: cross_entropy_rows(logits, here[some], softcap, z_loss, wanted)
+    def losses(place: slice, logits: Tensor, wanted: bool) -> Tensor:
+        return cross_entropy_rows(logits, targets[place], softcap, z_loss, wanted)
 
     return head_loss(hidden, weight, bias, index, len(targets), chunk, losses)
 
@@ -97,6 +99,31 @@ def cross_entropy_rows(
     factors: Tensor | None = None,
 ) -> Tensor:
     """Losses [c] of rows; `logits` [c, V] becomes their gradient where `slopes`, times `factors` [c]."""
+    if logits.is_cuda and logits.dtype != torch.float64 and _has_triton():
+        from ropewalk.ops.cross_entropy_kernel import run_kernel
+
+        return run_kernel(logits, targets, softcap, z_loss, slopes, factors)
+
+    def block(some: slice, logits: Tensor, wanted: bool) -> Tensor:
+        few = None if factors is None else factors[some]
+        return _plain_rows(logits, targets[some], softcap, z_loss, wanted, few)
+
+    return by_blocks(block, logits, slopes)
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _plain_rows(
+    logits: Tensor,
+    targets: Tensor,
+    softcap: float | None,
+    z_loss: float,
+    slopes: bool,
+    factors: Tensor | None,
+) -> Tensor:
     x, tanh = capped(logits, softcap)
     target = targets.unsqueeze(1)
     probability = torch.softmax(x, 1)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ropewalk.errors import UserError
 from ropewalk.ops.head import (
-    BlockLosses,
     HeadChunks,
+    by_blocks,
     capped,
     head_loss,
     plain_logits,
@@ -60,7 +60,7 @@ def linear_kl(
     teachers = HeadChunks(given_hidden, given_weight, given_bias, index, count, own_rows, 2)
     chunks = iter(teachers)
 
-    def losses(place: slice) -> BlockLosses:
+    def losses(place: slice, logits: Tensor, wanted: bool) -> Tensor:
         *_, given = next(chunks)
 
         def block(some: slice, logits: Tensor, wanted: bool) -> Tensor:
@@ -74,7 +74,7 @@ def linear_kl(
                 logits.copy_(uncap_(own.exp_().sub_(p).div_(temperature), tanh))
             return result
 
-        return block
+        return by_blocks(block, logits, wanted)
 
     return head_loss(hidden, weight, bias, index, count, teachers.rows, losses, 2)
 
@@ -115,7 +115,7 @@ def linear_kl_top_k(
     index, count = scored_index(scored)
     dtype = wide(hidden.dtype)
 
-    def losses(place: slice) -> BlockLosses:
+    def losses(place: slice, logits: Tensor, wanted: bool) -> Tensor:
         where = place if index is None else index[place]
         tokens, known = indices[where], log_probs[where].to(dtype)
 
@@ -131,7 +131,7 @@ def linear_kl_top_k(
                 logits.copy_(uncap_(slopes.div_(temperature), tanh))
             return result
 
-        return block
+        return by_blocks(block, logits, wanted)
 
     return head_loss(hidden, weight, bias, index, count, chunk, losses)
 

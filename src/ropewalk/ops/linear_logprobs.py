@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ropewalk.ops.head import HeadChunks, HeadGradients, blocks, plain_logits, wide
+from ropewalk.ops.head import HeadChunks, HeadGradients, plain_logits, wide
 from ropewalk.ops.linear_cross_entropy import IGNORED, cross_entropy_rows, scored_rows
 from ropewalk.ops.reference import using_references
 
@@ -63,10 +63,8 @@ class _LinearLogprobs(torch.autograd.Function):
         ctx.softcap, ctx.chunk = softcap, chunk
         count = len(targets)
         losses = hidden.new_empty(count, dtype=wide(hidden.dtype))
-        for place, _, rows, logits in HeadChunks(hidden, weight, bias, index, count, chunk):
-            for some in blocks(len(rows), weight.shape[0], hidden.device):
-                here = targets[place][some]
-                losses[place][some] = cross_entropy_rows(logits[some], here, softcap, 0.0, slopes=False)
+        for place, _, _, logits in HeadChunks(hidden, weight, bias, index, count, chunk):
+            losses[place] = cross_entropy_rows(logits, targets[place], softcap, 0.0, slopes=False)
         if index is None:
             return losses.neg_()
         return losses.new_zeros(len(hidden)).index_copy_(0, index, losses.neg_())
@@ -79,8 +77,6 @@ class _LinearLogprobs(torch.autograd.Function):
         count = len(targets)
         gradients = HeadGradients(hidden, weight, bias, ctx.needs_input_grad[:3], count)
         for place, where, rows, logits in HeadChunks(hidden, weight, bias, index, count, ctx.chunk):
-            for some in blocks(len(rows), weight.shape[0], hidden.device):
-                here, factor = targets[place][some], factors[place][some]
-                cross_entropy_rows(logits[some], here, ctx.softcap, 0.0, slopes=True, factors=factor)
+            cross_entropy_rows(logits, targets[place], ctx.softcap, 0.0, slopes=True, factors=factors[place])
             gradients.add(where, rows, logits)
         return gradients.hidden, gradients.weight, gradients.bias, None, None, None, None

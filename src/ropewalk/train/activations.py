@@ -1,7 +1,7 @@
 """What a block's forward pass leaves for its backward pass, and how to keep less of it.
 
 In: a Transformer. Out: the same one, whose `run_block` keeps, recomputes or moves away. Nothing that is
-computed changes: gradients are the same to the last bit.
+computed changes: gradients are the same to the last bit, but where long rows are cut into tiles.
 """
 
 from collections import deque
@@ -18,7 +18,10 @@ from ropewalk.model import Transformer
 from ropewalk.model.layers import Context
 from ropewalk.model.transformer import Block, RunBlock
 from ropewalk.ops import NF4Tensor
+from ropewalk.train.host_memory import pinned
 
+_TILE = 16384
+"""Tokens that go through the MLP of a `full` block at once, in rows of more than twice as many."""
 Mode = Literal["none", "full", "selective"]
 
 _KEPT = frozenset(
@@ -50,7 +53,7 @@ def save_activations(
     repeated (arXiv 2205.05198). `every` n: only each n-th block. `budget`: the share of all activations that
     may be kept; the modes are then chosen so that least is computed again. `offload` keeps the inputs of
     `full` blocks in the host's memory (on a CPU they are there). `randomness`: False where no block draws
-    random numbers.
+    random numbers. Very long rows go through the MLPs of `full` blocks in tiles (see `_TILE`).
     """
     count = len(model.blocks)
     if budget is not None:
@@ -69,6 +72,9 @@ def save_activations(
     def run(block: Block, hidden: Tensor, context: Context) -> Any:
         return runners[modes[block.attention.index]](block, hidden, context)
 
+    for block, mode in zip(model.blocks, modes, strict=True):
+        assert isinstance(block, Block)
+        block.tile = _TILE if mode == "full" else None
     model.run_block = run if set(modes) != {"none"} else None
     return modes
 
@@ -160,6 +166,17 @@ class Offload:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.copies: list[_HostCopy] = []
         self.leaving: deque[tuple[Tensor, Any]] = deque()
+        self.spare: list[Tensor] = []
+        """host memory in bytes that is not in use: pinning it takes longer than filling it"""
+
+    def room(self, size: int) -> Tensor:
+        """At least `size` bytes of host memory, whose last use came before on the copying stream."""
+        self.spare.sort(key=len)
+        for place, room in enumerate(self.spare):
+            if len(room) >= size:
+                return self.spare.pop(place)
+        del self.spare[-1:]  # too small: what comes takes its place
+        return torch.empty(size, dtype=torch.uint8) if self.stream is None else pinned(size)
 
     def run(self, block: Block, hidden: Tensor, context: Context) -> Any:
         copy = _HostCopy(self, hidden)
@@ -187,8 +204,8 @@ class _HostCopy:
         self.hidden: Tensor | None = hidden
         self.fetched: tuple[Tensor, Any] | None = None
         value = hidden.detach()
-        pinned = owner.stream is not None
-        self.host = torch.empty(value.shape, dtype=value.dtype, pin_memory=pinned)
+        self.room = owner.room(value.nbytes)
+        self.host = self.room[: value.nbytes].view(value.dtype).view(value.shape)
         _, self.saved = owner.beside(lambda: self.host.copy_(value, non_blocking=True))
         owner.leaving.append((value, self.saved))
         while len(owner.leaving) > 2:
@@ -212,6 +229,7 @@ class _HostCopy:
         self.owner.leaving.clear()
         self.fetch()
         place = self.owner.copies.index(self)
+        self.owner.spare += [copy.room for copy in self.owner.copies[place:]]
         del self.owner.copies[place:]
         if self.owner.copies:
             self.owner.copies[-1].fetch()
