@@ -152,7 +152,7 @@ _LLAMA_LORA = Case(
     8,
     2e-4,
     rank=16,
-    micro_batch_size=2,
+    micro_batch_size=1,
     steps=5,
     recipe={"train.compile": True, "train.loss_chunk": 4096},
     peers={
@@ -181,9 +181,9 @@ CUDA: dict[str, Case] = {
         "cuda",
         "llama-3.2-3b",
         4096,
-        16,
+        8,
         2e-5,
-        micro_batch_size=2,
+        micro_batch_size=1,
         steps=5,
         # float32 masters, states and gradients of 3.2B weights would leave no room on 80 GB
         recipe={"train.compile": True, "train.loss_chunk": 4096, "train.optimizer.masters": False},
@@ -207,7 +207,7 @@ CUDA: dict[str, Case] = {
         rank=32,
         steps=1,
         blocks=2,
-        contexts=(131072, 350000, 400000, 450000, 500000),
+        contexts=(350000, 450000),
         recipe={
             "adapt.quantize": "nf4",
             "train.checkpointing": "full",

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ropewalk.ops.nf4 import NF4Tensor, dense
-from ropewalk.ops.product import product
+from ropewalk.ops.product import add_product, product
 from ropewalk.ops.reference import using_references
 
 
@@ -45,7 +45,7 @@ class _LoraLinear(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         low = rows @ lora_a.t()
         y = product(rows, dense(weight).t(), bias)
-        y.addmm_(low, lora_b.t(), alpha=scale)
+        y = add_product(y, low, lora_b.t(), scale)
         ctx.scale = scale
         ctx.save_for_backward(x, weight, lora_a, lora_b, low)
         return y.view(*x.shape[:-1], -1)
@@ -59,5 +59,5 @@ class _LoraLinear(torch.autograd.Function):
         d_low = slope @ (lora_b * ctx.scale)
         d_a = d_low.t() @ rows if needs_a else None
         d_b = (slope.t() @ low).mul_(ctx.scale) if needs_b else None
-        d_x = product(slope, dense(weight)).addmm_(d_low, lora_a).view_as(x) if needs_x else None
+        d_x = add_product(product(slope, dense(weight)), d_low, lora_a).view_as(x) if needs_x else None
         return d_x, None, None, d_a, d_b, None

@@ -60,6 +60,15 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> Tensor:
     return out.addmm_(a, b) if add else torch.mm(a, b, out=out)
 
 
+def add_product(y: Tensor, a: Tensor, b: Tensor, factor: float = 1.0) -> Tensor:
+    """`y += factor * a @ b` for a y [M, N] that nobody else has; y. In compiled code too, where addmm_ would
+    become an addmm, which copies y first: that took 4% of a LoRA step of an 8B model on an H100."""
+    if torch.compiler.is_compiling():
+        torch.ops.ropewalk.add_product_(y, a, b, factor)
+        return y
+    return y.addmm_(a, b, alpha=factor)
+
+
 def _write(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None, add: bool = False) -> Tensor:
     """Cuts the longest of the three sides, so that what is held in float32 beside the inputs is small."""
     (m, k), n = a.shape, b.shape[1]
@@ -119,6 +128,16 @@ def _product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
 @_product.register_fake
 def _(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     return a.new_empty(a.shape[0], b.shape[1])
+
+
+@torch.library.custom_op("ropewalk::add_product_", mutates_args=("y",))
+def _add_product(y: Tensor, a: Tensor, b: Tensor, factor: float) -> None:
+    y.addmm_(a, b, alpha=factor)
+
+
+@_add_product.register_fake
+def _(y: Tensor, a: Tensor, b: Tensor, factor: float) -> None:
+    return None
 
 
 def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
