@@ -151,6 +151,7 @@ def prepare(name: str, case: Case, folder: Path, options: argparse.Namespace) ->
         "examples": str(folder / "examples.jsonl"),
         "stream": str(folder / "stream.npy"),
         "sequence_length": case.sequence_length,
+        "save": options.device == "cpu",  # no peer saves; large states would take minutes and tens of GB
         "learning_rate": case.learning_rate,
         "rank": case.rank,
         "alpha": 2 * (case.rank or 0),

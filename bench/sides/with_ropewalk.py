@@ -8,11 +8,14 @@ from common import read_job, report
 
 import ropewalk as rw
 from ropewalk.ops import references
+from ropewalk.train import loop
 
 
 def main() -> None:
     job = read_job()
     ballast = torch.empty(job.get("ballast_bytes", 0), dtype=torch.uint8, device=job["device"])
+    if not job.get("save", True):
+        loop.checkpoint = lambda job, run: None
     with references() if job.get("plain") else nullcontext():  # plain: operations by their references
         result = rw.train(job["recipe"], progress=False)
     records = [json.loads(line) for line in (result.run / "metrics-train.jsonl").read_text().splitlines()]

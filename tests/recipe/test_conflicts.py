@@ -79,6 +79,13 @@ def test_a_gpu_may_have_float8_and_graphs():
     resolve(recipe(precision="float8", compile=True, cuda_graphs=True), machine=GPU)
 
 
+def test_float8_wants_a_multiple_of_16_tokens():
+    odd = recipe(precision="float8", micro_batch_size=2, batch_size=4)
+    odd["data"]["sequence_length"] = 100
+    with pytest.raises(UserError, match="multiple of 16"):
+        resolve(odd, machine=GPU)
+
+
 @pytest.mark.parametrize(
     ("name", "expected"), [("adamw", (0.9, 0.95)), ("lion", (0.9, 0.99)), ("muon", (0.95, 0.95))]
 )

@@ -186,6 +186,8 @@ def test_the_sample_is_short_and_holds_scored_documents():
     assert int((found.segments[0] == 0).sum()) <= 32
     assert bool((found.labels != -100).any())
     assert set(found.segments[0].tolist()) == set(range(int(found.segments.max()) + 1))
+    for limit in (33, 47, 63):  # float8 takes a multiple of 16 tokens
+        assert sample(batch, limit).tokens.shape[1] % 16 == 0
     batch.labels[:] = -100
     assert bool((sample(batch, 64).labels != -100).all())
 
@@ -193,6 +195,7 @@ def test_the_sample_is_short_and_holds_scored_documents():
 def test_documents_alone_are_those_that_were_packed():
     row = sample(packed(), 90)
     alone = unpacked(row)
+    assert alone.tokens.shape[1] % 16 == 0
     for name in ("tokens", "labels", "positions"):
         real = alone.segments >= 0
         assert torch.equal(getattr(alone, name)[real], getattr(row, name)[0])

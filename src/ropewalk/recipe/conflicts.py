@@ -95,3 +95,8 @@ def _of_activations(recipe: Recipe) -> Iterator[tuple[str, str]]:
         )
     if train.precision == "float8" and train.device != "cuda":
         yield "train.precision", "float8 needs a GPU that has it (compute capability 8.9 or newer)"
+    rows = train.micro_batch_size or train.batch_size or 1
+    if train.precision == "float8" and rows * recipe.data.sequence_length % 16:
+        size = recipe.data.sequence_length
+        why = f"float8 products take a multiple of 16 tokens, and a micro-batch has {rows} x {size}"
+        yield "data.sequence_length", f"{why}; make it a multiple of 16"

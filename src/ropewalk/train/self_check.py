@@ -32,6 +32,8 @@ LEAST, MOST = 32, 512
 LOGITS = 16 << 20
 """Most logits: the plain formulas hold [tokens, vocabulary] in float32, several times over."""
 _BUCKETS = 4096
+_WHOLE = 16
+"""Rows and columns hold a multiple of so many tokens: float8's products want it."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,7 @@ def sample(batch: Batch, limit: int) -> Batch:
 
     Documents with scored tokens come first; where there are none, every token is scored.
     """
+    limit -= limit % _WHOLE
     found: list[tuple[int, Tensor, bool]] = []
     for row in range(len(batch.tokens)):
         numbers = batch.segments[row]
@@ -163,7 +166,8 @@ def sample(batch: Batch, limit: int) -> Batch:
         used += len(place)
         if used >= limit:
             break
-    columns = [torch.cat(some)[None] for some in zip(*parts, strict=True)]
+    whole = used - used % _WHOLE or used
+    columns = [torch.cat(some)[None, :whole] for some in zip(*parts, strict=True)]
     tokens, labels, positions, segments = columns
     if not bool((labels != -100).any()):
         labels = torch.roll(tokens, -1, 1)
@@ -174,13 +178,14 @@ def unpacked(packed: Batch) -> Batch:
     """The documents of a packed row, each in a row of its own, padded at the end."""
     lengths = torch.bincount(packed.segments[0]).tolist()
     rows = [torch.split(getattr(packed, name)[0], lengths) for name in ("tokens", "labels", "positions")]
-    filler = (0, -100, 0)
+    width = -(-max(lengths) // _WHOLE) * _WHOLE
     tokens, labels, positions = (
-        nn.utils.rnn.pad_sequence(list(row), batch_first=True, padding_value=value)
-        for row, value in zip(rows, filler, strict=True)
+        torch.stack(
+            [nn.functional.pad(document, (0, width - len(document)), value=value) for document in row]
+        )
+        for row, value in zip(rows, (0, -100, 0), strict=True)
     )
-    longest = torch.arange(tokens.shape[1])
-    segments = torch.where(longest < torch.tensor(lengths)[:, None], 0, -1)
+    segments = torch.where(torch.arange(width) < torch.tensor(lengths)[:, None], 0, -1)
     return Batch(tokens, labels, positions, segments)
 
 
