@@ -80,8 +80,8 @@ def test_a_gpu_may_have_float8_and_graphs():
 
 
 def test_float8_wants_a_multiple_of_16_tokens():
-    odd = recipe(precision="float8", micro_batch_size=2, batch_size=4)
-    odd["data"]["sequence_length"] = 100
+    whole = recipe(precision="float8", micro_batch_size=2, batch_size=4)
+    odd = whole.model_copy(update={"data": whole.data.model_copy(update={"sequence_length": 100})})
     with pytest.raises(UserError, match="multiple of 16"):
         resolve(odd, machine=GPU)
 
