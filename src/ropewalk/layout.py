@@ -1,12 +1,14 @@
 """How a run is spread over processes: the degrees, and the one rule that they obey."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from ropewalk.errors import UserError
 
 REST = -1
-DEGREES = ("replicate", "shard")
+DEGREES = ("replicate", "shard", "context", "tensor")
+"""in the order of the processes: those of one `tensor` group are neighbours"""
 
 
 @dataclass(frozen=True)
@@ -17,6 +19,10 @@ class Layout:
     """groups of processes with a whole model each, which add up their gradients"""
     shard: int = REST
     """processes that share one model: each holds a part of every weight, gradient and optimizer state"""
+    context: int = 1
+    """processes that share the tokens of a row"""
+    tensor: int = 1
+    """processes that share every matrix product"""
     stage: Literal[1, 2, 3] = 3
     """what is divided (ZeRO, arXiv 1910.02054): 1 optimizer states, 2 gradients too, 3 weights too"""
 
@@ -28,7 +34,7 @@ class Layout:
     @property
     def processes(self) -> int:
         """How many it takes; a degree that is "the rest" counts as one."""
-        return max(1, self.replicate) * max(1, self.shard)
+        return math.prod(max(1, getattr(self, name)) for name in DEGREES)
 
     def over(self, processes: int) -> "Layout":
         """The same with its -1 filled in. UserError where the degrees do not make `processes`."""

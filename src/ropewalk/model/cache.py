@@ -84,7 +84,8 @@ class KVCache:
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k and v `[B, S, kv_heads, D]` in the slots begun; returns all, `[B, kv_heads, slots, D]`."""
         start, stop = self.slots, self.slots + k.shape[1]
-        keys, values = self.keys[layer], self.values[layer]
+        heads = k.shape[2]  # fewer than the config's where processes share them
+        keys, values = self.keys[layer][:, :heads], self.values[layer][:, :heads]
         keys[:, :, start:stop] = k.transpose(1, 2)
         values[:, :, start:stop] = v.transpose(1, 2)
         return keys[:, :, :stop], values[:, :, :stop]

@@ -14,6 +14,7 @@ from ropewalk.model.layers import MLP, Attention, Context, Tables, make_norm
 from ropewalk.model.moe import MixtureOfExperts, RouterStatistics, load_balancing_loss
 from ropewalk.model.virtual import VirtualTokens
 from ropewalk.ops.attention import AttentionLayout
+from ropewalk.ops.head import VocabularyPart
 from ropewalk.ops.linear import Linear
 from ropewalk.ops.rope import depends_on_length, effective_length, rope_frequencies, rope_tables
 
@@ -77,6 +78,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.run_block: RunBlock | None = None
+        self.vocabulary: VocabularyPart | None = None
+        """What of the output head is here, where processes share it; None: all of it."""
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.position == "learned":
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)

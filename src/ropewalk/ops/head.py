@@ -5,6 +5,7 @@ Gradients of the head's inputs are made where a chunk's logits still exist (the 
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +25,20 @@ _DEVICE_BLOCK = 1 << 24
 Losses = Callable[[slice, Tensor, bool], Tensor]
 """(place, logits [c, V] of that place, wanted) -> losses [c]; where wanted, the logits become their gradient.
 The place is that of a chunk among the scored rows, or of a block in its chunk."""
+
+
+@dataclass(frozen=True)
+class VocabularyPart:
+    """The head's weight holds some rows of the whole, and other processes have the others."""
+
+    start: int
+    """the first token that is here"""
+    vocabulary: int
+    """tokens in all"""
+    total: Callable[[Tensor], Tensor]
+    """the sum of everyone's tensors"""
+    largest: Callable[[Tensor], Tensor]
+    """their largest numbers"""
 
 
 def head_loss(

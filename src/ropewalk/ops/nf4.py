@@ -120,6 +120,21 @@ class NF4Tensor(torch.Tensor):
         )
         return NF4Tensor(parts, layout.shape, self.dtype, whole.group)
 
+    def columns(self, start: int, count: int) -> "NF4Tensor":
+        """Some columns of a matrix, in memory of their own; UserError where they cut through blocks."""
+        rows, width = self.shape
+        if width % BLOCK or start % BLOCK or count % BLOCK:
+            raise UserError(f"{count} of {width} columns of an NF4 weight cut through its blocks of {BLOCK}")
+        single = self._regrouped(1)  # a row's blocks lie in many groups
+
+        def cut(part: Tensor) -> Tensor:
+            table = part.view(rows, -1)
+            first, wide = (table.shape[1] * n // width for n in (start, count))
+            return table[:, first : first + wide].reshape(-1).clone()
+
+        parts = (*map(cut, (single.codes, single.scale_codes, single.scale_absmax)), self.offset)
+        return NF4Tensor(parts, torch.Size((rows, count)), self.dtype, 1)
+
     def fsdp_pre_all_gather(self, mesh: Any) -> tuple[tuple[Tensor, ...], Any]:
         """torch's fully_shard: what the processes send each other, and what stays here."""
         return (self.codes, self.scale_codes, self.scale_absmax), self.offset

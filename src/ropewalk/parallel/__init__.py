@@ -6,6 +6,7 @@ processes add up numbers. May import torch, model and errors.
 
 from ropewalk.layout import Layout
 from ropewalk.parallel.sharding import divided, gathered, local, reduce_gradients, shard
+from ropewalk.parallel.slices import has_partial_gradient, sliced_along
 from ropewalk.parallel.state import load_tensors, save_tensors
 from ropewalk.parallel.world import World, processes, started
 
@@ -14,11 +15,13 @@ __all__ = [
     "World",
     "divided",
     "gathered",
+    "has_partial_gradient",
     "load_tensors",
     "local",
     "processes",
     "reduce_gradients",
     "save_tensors",
     "shard",
+    "sliced_along",
     "started",
 ]

@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ropewalk.model import Transformer
+from ropewalk.parallel.slices import sliced_along
 from ropewalk.parallel.world import World
 
 if TYPE_CHECKING:
@@ -19,13 +20,20 @@ if TYPE_CHECKING:
 
 
 def shard(model: Transformer, world: World) -> None:
-    """Divides `model` over the mesh, in place; gradients are sums over the processes, reduced in float32."""
+    """Divides `model` over the mesh, in place; gradients are sums over the processes, reduced in float32.
+
+    First the products (`tensor`), then what each process has of them. UserError where those cannot be.
+    """
     if world.mesh is None:
         return
+    if world.layout.tensor > 1:
+        from ropewalk.parallel.tensor import divide
+
+        divide(model, world)
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     options: dict[str, Any] = {
-        "mesh": world.mesh,
+        "mesh": world.mesh["replicate", "shard"],
         "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False),
     }
     for block in model.blocks:
@@ -55,9 +63,35 @@ def gathered(model: Transformer, world: World) -> Iterator[None]:
     for module in _units(model):
         module.unshard()
     try:
-        yield
+        with _put_together(model, world):
+            yield
     finally:
         divided(model, world)
+
+
+@contextmanager
+def _put_together(model: Transformer, world: World) -> Iterator[None]:
+    """Inside, what a tensor group divides is there as a whole; every process of it comes here."""
+    slices: dict[str, nn.Parameter] = {}
+    if world.layout.tensor > 1:
+        from ropewalk.parallel.tensor import whole
+
+        slices = {name: p for name, p in model.named_parameters() if sliced_along(name) is not None}
+        for name, parameter in slices.items():
+            replace(model, name, nn.Parameter(whole(name, parameter, world), requires_grad=False))
+        model.tie_head()
+    try:
+        yield
+    finally:
+        for name, parameter in slices.items():
+            replace(model, name, parameter)
+        model.tie_head()
+
+
+def replace(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Puts another parameter in the place of the one of that name."""
+    parent, _, leaf = name.rpartition(".")
+    model.get_submodule(parent)._parameters[leaf] = parameter
 
 
 def divided(model: Transformer, world: World) -> None:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ropewalk.layout import Layout
+from ropewalk.layout import DEGREES, Layout
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -38,7 +38,7 @@ class World:
     local_rank: int = 0
     layout: Layout = ALONE
     mesh: "DeviceMesh | None" = None
-    """axes `replicate` and `shard`"""
+    """an axis for each of `DEGREES`"""
 
     @staticmethod
     def join(device: str, layout: Layout, timeout: float = 1800.0) -> "World":
@@ -56,9 +56,10 @@ class World:
         local = int(os.environ.get("LOCAL_RANK", "0"))
         if device == "cuda":
             torch.cuda.set_device(local)
-        mesh = init_device_mesh(
-            device, (layout.replicate, layout.shard), mesh_dim_names=("replicate", "shard")
-        )
+        degrees = tuple(getattr(layout, name) for name in DEGREES)
+        mesh = init_device_mesh(device, degrees, mesh_dim_names=DEGREES)
+        if layout.data not in (1, size):
+            mesh["replicate", "shard"]._flatten("rows")
         return World(dist.get_rank(), size, local, layout, mesh)
 
     @property
@@ -69,21 +70,37 @@ class World:
     @property
     def part(self) -> int:
         """Which of `layout.data` parts of the rows is this process's."""
-        return self.rank
+        return self.rank // (self.size // self.layout.data)
+
+    def index(self, axis: str) -> int:
+        """This process's place along an axis of the mesh."""
+        return 0 if self.mesh is None else self.mesh.get_local_rank(axis)
 
     def total(self, numbers: Sequence[float]) -> list[float]:
-        """Sums over all processes; whole numbers stay exact up to 2^53."""
-        if self.size == 1:
+        """Sums over the parts of the rows; whole numbers stay exact up to 2^53."""
+        if self.layout.data == 1:
             return list(numbers)
+        return self._total(numbers, None if self.layout.data == self.size else self.group("rows"))
+
+    def everywhere(self, numbers: Sequence[float]) -> list[float]:
+        """Sums over all processes, also those that share rows."""
+        return list(numbers) if self.size == 1 else self._total(numbers, None)
+
+    @staticmethod
+    def _total(numbers: Sequence[float], group: Any) -> list[float]:
         sums = torch.tensor(list(numbers), dtype=torch.float64)
-        dist.all_reduce(sums)
+        dist.all_reduce(sums, group=group)
         return sums.tolist()
 
-    def shard_total(self, value: Tensor) -> Tensor:
-        """The sum over the processes that share one model."""
-        if self.mesh is None or self.layout.shard == 1:
-            return value
-        dist.all_reduce(value, group=self.mesh["shard"].get_group())
+    def group(self, axis: str) -> Any:
+        """This process's group along an axis of the mesh, or along all `rows`."""
+        assert self.mesh is not None
+        return self.mesh[axis].get_group()
+
+    def sum_along(self, axis: str, value: Tensor) -> Tensor:
+        """The sum over the processes along an axis, in place where there are several."""
+        if self.mesh is not None and getattr(self.layout, axis) > 1:
+            dist.all_reduce(value, group=self.group(axis))
         return value
 
     def share(self, value: Any) -> Any:
@@ -96,5 +113,4 @@ class World:
 
     def wait(self) -> None:
         """Until all have come here."""
-        if self.size > 1:
-            self.total([0.0])
+        self.everywhere([0.0])

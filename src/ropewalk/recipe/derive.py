@@ -182,7 +182,8 @@ def _derive_train(recipe: Recipe, machine: Machine) -> Derived:
 
 def _layout(recipe: Recipe, machine: Machine) -> tuple[Layout, str]:
     """What the processes that there are make of the recipe's degrees, or how many those ask for."""
-    layout = Layout(recipe.parallel.replicate, recipe.parallel.shard, recipe.parallel.stage)
+    degrees = {name: getattr(recipe.parallel, name) for name in DEGREES}
+    layout = Layout(**degrees, stage=recipe.parallel.stage)
     if machine.processes is None:
         return layout.over(layout.processes), "no more processes than the other degrees ask for"
     return layout.over(machine.processes), f"the rest of {machine.processes} processes"

@@ -231,6 +231,10 @@ class Parallel(Section):
     """Groups of processes with a whole model each; -1: the rest of the processes."""
     shard: Positive | Literal[-1] = -1
     """Processes that share one model, each with a part of it; -1: the rest of the processes."""
+    context: Positive = 1
+    """Processes that share the tokens of each row, for long rows."""
+    tensor: Positive = 1
+    """Processes that share every matrix product (Megatron-LM, arXiv 1909.08053), with sequence parallelism."""
     stage: Literal[1, 2, 3] = 3
     """Divide optimizer states (1), gradients too (2), weights too (3): ZeRO, arXiv 1910.02054."""
     hang_seconds: PositiveNumber | None = None

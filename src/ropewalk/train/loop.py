@@ -114,7 +114,7 @@ def backward(job: Job, part: Batch, scored: int) -> Tensor:
     Divided by the scored tokens of the whole step, so that accumulated steps equal one large batch exactly.
     """
     if not job.recipe.train.compile:  # compiled code wants one shape
-        part = without_padding(part)
+        part = without_padding(part, math.lcm(64, job.world.layout.tensor))
     loss = loss_sum(job.built.model, part, job.recipe.train.loss_chunk)
     mean = loss / scored
     balance = job.built.model.auxiliary_loss()

@@ -23,13 +23,14 @@ def loss_sum(model: Transformer, batch: Batch, chunk: int) -> Tensor:
         bias=model.output_bias,
         softcap=model.config.final_logit_softcapping,
         chunk=chunk,
+        part=model.vocabulary,
     )
 
 
-def without_padding(batch: Batch) -> Batch:
-    """The batch less the columns that are padding in every row, to a multiple of 64 columns."""
+def without_padding(batch: Batch, unit: int = 64) -> Batch:
+    """The batch less the columns that are padding in every row, to a multiple of `unit` columns."""
     used = (batch.segments >= 0).any(0).nonzero()
-    width = min(batch.tokens.shape[1], -(-(int(used[-1]) + 1) // 64) * 64) if len(used) else 0
+    width = min(batch.tokens.shape[1], -(-(int(used[-1]) + 1) // unit) * unit) if len(used) else 0
     if width == batch.tokens.shape[1]:
         return batch
     parts = (batch.tokens, batch.labels, batch.positions, batch.segments)

@@ -9,13 +9,14 @@ float32 weight is its own master: nothing is copied. docs/optimizers.md says wha
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ropewalk.errors import UserError
-from ropewalk.parallel import World
+from ropewalk.parallel import World, has_partial_gradient, sliced_along
 from ropewalk.train.optim_rules import Rule, Update, adafactor, adamw, first_state, lion, muon
 from ropewalk.train.optim_slot import Host, Slot
 
@@ -84,7 +85,7 @@ class Optimizer:
         if refused := refusals(config):
             raise UserError("; ".join(refused))
         self.config, self._factors, self._world = config, dict(rate_factors or {}), world or World()
-        self._seed = seed + self._world.rank % self._world.layout.shard  # no two parts round alike
+        self._seed = seed + self._world.index("shard")  # no two parts round alike
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if unknown := self._factors.keys() - self.parameters.keys():
             raise ValueError(f"rate_factors: no trained parameter is named {min(unknown)}")
@@ -95,7 +96,7 @@ class Optimizer:
         offloaded = [d for d in devices if config.offload and d.type in self._OFFLOADED]
         self._hosts = {device: Host(device) for device in offloaded}
         self._slots = {
-            name: Slot(i, name, p, config.masters, self._hosts.get(p.device))
+            name: Slot(i, name, p, config.masters, self._hosts.get(p.device), self._combine(name))
             for i, (name, p) in enumerate(self.parameters.items())
         }
         self._scale = 1.0
@@ -132,15 +133,26 @@ class Optimizer:
     def gradient_norm(self) -> Tensor:
         """Global 2-norm of all gradients, used up ones too: 0-d float32, 0 where there are none."""
         at_hand = self.gradients()
-        norms = [
-            norm
-            for name, slot in self._slots.items()
-            for norm in self._norms.get(name, []) + (_norms(slot) if name in at_hand else [])
+        mine: dict[bool, list[Tensor]] = {True: [], False: []}
+        for name, slot in self._slots.items():
+            divided = self._world.layout.tensor > 1 and sliced_along(name) is not None
+            mine[divided] += self._norms.get(name, []) + (_norms(slot) if name in at_hand else [])
+        squares = [
+            torch.linalg.vector_norm(torch.stack(norms)).square() if norms else None
+            for norms in (mine[False], mine[True])
         ]
-        if not norms:
+        if squares[1] is not None:
+            squares[1] = self._world.sum_along("tensor", squares[1])
+        found = [square for square in squares if square is not None]
+        if not found:
             return torch.zeros(())
-        squares = self._world.shard_total(torch.linalg.vector_norm(torch.stack(norms)).square())
-        return squares.sqrt() * self._scale
+        return self._world.sum_along("shard", torch.stack(found).sum()).sqrt() * self._scale
+
+    def _combine(self, name: str) -> Callable[[Tensor], Tensor] | None:
+        """What adds up the parts of a gradient that the processes of a tensor group make of it."""
+        if self._world.layout.tensor == 1 or not has_partial_gradient(name):
+            return None
+        return partial(self._world.sum_along, "tensor")
 
     def scale_gradients(self, factor: float) -> None:
         """Multiplies all gradients, when the update reads them. Not those used up in backward."""

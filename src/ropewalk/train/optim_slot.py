@@ -23,13 +23,19 @@ class Slot:
     its float32 master, or (with `host`) its copy in the host's memory, where gradient and state are then."""
 
     def __init__(
-        self, index: int, name: str, parameter: nn.Parameter, masters: bool, host: "Host | None"
+        self,
+        index: int,
+        name: str,
+        parameter: nn.Parameter,
+        masters: bool,
+        host: "Host | None",
+        combine: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.source, self.parameter = parameter, local(parameter)
         """the model's, which gets gradients; and what of it is here, in the same memory"""
         if not self.parameter.is_contiguous():
             raise ValueError(f"{name} is not contiguous, so it cannot be updated piece by piece")
-        self.index, self.name, self.host = index, name, host
+        self.index, self.name, self.host, self.combine = index, name, host, combine
         wants_master = parameter.dtype in LOW and (masters or parameter.dtype != torch.bfloat16)
         dtype = torch.float32 if wants_master else parameter.dtype
         self.weight = self.parameter
@@ -48,6 +54,8 @@ class Slot:
         gradient, self.source.grad = self.source.grad, None
         assert gradient is not None
         gradient = local(gradient)
+        if self.combine is not None:
+            gradient = self.combine(gradient)
         if self.host is not None:
             self.host.fetch(gradient, self.add)
         else:

@@ -29,7 +29,7 @@ class StopRequest:
         """
         if self._world.size == 1:
             return wish
-        stops, wishes = self._world.total([self.signal is not None, wish])
+        stops, wishes = self._world.everywhere([self.signal is not None, wish])
         self._agreed = self._agreed or stops > 0
         return wishes > 0
 

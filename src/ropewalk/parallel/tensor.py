@@ -1,0 +1,244 @@
+"""Tensor parallelism (Megatron-LM, arXiv 1909.08053) with sequence parallelism (arXiv 2205.05198).
+
+A block's matrices come in pairs. Of the first (q, k, v; gate and up) each process has some columns of the
+transposed weight: some heads, some inner channels. Of the second (o; down) it has the rows that belong to
+them. So a pair needs one exchange where the hidden states enter it and one where they leave it. Between the
+pairs each process keeps some tokens of each row only. The vocabulary of embedding and head is divided as well.
+
+A process has plain tensors, its slices, under the names of the whole ones: every operation, adapter and
+optimizer works on them as on a smaller model's. (With DTensor parameters none of our own operations would.)
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from ropewalk.errors import UserError
+from ropewalk.model import ModelConfig, Transformer
+from ropewalk.ops import NF4Tensor, VocabularyPart
+from ropewalk.parallel.sharding import replace
+from ropewalk.parallel.slices import sliced_along
+from ropewalk.parallel.world import World
+
+
+def refusal(config: ModelConfig, degree: int) -> str | None:
+    """Why `degree` processes cannot share this model's products, and the nearest degree that can; or None."""
+    if degree == 1:
+        return None
+    if config.moe_layers:
+        return "the experts of a mixture are not divided this way; set parallel.tensor: 1"
+    if config.qk_norm == "projection":
+        return f"{config.family} normalizes all heads together; set parallel.tensor: 1"
+    sizes = {
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "intermediate_size": config.intermediate_size,
+        "vocab_size": config.vocab_size,
+    }
+    odd = [f"{name} {size}" for name, size in sizes.items() if size % degree]
+    if not odd:
+        return None
+    fits = next(d for d in range(degree - 1, 0, -1) if not any(size % d for size in sizes.values()))
+    return f"{degree} does not divide {' and '.join(odd)}; set parallel.tensor: {fits}"
+
+
+def divide(model: Transformer, world: World) -> None:
+    """Leaves each process its slices of `model`, in place, and lets it exchange hidden states.
+
+    UserError where `refusal` has something against it.
+    """
+    degree = world.layout.tensor
+    if degree == 1:
+        return
+    if why := refusal(model.config, degree):
+        raise UserError(f"parallel.tensor: {why}")
+    assert world.mesh is not None
+    group = world.group("tensor")
+    index = dist.get_rank(group)
+    for name, parameter in list(model.named_parameters()):
+        dim = sliced_along(name)
+        if dim is not None:
+            piece = _piece(parameter, dim, index, degree)
+            replace(model, name, nn.Parameter(piece, requires_grad=parameter.requires_grad))
+    model.tie_head()
+    _connect(model, _Exchange(group, index, degree))
+
+
+def whole(name: str, tensor: Tensor, world: World) -> Tensor:
+    """A parameter put together from the slices of a `tensor` group's processes; all of them call it."""
+    dim = sliced_along(name)
+    if world.layout.tensor == 1 or dim is None:
+        return tensor
+    tensor = tensor.detach()
+    pieces = [torch.empty_like(tensor) for _ in range(world.layout.tensor)]
+    dist.all_gather(pieces, tensor.contiguous(), group=world.group("tensor"))
+    return torch.cat(pieces, dim)
+
+
+def _piece(parameter: Tensor, dim: int, index: int, degree: int) -> Tensor:
+    size = parameter.shape[dim] // degree
+    data = parameter.detach()
+    if isinstance(data, NF4Tensor):
+        rows = data[index * size : (index + 1) * size] if dim == 0 else None
+        return data.columns(index * size, size) if rows is None else rows.clone()
+    return data.narrow(dim, index * size, size).clone(memory_format=torch.contiguous_format)
+
+
+class _Exchange:
+    """What the processes of a group send each other. `apart`: between pairs, each has some of the tokens."""
+
+    def __init__(self, group: Any, index: int, degree: int) -> None:
+        self.group, self.index, self.degree = group, index, degree
+        self.apart = False
+
+    def enter(self, x: Tensor) -> Tensor:
+        """Hidden states for a first matrix: all tokens `[B, S, H]`, of some where they are apart."""
+        return _Gather.apply(x, self) if self.apart else _Copy.apply(x, self)
+
+    def leave(self, x: Tensor) -> Tensor:
+        """The sum of what the second matrices' parts gave: for all tokens, or for this process's."""
+        return _Scatter.apply(x, self) if self.apart else _Sum.apply(x, self)
+
+    def split(self, x: Tensor) -> Tensor:
+        """Of all tokens, which every process has, this one's."""
+        return _Split.apply(x, self)
+
+    def summed(self, x: Tensor) -> Tensor:
+        x = x.contiguous().clone()
+        dist.all_reduce(x, group=self.group)
+        return x
+
+    def gathered(self, x: Tensor) -> Tensor:
+        """`[B, S / degree, H]` of each -> `[B, S, H]`."""
+        mine = x.transpose(0, 1).contiguous()
+        out = mine.new_empty(self.degree * mine.shape[0], *mine.shape[1:])
+        dist.all_gather_into_tensor(out, mine, group=self.group)
+        return out.transpose(0, 1).contiguous()
+
+    def scattered(self, x: Tensor) -> Tensor:
+        """`[B, S, H]` of each -> their sum for this one's tokens, `[B, S / degree, H]`."""
+        rows = x.transpose(0, 1).contiguous()
+        out = rows.new_empty(rows.shape[0] // self.degree, *rows.shape[1:])
+        dist.reduce_scatter_tensor(out, rows, group=self.group)
+        return out.transpose(0, 1).contiguous()
+
+    def own(self, x: Tensor) -> Tensor:
+        size = x.shape[1] // self.degree
+        return x[:, self.index * size : (self.index + 1) * size].contiguous()
+
+
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, exchange: _Exchange) -> Tensor:
+        ctx.exchange = exchange
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.exchange.summed(grad), None
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, exchange: _Exchange) -> Tensor:
+        return exchange.summed(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, exchange: _Exchange) -> Tensor:
+        ctx.exchange = exchange
+        return exchange.gathered(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.exchange.scattered(grad), None
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, exchange: _Exchange) -> Tensor:
+        ctx.exchange = exchange
+        return exchange.scattered(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.exchange.gathered(grad), None
+
+
+class _Split(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, exchange: _Exchange) -> Tensor:
+        ctx.exchange = exchange
+        return exchange.own(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.exchange.gathered(grad), None
+
+
+def _connect(model: Transformer, exchange: _Exchange) -> None:
+    """Hooks where hidden states enter and leave the pairs; embedding, loss and logits over the vocabulary."""
+
+    def begin(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        training = model.training and torch.is_grad_enabled()
+        exchange.apart = training and inputs[0].shape[1] % exchange.degree == 0
+
+    def first(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (exchange.split(inputs[0]) if exchange.apart else inputs[0], *inputs[1:])
+
+    def enter(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (exchange.enter(inputs[0]), *inputs[1:])
+
+    def leave(last: str) -> Any:
+        def hook(module: nn.Module, _: Any, output: Tensor) -> Tensor:
+            output = exchange.leave(output)
+            bias = _bias(module.get_submodule(last))
+            # every process has added it
+            return output if bias is None else output - (exchange.degree - 1) * bias.detach()
+
+        return hook
+
+    model.register_forward_pre_hook(begin)
+    next(model.blocks.children()).register_forward_pre_hook(first)
+    for block in model.blocks.children():
+        for pair, last in (("attention", "o_proj"), ("mlp", "down_proj")):
+            block.get_submodule(pair).register_forward_pre_hook(enter)
+            block.get_submodule(pair).register_forward_hook(leave(last))
+    model.norm.register_forward_hook(lambda _, __, output: exchange.enter(output))
+
+    rows = model.config.vocab_size // exchange.degree
+    start = exchange.index * rows
+
+    def embed(tokens: Tensor) -> Tensor:
+        here = tokens - start
+        inside = (here >= 0) & (here < rows)
+        found = F.embedding(here.clamp(0, rows - 1), model.embed.weight)
+        return _Sum.apply(found * inside.unsqueeze(-1), exchange)
+
+    def logits(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        parts = [torch.empty_like(output) for _ in range(exchange.degree)]
+        dist.all_gather(parts, output.detach().contiguous(), group=exchange.group)
+        return torch.cat(parts, -1)
+
+    def largest(x: Tensor) -> Tensor:
+        dist.all_reduce(x, op=dist.ReduceOp.MAX, group=exchange.group)
+        return x
+
+    model.embed.forward = embed  # type: ignore[method-assign,assignment]
+    model.head.register_forward_hook(logits)  # generation only: the loss has the part of the head itself
+    model.vocabulary = VocabularyPart(start, model.config.vocab_size, exchange.summed, largest)
+
+
+def _bias(module: nn.Module) -> Tensor | None:
+    """Of a linear layer, or of the one that an adapter is beside."""
+    bias = getattr(getattr(module, "base", module), "bias", None)
+    return bias.to_local() if isinstance(bias, DTensor) else bias
