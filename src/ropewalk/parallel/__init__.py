@@ -6,7 +6,7 @@ processes add up numbers. May import torch, model and errors.
 
 from ropewalk.layout import Layout
 from ropewalk.parallel.sharding import divided, gathered, local, reduce_gradients, shard
-from ropewalk.parallel.slices import has_partial_gradient, sliced_along
+from ropewalk.parallel.slices import has_partial_gradient, refusal, sliced_along
 from ropewalk.parallel.state import load_tensors, save_tensors
 from ropewalk.parallel.world import World, processes, started
 
@@ -20,6 +20,7 @@ __all__ = [
     "local",
     "processes",
     "reduce_gradients",
+    "refusal",
     "save_tensors",
     "shard",
     "sliced_along",

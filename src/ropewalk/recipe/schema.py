@@ -234,7 +234,7 @@ class Parallel(Section):
     context: Positive = 1
     """Processes that share the tokens of each row, for long rows."""
     tensor: Positive = 1
-    """Processes that share every matrix product (Megatron-LM, arXiv 1909.08053), with sequence parallelism."""
+    """Processes that share every matrix product (arXiv 1909.08053), and the tokens between them."""
     stage: Literal[1, 2, 3] = 3
     """Divide optimizer states (1), gradients too (2), weights too (3): ZeRO, arXiv 1910.02054."""
     hang_seconds: PositiveNumber | None = None

@@ -13,9 +13,10 @@ from ropewalk.data import DamagedDataError, TokenShards, prepare
 from ropewalk.errors import UserError
 from ropewalk.files import cache_directory, remove_leftovers
 from ropewalk.layout import Layout
-from ropewalk.parallel import World, started
+from ropewalk.parallel import World, refusal, started
 from ropewalk.recipe import Recipe, load_recipe, resolve, to_yaml
 from ropewalk.track import RunDirectory, environment
+from ropewalk.train.build import config_of
 from ropewalk.train.checkpoint import list_checkpoints, newest_valid_checkpoint
 from ropewalk.train.goodput import left_behind, note_end, note_start
 from ropewalk.train.job import Job, lineage, model_identity, open_job
@@ -137,8 +138,11 @@ def _go_on(
 
 
 def layout_of(recipe: Recipe) -> Layout:
-    """The layout of a resolved recipe."""
-    return Layout(**{field.name: getattr(recipe.parallel, field.name) for field in fields(Layout)})
+    """The layout of a resolved recipe. UserError where its model cannot be divided so."""
+    layout = Layout(**{field.name: getattr(recipe.parallel, field.name) for field in fields(Layout)})
+    if layout.tensor > 1 and (why := refusal(config_of(recipe), layout.tensor)):
+        raise UserError(f"parallel.tensor: {why}")
+    return layout
 
 
 def _together(call: str, arguments: list[Any], recipe: Recipe) -> TrainResult:
