@@ -94,7 +94,7 @@ def test_nothing_is_overwritten_or_left_half_written(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("safetensors.torch.save_file", fail)
+    monkeypatch.setattr("ropewalk.model.save.write_safetensors", fail)
     with pytest.raises(RopewalkError, match="full"):
         save_model(model, None, tmp_path / "other")
     assert [p.name for p in tmp_path.iterdir()] == ["m"]

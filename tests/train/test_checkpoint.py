@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from ropewalk.errors import RopewalkError
-from ropewalk.parallel import World, load_tensors, save_tensors
+from ropewalk.parallel import World, load_tensors, part_file, parts_of, write_parts
 from ropewalk.train import checkpoint as ck
 from ropewalk.train.checkpoint import best_checkpoint, list_checkpoints, newest_valid_checkpoint
 
@@ -29,7 +29,8 @@ TENSORS = {"master.a": torch.arange(5.0), "step.a": torch.tensor(2.0)}
 
 
 def save_state(folder: Path, others: dict[str, torch.Tensor]) -> None:
-    save_tensors({**TENSORS, **others}, folder, {}, World())
+    tensors = {**TENSORS, **others}
+    write_parts(folder / part_file(World()), tensors, parts_of(tensors, {}, World()))
 
 
 def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:

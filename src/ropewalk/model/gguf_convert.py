@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from gguf.constants import GGMLQuantizationType
 
 from ropewalk.errors import UserError
@@ -26,7 +27,7 @@ from ropewalk.model.gguf import GgufFile, GgufTensor, can_dequantize
 from ropewalk.model.gguf_config import config_from_gguf
 from ropewalk.model.gguf_tokenizer import build_tokenizer
 from ropewalk.model.load import matching_rules
-from ropewalk.model.safetensors_file import write_safetensors
+from ropewalk.model.safetensors_file import FLOATS, write_safetensors
 
 VERSION = 1
 """Part of the cache key: raise it whenever the same file would be converted differently."""
@@ -225,14 +226,17 @@ def _transpose(x: np.ndarray) -> np.ndarray:
     return x.T if x.ndim == 2 else x
 
 
-def _values(file: GgufFile, output: _Output) -> np.ndarray:
-    """The float32 values of a tensor to write."""
+def _values(file: GgufFile, output: _Output) -> torch.Tensor:
+    """A tensor to write, in its dtype."""
     rows = math.prod(output.shape) // output.source.shape[-1]
     values = file.read(output.source, output.first_row, rows)
     values = values.reshape(output.source.shape if len(output.source.shape) < 3 else output.shape)
     if not np.isfinite(values).all():
         raise UserError(f"{file.path}: tensor {output.source.name!r} holds NaN or infinite values")
-    return values if output.transform is None else output.transform(values)
+    if output.transform is not None:
+        values = output.transform(values)
+    tensor = torch.from_numpy(np.ascontiguousarray(values))
+    return tensor.to(FLOATS[output.dtype]).reshape(output.shape)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -5,14 +5,14 @@ load into another dtype with little more than the model itself in memory, tensor
 small pieces. Headers are untrusted: sizes are checked against the file before anything is allocated.
 """
 
+import ctypes
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from ropewalk.errors import UserError
@@ -28,6 +28,15 @@ FLOATS = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
+NAMES = {dtype: name for name, dtype in FLOATS.items()} | {
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""What the format calls torch's types."""
 _ITEM_BYTES = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0"), 1),
     **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
@@ -114,10 +123,16 @@ def fill(file: Any, view: memoryview, tensor: StoredTensor) -> None:
 
 
 def write_safetensors(
-    path: Path, entries: list[tuple[str, str, tuple[int, ...]]], values: Iterable[np.ndarray]
+    path: Path,
+    entries: Sequence[tuple[str, str, Sequence[int]]],
+    values: Iterable[torch.Tensor],
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes (name, dtype F32/F16/BF16, shape) entries, with float32 values made one after the other."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    """Writes (name, dtype as in `NAMES`, shape) entries, with tensors made one after the other.
+
+    Nothing is copied on the way: `safetensors.torch.save_file` makes bytes of all tensors before it writes.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     at = 0
     for name, dtype, shape in entries:
         stop = at + math.prod(shape) * _ITEM_BYTES[dtype]
@@ -125,13 +140,24 @@ def write_safetensors(
         at = stop
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
-    with open(path, "wb") as file:
-        file.write(len(raw).to_bytes(8, "little") + raw)
-        for (name, dtype, shape), array in zip(entries, values, strict=True):
-            if array.size != math.prod(shape):
-                raise ValueError(f"{name}: {array.shape} is not {shape}")
-            tensor = torch.from_numpy(np.ascontiguousarray(array)).to(FLOATS[dtype])
-            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    with open(path, "wb", buffering=0) as file:
+        _write_all(file, memoryview(len(raw).to_bytes(8, "little") + raw))
+        for (name, dtype, shape), tensor in zip(entries, values, strict=True):
+            if tuple(tensor.shape) != tuple(shape) or NAMES[tensor.dtype] != dtype:
+                raise ValueError(
+                    f"{name}: {tuple(tensor.shape)} {tensor.dtype} is not {tuple(shape)} {dtype}"
+                )
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            # not by numpy, which leaves a tensor's memory fixed for good: what FSDP gathers must be freed again
+            if flat.nbytes:
+                _write_all(file, memoryview((ctypes.c_char * flat.nbytes).from_address(flat.data_ptr())))
+
+
+def _write_all(file: Any, data: memoryview) -> None:
+    """One write takes less than all of it above 2 GiB, and on a disk that is about to be full."""
+    data = data.cast("B")
+    while len(data):
+        data = data[file.write(data) :]
 
 
 def _damaged(path: Path, problem: str) -> UserError:

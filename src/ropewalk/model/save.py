@@ -1,6 +1,8 @@
 """A model as a Hugging Face directory that transformers opens without conversion."""
 
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from ropewalk.files import atomic_directory
 from ropewalk.model.config import ModelConfig
 from ropewalk.model.families_config import config_to_hf
 from ropewalk.model.families_weights import WeightRule, weight_map
+from ropewalk.model.safetensors_file import NAMES, write_safetensors
 from ropewalk.model.transformer import Transformer
 
 SHARD_BYTES = 5_000_000_000
@@ -25,17 +28,19 @@ def save_model(
     *,
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
+    values: Callable[[str], Tensor] | None = None,
 ) -> None:
     """Write config.json, generation_config.json, safetensors weights and the tokenizer's files, or nothing.
 
     Weights keep their dtype, bit for bit; a tied head is written once. `tokenizer` is one of transformers or
-    None. Raises UserError if `path` exists (unless `overwrite`), RopewalkError if the disk is full or the
-    model holds something that is not part of its config (an adapter that is not merged).
+    None. `values` gives a whole parameter by its name; unless told, the model does. Raises UserError if
+    `path` exists (unless `overwrite`), RopewalkError if the disk is full or the model holds something that is
+    not part of its config (an adapter that is not merged).
     """
     parameters: dict[str, Tensor] = dict(model.named_parameters())
     rules = weight_map(model.config)
     _check_complete(model.config, rules, parameters)
-    needed = sum(p.numel() * p.element_size() for p in parameters.values())
+    needed = sum(_size(rule, parameters) for rule in rules)
     with atomic_directory(path, overwrite, needed) as folder:
         dtype = str(model.embed.weight.dtype).removeprefix("torch.")
         config = config_to_hf(model.config) | {"dtype": dtype, "torch_dtype": dtype}
@@ -43,7 +48,7 @@ def save_model(
         _write_json(folder / "generation_config.json", _generation(model.config))
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        _write_weights(rules, parameters, folder, shard_bytes)
+        _write_weights(rules, parameters, values or parameters.__getitem__, folder, shard_bytes)
 
 
 def _check_complete(config: ModelConfig, rules: list[WeightRule], parameters: dict[str, Tensor]) -> None:
@@ -54,15 +59,17 @@ def _check_complete(config: ModelConfig, rules: list[WeightRule], parameters: di
 
 
 def _write_weights(
-    rules: list[WeightRule], parameters: dict[str, Tensor], folder: Path, shard_bytes: int
+    rules: list[WeightRule],
+    parameters: dict[str, Tensor],
+    values: Callable[[str], Tensor],
+    folder: Path,
+    shard_bytes: int,
 ) -> None:
-    """One file, or shards with an index; only one shard is put together at a time."""
-    from safetensors.torch import save_file
-
+    """One file, or shards with an index; only one tensor is put together at a time."""
     shards: list[list[WeightRule]] = [[]]
     total = room = 0
     for rule in rules:
-        size = sum(parameters[part].numel() * parameters[part].element_size() for part in rule.parts)
+        size = _size(rule, parameters)
         if shards[-1] and room + size > shard_bytes:
             shards.append([])
             room = 0
@@ -77,13 +84,18 @@ def _write_weights(
             {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))},
         )
     for name, shard in zip(names, shards, strict=True):
-        tensors = {rule.hf: _joined(rule, parameters) for rule in shard}
-        save_file(tensors, folder / name, metadata={"format": "pt"})
+        entries = [(rule.hf, NAMES[parameters[rule.parts[0]].dtype], rule.shape) for rule in shard]
+        write_safetensors(folder / name, entries, (_joined(rule, values) for rule in shard))
+
+
+def _size(rule: WeightRule, parameters: dict[str, Tensor]) -> int:
+    """Bytes of a stored tensor. The rule knows its shape; one of several processes has a part of it only."""
+    return math.prod(rule.shape) * parameters[rule.parts[0]].element_size()
 
 
 @torch.no_grad()
-def _joined(rule: WeightRule, parameters: dict[str, Tensor]) -> Tensor:
-    return rule.join([parameters[part].detach() for part in rule.parts]).cpu().contiguous()
+def _joined(rule: WeightRule, values: Callable[[str], Tensor]) -> Tensor:
+    return rule.join([values(part).detach() for part in rule.parts])
 
 
 def _generation(config: ModelConfig) -> dict[str, Any]:

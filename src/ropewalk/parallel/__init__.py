@@ -7,22 +7,26 @@ processes add up numbers. May import torch, model and errors.
 from ropewalk.layout import Layout
 from ropewalk.parallel.sharding import divided, gathered, local, reduce_gradients, shard
 from ropewalk.parallel.slices import has_partial_gradient, refusal, sliced_along
-from ropewalk.parallel.state import load_tensors, save_tensors
+from ropewalk.parallel.state import Part, Stored, load_tensors, part_file, parts_of, write_parts
 from ropewalk.parallel.world import World, processes, started
 
 __all__ = [
     "Layout",
+    "Part",
+    "Stored",
     "World",
     "divided",
     "gathered",
     "has_partial_gradient",
     "load_tensors",
     "local",
+    "part_file",
+    "parts_of",
     "processes",
     "reduce_gradients",
     "refusal",
-    "save_tensors",
     "shard",
     "sliced_along",
     "started",
+    "write_parts",
 ]

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -18,10 +18,12 @@ from torch import Tensor
 
 from ropewalk.errors import RopewalkError
 from ropewalk.model.safetensors_file import NAMES, write_safetensors
+from ropewalk.parallel.slices import sliced_along
 from ropewalk.parallel.world import World
 
 WHOLE = "tensors.safetensors"
 OFFSETS = "DCP_SHARDING_INFO"
+DTYPES = {name: dtype for dtype, name in NAMES.items()}
 
 
 @dataclass(frozen=True)
@@ -35,32 +37,37 @@ class Part:
     """False: another process has the same, and writes it"""
 
 
-def part_of(parameter: Tensor) -> Part:
+def part_of(name: str, parameter: Tensor, world: World) -> Part:
     """What this process has of a parameter."""
     from torch.distributed.tensor import DTensor
 
     shape = tuple(parameter.shape)
-    if not isinstance(parameter, DTensor):
+    if not isinstance(parameter, DTensor) or world.mesh is None:
         return Part((0,) * len(shape), shape, shape)
     (chunk,) = parameter.__create_chunk_list__()
-    place = parameter.device_mesh.get_coordinate()
-    assert place is not None
-    first = not any(at for at, kind in zip(place, parameter.placements, strict=True) if kind.is_replicate())
-    return Part(tuple(chunk.offsets), tuple(chunk.sizes), shape, first)
+    start, shared = list(chunk.offsets), {"replicate", "context"}
+    sliced = sliced_along(name) if world.layout.tensor > 1 else None
+    if sliced is None:
+        shared.add("tensor")
+    else:  # the DTensor is a slice itself
+        start[sliced] += shape[sliced] * world.mesh.get_local_rank("tensor")
+        shape = tuple(n * world.layout.tensor if i == sliced else n for i, n in enumerate(shape))
+    first = not any(world.mesh.get_local_rank(axis) for axis in shared)
+    return Part(tuple(start), tuple(chunk.sizes), shape, first)
 
 
-def parts_of(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Part]:
-    """Of tensors called KIND.NAME after a parameter NAME, of its shape: its parts. Others are whole; those of
-    a parameter that several processes share are written by the first of them."""
+def parts_of(
+    tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor], world: World
+) -> dict[str, Part]:
+    """Which part each tensor is. Those called KIND.NAME after a parameter NAME are as that is, if they have
+    its shape; else (a count of updates) all processes have the same, and the first one writes it. What is
+    called after no parameter is its process's own, and whole."""
     parts = {}
     for name, tensor in tensors.items():
-        whole = Part((0,) * tensor.ndim, tuple(tensor.shape), tuple(tensor.shape))
-        parameter = parameters.get(name.partition(".")[2])
-        part = part_of(parameter) if parameter is not None else whole
-        if parameter is not None and (part.size != whole.size or not part.size):
-            mesh = getattr(parameter, "device_mesh", None)  # a count of updates, or a state in few bits
-            part = Part(whole.start, whole.size, whole.shape, mesh is None or not any(mesh.get_coordinate()))
-        parts[name] = part
+        size, key = tuple(tensor.shape), name.partition(".")[2]
+        parts[name] = Part((0,) * len(size), size, size, world.first or key not in parameters)
+        if key in parameters and size == (part := part_of(key, parameters[key], world)).size and size:
+            parts[name] = part
     return parts
 
 
@@ -82,6 +89,7 @@ class Stored:
     """The tensors of a folder, put together from the parts that `write_parts` wrote."""
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self._parts: dict[str, list[tuple[Any, tuple[int, ...], tuple[int, ...]]]] = {}
         for path in sorted(folder.glob("*.safetensors")):
             file = safe_open(path, framework="pt")  # maps it; nothing is read yet
@@ -101,22 +109,34 @@ class Stored:
 
     def read(self, name: str, part: Part | None = None) -> Tensor:
         """A tensor, or a part of it. RopewalkError where nobody has written all of that."""
-        pieces = self._parts[name]
-        shape = self.shape(name)
+        pieces, shape = self._parts[name], self.shape(name)
         begin, size = (part.start, part.size) if part is not None else ((0,) * len(shape), shape)
-        if len(pieces) == 1 and pieces[0][1:] == (begin, size):
-            return pieces[0][0].get_tensor(name)
-        result: Tensor | None = None
-        filled: set[tuple[int, ...]] = set()
+        if pieces[0][1:] == (begin, size):
+            return cast(Tensor, pieces[0][0].get_tensor(name))
+        result = torch.empty(size, dtype=DTYPES[pieces[0][0].get_slice(name).get_dtype()])
+        filled: dict[tuple[int, ...], int] = {}
         for file, start, length in pieces:
             low = tuple(map(max, start, begin))
             high = tuple(min(s + n, b + m) for s, n, b, m in zip(start, length, begin, size, strict=True))
             if low in filled or any(a >= b for a, b in zip(low, high, strict=True)):
                 continue
-            there = tuple(slice(a - s, b - s) for a, b, s in zip(low, high, start, strict=True))
-            values = file.get_slice(name)[there] if there else file.get_tensor(name)
-            if result is None:
-                result = torch.empty(size, dtype=values.dtype)
-            result[tuple(slice(a - s, b - s) for a, b, s in zip(low, high, begin, strict=True))] = values
-            filled.add(low)
-        ...
+            values = file.get_slice(name)[_box(low, high, start)]
+            result[_box(low, high, begin)] = values
+            filled[low] = values.numel()
+        if sum(filled.values()) != result.numel():
+            raise RopewalkError(f"{self.folder}: a part of {name} is missing")
+        return result
+
+
+def load_tensors(folder: Path, parameters: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
+    """What `write_parts` wrote, whoever wrote it: of divided parameters the parts for this process."""
+    stored, found = Stored(folder), {}
+    for name in stored.names():
+        key = name.partition(".")[2]
+        part = part_of(key, parameters[key], world) if key in parameters else None
+        found[name] = stored.read(name, part if part and part.shape == stored.shape(name) else None)
+    return found
+
+
+def _box(low: tuple[int, ...], high: tuple[int, ...], origin: tuple[int, ...]) -> tuple[slice, ...]:
+    return tuple(slice(a - o, b - o) for a, b, o in zip(low, high, origin, strict=True))

@@ -14,8 +14,10 @@ from ropewalk.errors import UserError
 from ropewalk.files import cache_directory, remove_leftovers
 from ropewalk.layout import Layout
 from ropewalk.parallel import World, refusal, started
+from ropewalk.parallel.preflight import meet
 from ropewalk.recipe import Recipe, load_recipe, resolve, to_yaml
 from ropewalk.track import RunDirectory, environment
+from ropewalk.track.environment import versions
 from ropewalk.train.build import config_of
 from ropewalk.train.checkpoint import list_checkpoints, newest_valid_checkpoint
 from ropewalk.train.goodput import left_behind, note_end, note_start
@@ -63,7 +65,7 @@ def train(
     layout = layout_of(recipe)
     if layout.processes > 1 and not started():
         return _together("train", [recipe.model_dump(mode="json"), [], progress], recipe)
-    world = World.join(recipe.train.device, layout)
+    world = meet(recipe.train.device, layout, Path(recipe.runs), versions)
     begun = world.share(run_of(job_key(), recipe.runs, recipe.name) if world.first else None)
     if begun is not None:  # the processes of this job were started again
         before = load_recipe(begun / "recipe.yaml")
@@ -106,7 +108,7 @@ def resume(run: str | Path, overrides: Sequence[str] = (), progress: bool = True
     layout = layout_of(recipe)
     if layout.processes > 1 and not started():
         return _together("resume", [str(directory.path), list(overrides), progress], recipe)
-    world = World.join(recipe.train.device, layout)
+    world = meet(recipe.train.device, layout, directory.path, versions)
     directory.writes = world.first
     return _go_on(directory, recipe, world, progress, began)
 

@@ -15,7 +15,7 @@ from ropewalk.data import Loader, Prepared, TokenShards
 from ropewalk.errors import UserError
 from ropewalk.files import sha256
 from ropewalk.model import resolve_source
-from ropewalk.parallel import World, divided, gathered, load_tensors, save_tensors, shard
+from ropewalk.parallel import World, divided, gathered, load_tensors, part_file, parts_of, shard, write_parts
 from ropewalk.recipe import Recipe
 from ropewalk.track import RunDirectory
 from ropewalk.track.environment import git_commit
@@ -110,7 +110,8 @@ class Job:
         tensors = self.optimizer.state_tensors()
 
         def save_state(folder: Path, others: dict[str, Tensor]) -> None:
-            save_tensors({**tensors, **others}, folder, parameters, world)
+            mine = {**tensors, **others}
+            write_parts(folder / part_file(world), mine, parts_of(mine, parameters, world))
 
         def save_weights(folder: Path | None) -> None:
             with gathered(model, world):
