@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ropewalk.model import save_model as save_model
     from ropewalk.recipe import load_recipe as load_recipe
     from ropewalk.serve import generate as generate
+    from ropewalk.train import parity as parity
     from ropewalk.train import resume as resume
 
 __version__ = "0.1.0"
@@ -30,6 +31,7 @@ _HOME = {
     "prepare": "data",
     "train": "train",
     "resume": "train",
+    "parity": "train",
     "evaluate": "evaluate",
     "generate": "serve",
     "chat": "cli.chat",

@@ -20,7 +20,7 @@ WHOLE_LANE = {"cli", "lane", "doctor"}
 MAY_USE_RECIPE_AND_TRACK = {
     "data": {"entry"},
     "evaluate": {"entry"},
-    "train": {"entry", "job", "build", "loop", "report", "together", "goodput"},
+    "train": {"entry", "job", "build", "loop", "report", "together", "goodput", "layout_parity"},
 }
 """Entry modules of a stage room: what is below them takes plain values."""
 
