@@ -201,7 +201,7 @@ class Train(Section):
     loss_chunk: Positive = 1024
     """Rows of the output head computed at once."""
     threads: Count = 0
-    """CPU threads; 0: as many as there are cores."""
+    """CPU threads of each process; 0: its share of the cores."""
     log_every: Positive = 1
     """Steps between lines of metrics."""
     evaluate_every: Count = 0
