@@ -26,6 +26,7 @@ from ropewalk.train.metrics import Meter
 from ropewalk.train.optim import Optimizer, OptimizerConfig
 from ropewalk.train.schedule import learning_rate
 from ropewalk.train.self_check import SelfCheck, check_compiled, self_check
+from ropewalk.train.spikes import Spikes
 
 
 @dataclass
@@ -53,6 +54,8 @@ class Job:
 
     saved_at: float = field(default_factory=time.monotonic)
     """when that was, or when the job was opened"""
+
+    spikes: Spikes = field(default_factory=lambda: Spikes(64))
 
     at: Callable[[int, str], None] = lambda step, phase: None
     """told the step and what is done now: see `Watchdog.at`"""
@@ -123,7 +126,12 @@ class Job:
             self.step,
             save_weights=save_weights,
             save_state=save_state,
-            state={"steps": self.steps, "loader": self._position(), **self.meter.totals()},
+            state={
+                "steps": self.steps,
+                "loader": self._position(),
+                "spikes": self.spikes.state(),
+                **self.meter.totals(),
+            },
             needed=sum(t.nbytes for t in tensors.values()) * world.size
             + sum(p.numel() * p.element_size() for p in parameters.values()),
             validation_loss=self.validation_losses.get(self.step),
@@ -134,8 +142,10 @@ class Job:
     def restore(self, checkpoint: Path) -> None:
         """Goes on from a verified checkpoint. UserError where it belongs to other data or another model."""
         state = load_state(checkpoint)
+        divided(self.built.model, self.world)  # back from a step, weights may still be gathered
         tensors = load_tensors(checkpoint / "state", self.optimizer.parameters, self.world)
         self.step, self.saved = state["step"], checkpoint
+        self.spikes.load(state.get("spikes", {}))
         if state["loader"] != self._position():
             raise UserError(
                 f"{checkpoint}: was made with other data ({state['loader']}, now {self._position()}); "
@@ -150,7 +160,7 @@ class Job:
         set_random_state(tensors, state["random"], self.world.rank)
 
     def _position(self) -> dict[str, Any]:
-        return self.loader.state(self.step * self.rows)
+        return self.loader.state((self.spikes.batch(self.step) + 1) * self.rows if self.step else 0)
 
 
 def open_job(
@@ -212,6 +222,7 @@ def open_job(
         world,
         checked=checked,
         compile_seconds=warm_up,
+        spikes=Spikes(train.spike.window),
     )
     if checkpoint is not None:
         job.restore(checkpoint)

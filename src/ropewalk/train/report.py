@@ -41,6 +41,7 @@ def _lines(job: Job, run: RunDirectory) -> list[str]:
         ("peak memory", f"{peak / 2**20:,.0f} MiB"),
         ("optimizer's memory", f"{job.optimizer.state_bytes() / 2**20:,.0f} MiB"),
     ]
+    rows += _trouble(run)
     lines = [
         f"# {run.path.name}",
         "",
@@ -56,6 +57,20 @@ def _lines(job: Job, run: RunDirectory) -> list[str]:
     if job.validation is None:
         lines.append("\nNo validation data, so nothing says how well this works on text it has not seen.")
     return lines + _samples(run, job.steps)
+
+
+def _trouble(run: RunDirectory) -> list[tuple[str, str]]:
+    """Rows about what went wrong on the way; none for a run in which nothing did."""
+    found: dict[str, list[str]] = {"spikes": [], "skipped steps": [], "rollbacks": []}
+    for record in run.read():
+        if record["kind"] == "train" and "spike" in record:
+            found["spikes"].append(f"step {record['step']} ({record['spike']:.1f} robust deviations up)")
+        elif record["kind"] == "skip":
+            found["skipped steps"].append(str(record["step"]))
+        elif record["kind"] == "rollback":
+            gone = len(record["left_out"][-1])
+            found["rollbacks"].append(f"step {record['from']} to step {record['step']}, {gone} left out")
+    return [(name, "; ".join(texts)) for name, texts in found.items() if texts]
 
 
 def _samples(run: RunDirectory, step: int) -> list[str]:
