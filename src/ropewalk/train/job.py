@@ -181,20 +181,10 @@ def open_job(
     if device.type == "cpu":
         give_back_large_blocks()
     built = build(recipe, device, checkpoint)
-    pad = built.tokenizer.pad_token_id
-
-    def rows_of(shards: TokenShards) -> Loader:
-        return Loader(
-            shards,
-            recipe.data.sequence_length,
-            recipe.data.packing,
-            train.batch_size or 1,
-            recipe.seed,
-            pad if pad is not None else 0,
-        )
-
-    loader = rows_of(data)
-    validation = rows_of(held_out) if held_out is not None and len(held_out) else None
+    loader = rows_of(recipe, data, built.tokenizer)
+    validation = (
+        rows_of(recipe, held_out, built.tokenizer) if held_out is not None and len(held_out) else None
+    )
     steps = total_steps(recipe, loader)
     # before the optimizer, which takes gradients away
     checked = check(recipe, built, loader, steps) if train.self_check and not checkpoint else None
@@ -227,6 +217,19 @@ def open_job(
     if checkpoint is not None:
         job.restore(checkpoint)
     return job
+
+
+def rows_of(recipe: Recipe, shards: TokenShards, tokenizer: Any) -> Loader:
+    """The rows of a resolved recipe's run."""
+    data, pad = recipe.data, tokenizer.pad_token_id
+    return Loader(
+        shards,
+        data.sequence_length,
+        data.packing,
+        recipe.train.batch_size or 1,
+        recipe.seed,
+        pad if pad is not None else 0,
+    )
 
 
 def optimizer_config(recipe: Recipe) -> OptimizerConfig:
