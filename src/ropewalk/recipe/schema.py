@@ -200,6 +200,8 @@ class Train(Section):
     clip: NonNegative = 1.0
     """Largest global gradient norm; 0 for no clipping."""
     spike: Spike = Spike()
+    verify_every: Count = 0
+    """Steps between those that are computed twice and compared bit by bit; 0: none. docs/surviving.md."""
     checkpointing: Literal["none", "full", "selective"] = "none"
     """Activations kept: all, each block's input (arXiv 1604.06174), or results of products as well."""
     checkpointing_every: Positive = 1

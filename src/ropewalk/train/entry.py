@@ -31,7 +31,7 @@ from ropewalk.train.watchdog import Watchdog
 
 RESPREAD = ("parallel.", "train.micro_batch_size", "train.threads")
 """Fields of a recipe that change where a run is computed, and not what."""
-SURVIVAL = ("train.spike.",)
+SURVIVAL = ("train.spike.", "train.verify_every")
 """Fields that say what is done about what goes wrong: a run that stopped for it may go on in another way."""
 
 

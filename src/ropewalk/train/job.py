@@ -27,6 +27,7 @@ from ropewalk.train.optim import Optimizer, OptimizerConfig
 from ropewalk.train.schedule import learning_rate
 from ropewalk.train.self_check import SelfCheck, check_compiled, self_check
 from ropewalk.train.spikes import Spikes
+from ropewalk.train.stragglers import Paces
 
 
 @dataclass
@@ -56,6 +57,8 @@ class Job:
     """when that was, or when the job was opened"""
 
     spikes: Spikes = field(default_factory=lambda: Spikes(64))
+
+    paces: Paces = field(default_factory=Paces)
 
     at: Callable[[int, str], None] = lambda step, phase: None
     """told the step and what is done now: see `Watchdog.at`"""
@@ -213,6 +216,7 @@ def open_job(
         checked=checked,
         compile_seconds=warm_up,
         spikes=Spikes(train.spike.window),
+        paces=Paces(world, () if train.compile else built.model.blocks.children(), device.type),
     )
     if checkpoint is not None:
         job.restore(checkpoint)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ropewalk.data import Batch, prefetch
 from ropewalk.errors import RopewalkError
-from ropewalk.parallel import reduce_gradients
+from ropewalk.parallel import divided, reduce_gradients
 from ropewalk.track import RunDirectory
 from ropewalk.train.checkpoint import checkpoint_name, note_validation
 from ropewalk.train.flops import TokenCounts
@@ -25,7 +25,9 @@ from ropewalk.train.objective import loss_sum, without_padding
 from ropewalk.train.progress import Reporter
 from ropewalk.train.recover import on_spike, roll_back
 from ropewalk.train.signals import StopRequest
+from ropewalk.train.stragglers import TIMES, sentence
 from ropewalk.train.validate import validation_loss, write_samples
+from ropewalk.train.verify import Again, compare_replicas, compute_twice
 
 
 def run_loop(job: Job, run: RunDirectory, reporter: Reporter, stop: StopRequest) -> list[float]:
@@ -85,6 +87,10 @@ def run_until_spike(
         if logged:
             run.log(record)
         reporter.step(record, line=logged)
+        for late in job.paces.look(job.step):
+            run.log(late)
+            if late["looks"] == TIMES:
+                reporter.say(f"step {job.step}/{job.steps}  {sentence(late)}")
         if "spike" in record:
             reporter.say(f"step {job.step}/{job.steps}  a spike: {record['spike']:.1f} robust deviations up")
 
@@ -103,28 +109,29 @@ def train_step(job: Job, batches: Iterator[Batch]) -> dict[str, Any]:
     """
     train, model, optimizer = job.recipe.train, job.built.model, job.optimizer
     began = time.perf_counter()
+    job.paces.begin()
     job.at(job.step, "waiting for data")
     batch = next(batches)
     waited = time.perf_counter() - began
     job.at(job.step, "forward and backward")
     counts = TokenCounts.of(batch, model.config)
     parts = [batch.rows(row, row + job.micro_rows) for row in range(0, job.own_rows, job.micro_rows)]
+    met = time.perf_counter()
     counts = counts.total(job.world)
+    waiting = time.perf_counter() - met
     if not counts.scored:
         raise RopewalkError(f"step {job.step}: nothing is scored in {named_documents(parts)}; see data.score")
 
     rate = job.learning_rate()
     optimizer.begin(rate)
-    if train.cuda_graphs:
-        torch.compiler.cudagraph_mark_step_begin()  # the gradients that the last replays made are used up
-    sums = []
-    for part in parts:
-        reduce_gradients(model, job.world, last=part is parts[-1])
-        sums.append(backward(job, part, counts.scored))
-    measured = torch.stack([*sums, optimizer.gradient_norm().to(job.device)])
-    *part_sums, gradient_norm = measured.tolist()  # the step's one wait for the device
+    if train.verify_every and job.step % train.verify_every == 0:
+        *part_sums, gradient_norm = verified(job, parts, counts.scored)
+    else:
+        *part_sums, gradient_norm = compute(job, parts, counts.scored)
     # totals, so that all processes decide alike
+    met = time.perf_counter()
     loss, broken = job.world.total([math.fsum(part_sums), not math.isfinite(gradient_norm)])
+    waiting += time.perf_counter() - met
     loss /= counts.scored
     sound = math.isfinite(loss) and not broken
     score = job.spikes.score(loss) if sound else None
@@ -145,7 +152,31 @@ def train_step(job: Job, batches: Iterator[Batch]) -> dict[str, Any]:
     values = {"loss": loss, "gradient_norm": gradient_norm, "learning_rate": rate}
     if spike and score is not None:
         values["spike"] = score
-    return job.meter.record(job.step, counts, time.perf_counter() - began, waited, values)
+    seconds = time.perf_counter() - began
+    job.paces.add(seconds, waited, waiting)
+    return job.meter.record(job.step, counts, seconds, waited, values)
+
+
+def compute(job: Job, parts: list[Batch], scored: int) -> list[float]:
+    """Gradients of a step: the summed loss of each micro-batch, and the norm of all gradients."""
+    if job.recipe.train.cuda_graphs:
+        torch.compiler.cudagraph_mark_step_begin()  # the gradients that the last replays made are used up
+    sums = []
+    for part in parts:
+        reduce_gradients(job.built.model, job.world, last=part is parts[-1])
+        sums.append(backward(job, part, scored))
+    measured = torch.stack([*sums, job.optimizer.gradient_norm().to(job.device)])
+    return measured.tolist()  # the step's one wait for the device
+
+
+def verified(job: Job, parts: list[Batch], scored: int) -> list[float]:
+    """The same, computed twice, by replicas whose weights and states are the same. RopewalkError if not."""
+    optimizer, model = job.optimizer, job.built.model
+    divided(model, job.world)
+    weights = {f"weight.{name}": parameter for name, parameter in optimizer.parameters.items()}
+    compare_replicas({**weights, **optimizer.state_tensors()}, job.world, job.step)
+    again = Again(lambda: compute(job, parts, scored), optimizer.gradients, optimizer.discard)
+    return compute_twice(again, job.world, job.step)
 
 
 def backward(job: Job, part: Batch, scored: int) -> Tensor:
