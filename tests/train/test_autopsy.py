@@ -53,7 +53,7 @@ def test_the_garbage_comes_first_and_is_marked(
     done = int(found.weights.removeprefix("step-"))
     assert done < found.step
     assert found.updates_missing == found.step - 1 - done < 6
-    assert json.loads(garbage.read_text().splitlines()[30])["text"].startswith(first.text[:20])
+    assert json.loads(garbage.read_text().splitlines()[30])["text"].startswith(first.text[:10])
     assert main(["spike", str(run), "--step", str(found.step)]) == 0
     table = capsys.readouterr().out.splitlines()
     assert table[2].startswith("!")

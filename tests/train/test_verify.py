@@ -33,6 +33,7 @@ def test_any_flipped_bit_changes_the_check_sum(dtype: torch.dtype) -> None:
         assert check_sums({"a": tensor})["a"] != before["a"]
         raw[place] ^= bit
     assert check_sums({"a": tensor})["a"] == before["a"]
+    assert check_sums({"a": torch.cat([tensor.view(-1)[:1], tensor.view(-1)])[1:]})["a"] == before["a"]
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
