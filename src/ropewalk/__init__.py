@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ropewalk.serve import generate as generate
     from ropewalk.train import parity as parity
     from ropewalk.train import resume as resume
+    from ropewalk.train import spike as spike
 
 __version__ = "0.1.0"
 
@@ -33,6 +34,7 @@ _HOME = {
     "resume": "train",
     "launch": "launch",
     "parity": "train",
+    "spike": "train",
     "evaluate": "evaluate",
     "generate": "serve",
     "chat": "cli.chat",

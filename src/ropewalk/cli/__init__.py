@@ -20,6 +20,7 @@ from ropewalk.cli import (
     resume,
     run,
     runs,
+    spike,
     train,
 )
 from ropewalk.errors import RopewalkError
@@ -36,6 +37,7 @@ app.command("train")(train.command)
 app.command("resume")(resume.command)
 app.command("launch")(launch.command)
 app.command("parity")(parity.command)
+app.command("spike")(spike.command)
 app.command("eval")(evaluate.command)
 app.command("generate")(generate.command)
 app.command("chat")(chat.command)

@@ -4,11 +4,14 @@ May import: recipe and track at the entry, data, serve, model, ops, adapt.
 """
 
 from ropewalk import make_callable
+from ropewalk.train.autopsy import Autopsy, DocumentLoss, spike
 from ropewalk.train.checkpoint import best_checkpoint, newest_valid_checkpoint
 from ropewalk.train.entry import TrainResult, resume, train
 from ropewalk.train.layout_parity import Parity, parity, parity_steps
 
 __all__ = [
+    "Autopsy",
+    "DocumentLoss",
     "Parity",
     "TrainResult",
     "best_checkpoint",
@@ -16,6 +19,7 @@ __all__ = [
     "parity",
     "parity_steps",
     "resume",
+    "spike",
     "train",
 ]
 
