@@ -3,6 +3,7 @@
 import ctypes
 import platform
 import weakref
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -46,3 +47,31 @@ def pinned(size: int) -> Tensor:
 
     weakref.finalize(room, release).atexit = False
     return room
+
+
+class HostCopies:
+    """Room for one copy of a training state on the host, kept from one checkpoint to the next."""
+
+    ALIGNED = 64
+
+    def __init__(self) -> None:
+        self._room: Tensor | None = None
+
+    def of(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copies, complete on return, valid until the next call. RopewalkError where none can be pinned."""
+        starts, size = {}, 0
+        for name, tensor in tensors.items():
+            starts[name] = size
+            size += -(-tensor.nbytes // self.ALIGNED) * self.ALIGNED
+        on_gpu = any(tensor.is_cuda for tensor in tensors.values())
+        if self._room is None or len(self._room) != size:
+            self._room = None  # never two of them
+            self._room = pinned(size) if on_gpu else torch.empty(size, dtype=torch.uint8)
+        copies = {}
+        for name, tensor in tensors.items():
+            raw = self._room[starts[name] : starts[name] + tensor.nbytes]
+            copies[name] = raw.view(tensor.dtype).view(tensor.shape)
+            copies[name].copy_(tensor.detach(), non_blocking=True)
+        if on_gpu:
+            torch.cuda.synchronize()
+        return copies

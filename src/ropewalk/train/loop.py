@@ -23,6 +23,7 @@ from ropewalk.train.health import broken_parameter, named_documents, no_gradient
 from ropewalk.train.job import Job
 from ropewalk.train.objective import loss_sum, without_padding
 from ropewalk.train.progress import Reporter
+from ropewalk.train.saving import Saved, Saver
 from ropewalk.train.signals import StopRequest
 from ropewalk.train.validate import validation_loss, write_samples
 
@@ -43,9 +44,11 @@ def run_loop(job: Job, run: RunDirectory, reporter: Reporter, stop: StopRequest)
         stride=job.rows,
         pin=job.device.type == "cuda",
     )
-    with closing(batches):
+    saver = Saver(run.checkpoints_path, train.keep, job.world, run.sync)
+    with closing(batches), saver:
         while True:
-            by_clock = stop.agree(job.save_is_due())
+            log_saved(run, saver.poll())
+            by_clock = stop.agree(job.save_is_due(saver))
             if stop:
                 break
             if job.step == 0 or job.due(train.evaluate_every):
@@ -53,7 +56,7 @@ def run_loop(job: Job, run: RunDirectory, reporter: Reporter, stop: StopRequest)
             if job.due(train.sample_every) and not stop:
                 sample(job, run)
             if job.step > 0 and (by_clock or job.due(train.checkpoint_every)) and not stop:
-                checkpoint(job, run)
+                checkpoint(job, run, saver, goes_on=job.step < job.steps)
             if job.step == job.steps or stop:
                 break
             job.step += 1
@@ -63,8 +66,8 @@ def run_loop(job: Job, run: RunDirectory, reporter: Reporter, stop: StopRequest)
             if logged:
                 run.log(record)
             reporter.step(record, line=logged)
-    if stop:
-        checkpoint(job, run)
+        if stop:
+            checkpoint(job, run, saver, goes_on=False)
     return losses
 
 
@@ -177,15 +180,26 @@ def sample(job: Job, run: RunDirectory) -> None:
         )
 
 
-def checkpoint(job: Job, run: RunDirectory) -> None:
-    """A checkpoint of this step; one that is there already only learns its validation loss."""
+def checkpoint(job: Job, run: RunDirectory, saver: Saver, goes_on: bool) -> None:
+    """A checkpoint of this step; one that is there already only learns its validation loss.
+
+    Where training goes on, it is written meanwhile (`train.checkpoint_async`); else it is whole on return.
+    """
     job.at(job.step, "checkpoint")
+    log_saved(run, saver.finish())
     loss = job.validation_losses.get(job.step)
+    background = goes_on and job.recipe.train.checkpoint_async
     if job.saved is None or job.saved.name != checkpoint_name(job.step):
-        began = time.perf_counter()
-        job.saved = job.save(run)
-        job.saved_at = time.monotonic()
-        seconds = round(time.perf_counter() - began, 3)
-        run.log({"kind": "checkpoint", "step": job.step, "path": job.saved.name, "seconds": seconds})
+        job.save(saver, background)
+        if not background:
+            log_saved(run, saver.finish())
+            job.world.wait()
     elif loss is not None and job.world.first:
         note_validation(job.saved, loss)
+
+
+def log_saved(run: RunDirectory, saved: Saved | None) -> None:
+    """A record of a checkpoint once it is whole."""
+    if saved is not None:
+        times = {"seconds": round(saved.waited, 3), "write_seconds": round(saved.seconds, 3)}
+        run.log({"kind": "checkpoint", "step": saved.step, "path": saved.path.name, **times})
