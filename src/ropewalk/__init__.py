@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ropewalk.recipe import load_recipe as load_recipe
     from ropewalk.serve import generate as generate
     from ropewalk.train import resume as resume
+    from ropewalk.train import spike as spike
 
 __version__ = "0.1.0"
 
@@ -31,6 +32,7 @@ _HOME = {
     "train": "train",
     "resume": "train",
     "launch": "launch",
+    "spike": "train",
     "evaluate": "evaluate",
     "generate": "serve",
     "chat": "cli.chat",

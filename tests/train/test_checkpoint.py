@@ -37,7 +37,7 @@ def save(
     loss: float | None = None,
     keep: int = 9,
     needed: int = 1000,
-    background: bool = True,
+    copy: bool = True,
     tensors: dict[str, torch.Tensor] = TENSORS,
 ) -> Path:
     random_tensors, random_json = ck.random_state()
@@ -52,7 +52,7 @@ def save(
         validation_loss=loss,
     )
     saver = Saver(run / "checkpoints", keep)
-    saver.begin(contents, background)
+    saver.begin(contents, copy)
     saved = saver.finish()
     assert saved is not None
     return saved.path
@@ -144,7 +144,7 @@ def test_a_save_that_fails_leaves_nothing_and_touches_nothing(
 OPERATIONS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.listdir", "os.scandir")
 
 
-def save_and_die(run: Path, event: int, background: bool) -> bool:
+def save_and_die(run: Path, event: int, copy: bool) -> bool:
     """In a child: saves step 2 over step 1 with keep=1, killed at its n-th file operation; whether it was."""
     child = os.fork()
     if child == 0:
@@ -159,7 +159,7 @@ def save_and_die(run: Path, event: int, background: bool) -> bool:
 
         try:
             sys.addaudithook(watch)
-            save(run, 2, keep=1, background=background)
+            save(run, 2, keep=1, copy=copy)
             os._exit(0)
         finally:
             os._exit(1)  # whatever goes wrong, a child must not go on with the tests
@@ -168,12 +168,12 @@ def save_and_die(run: Path, event: int, background: bool) -> bool:
     return status != 0
 
 
-@pytest.mark.parametrize("background", [True, False])
-def test_a_save_killed_at_any_file_operation_leaves_a_whole_checkpoint(run: Path, background: bool) -> None:
+@pytest.mark.parametrize("copy", [True, False])
+def test_a_save_killed_at_any_file_operation_leaves_a_whole_checkpoint(run: Path, copy: bool) -> None:
     event, found = 1, set()
     while True:
         save(run, 1)
-        killed = save_and_die(run, event, background)
+        killed = save_and_die(run, event, copy)
         checkpoint, warnings = newest_valid_checkpoint(run)
         assert checkpoint is not None, event
         assert warnings == []

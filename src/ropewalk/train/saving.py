@@ -1,7 +1,8 @@
 """Writes checkpoints in a thread, while training goes on or while the run waits for it.
 
-Where training goes on, the run waits only until its tensors are copied to the host's memory. At most one save
-is under way: the next one, the end of the run, a stop and an error wait for it.
+Where training goes on, the run waits only until its tensors are copied to the host's memory (if that has room
+for them: half of what is free must do). At most one save is under way: the next one, the end of the run, a
+stop and an error wait for it.
 
 No collective operation is issued in the thread: beside those of the training, in another order in each
 process, they would wait for each other for ever; and a second set of connections is not worth having for
@@ -104,11 +105,12 @@ class Saver:
         """Whether a save was begun and is not finished."""
         return self._thread is not None
 
-    def begin(self, contents: Contents, background: bool) -> Path:
+    def begin(self, contents: Contents, copy: bool) -> Path:
         """Starts to write `folder/step-XXXXXXXX`, once the save before is finished: its path.
 
-        In the background the tensors may change as soon as this returns, else only after `finish`. Every
-        process comes here. RopewalkError where the disk has no room: then nothing was begun or deleted.
+        When this returns the tensors may change: with `copy` soon, unless the host has no memory for that, else
+        when this process has written all it has to. Every process comes here. RopewalkError where the disk has
+        no room: then nothing was begun or deleted.
         """
         assert not self.busy, "finish the save before"
         began = time.perf_counter()
@@ -118,11 +120,14 @@ class Saver:
             temporary = Path(self.world.share(str(temporary)))
             parts = parts_of(contents.tensors, contents.trained, self.world)
             tensors = {name: tensor for name, tensor in contents.tensors.items() if parts[name].writes}
-            contents = replace(contents, tensors=self._copies.of(tensors) if background else tensors)
+            copies = self._copies.of(tensors) if copy else None
+            contents = replace(contents, tensors=tensors if copies is None else copies)
             arguments = (contents, parts, temporary, path, began, stack.pop_all())
         # a daemon, so that a second Ctrl-C ends the process
         self._thread = threading.Thread(target=self._run, args=arguments, daemon=True, name="checkpoint")
         self._thread.start()
+        if copies is None:
+            self._thread.join()
         self._waited = time.perf_counter() - began
         return path
 
