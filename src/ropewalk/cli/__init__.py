@@ -14,6 +14,7 @@ from ropewalk.cli import (
     evaluate,
     generate,
     launch,
+    parity,
     prepare,
     recipe,
     resume,
@@ -35,6 +36,7 @@ app.command("prepare")(prepare.command)
 app.command("train")(train.command)
 app.command("resume")(resume.command)
 app.command("launch")(launch.command)
+app.command("parity")(parity.command)
 app.command("spike")(spike.command)
 app.command("eval")(evaluate.command)
 app.command("generate")(generate.command)
