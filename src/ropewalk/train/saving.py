@@ -108,9 +108,9 @@ class Saver:
     def begin(self, contents: Contents, copy: bool) -> Path:
         """Starts to write `folder/step-XXXXXXXX`, once the save before is finished: its path.
 
-        When this returns the tensors may change: with `copy` soon, unless the host has no memory for that, else
-        when this process has written all it has to. Every process comes here. RopewalkError where the disk has
-        no room: then nothing was begun or deleted.
+        When this returns the tensors may change: with `copy` soon, unless the host has no memory for that,
+        else when this process has written all it has to. Every process comes here. RopewalkError where the
+        disk has no room: then nothing was begun or deleted.
         """
         assert not self.busy, "finish the save before"
         began = time.perf_counter()
