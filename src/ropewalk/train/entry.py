@@ -44,7 +44,7 @@ class TrainResult:
     steps: int
     interrupted: bool
     losses: list[float]
-    """of the steps done by this call"""
+    """of the steps done by this call, less those whose update was skipped"""
     validation_before: float | None
     validation_after: float | None
     checkpoint: Path | None
