@@ -46,7 +46,7 @@ class TrainResult:
     preempted: bool
     """interrupted by SIGUSR1 or SIGUSR2: to be started again"""
     losses: list[float]
-    """of the steps done by this call"""
+    """of the steps done by this call, less those whose update was skipped"""
     validation_before: float | None
     validation_after: float | None
     checkpoint: Path | None
