@@ -326,4 +326,5 @@ class Recipe(Section):
     parallel: Annotated[
         Parallel, BeforeValidator(_auto_layout, json_schema_input_type=Parallel | Literal["auto"])
     ] = Parallel()
+    """How the run is spread over processes; "auto": sharded over all there are."""
     evaluate: Evaluate = Evaluate()
