@@ -139,6 +139,11 @@ def trace(run: Path) -> list[tuple[float, float]]:
     return [(r["loss"], r["gradient_norm"]) for r in records if r["kind"] == "train"]
 
 
+def said(run: Path, word: str) -> list[str]:
+    """Lines of the report with a word: so many parameters are trained, in any layout."""
+    return [line for line in (Path(run) / "report.md").read_text().splitlines() if word in line]
+
+
 def weights(run: Path) -> dict[str, torch.Tensor]:
     (checkpoint,) = (Path(run) / "checkpoints").glob("step-00000005")
     (file,) = (checkpoint / "model").glob("*.safetensors")
@@ -152,6 +157,7 @@ def assert_same_training(found: dict[str, Any], alone: Any) -> None:
         assert loss == pytest.approx(other, rel=1e-5)
         assert norm == pytest.approx(other_norm, rel=1e-4)
     assert found["validation_after"] == pytest.approx(alone.validation_after, rel=1e-5)
+    assert said(found["run"], "| trained |") == said(alone.run, "| trained |") != []
     ours, theirs = weights(found["run"]), weights(alone.run)
     assert ours.keys() == theirs.keys()
     for name in ours:

@@ -166,7 +166,7 @@ def _together(call: str, arguments: list[Any], recipe: Recipe) -> TrainResult:
 
 def finish(job: Job, run: RunDirectory, reporter: Reporter) -> TrainResult:
     """Runs the loop to its end or to a stop, and says how it went."""
-    trainable, adapted = job.built.trainable(), job.built.adapted
+    trainable, adapted = job.built.trainable, job.built.adapted
     run.log(
         {"kind": "start", "step": job.step, "steps": job.steps, "trainable": trainable, "time": time.time()}
     )
