@@ -47,9 +47,16 @@ LAYOUTS = {
         "stage 1": {"shard": 2, "stage": 1},
         "replicated": {"replicate": 2, "shard": 1},
         "tensor": {"tensor": 2},
+        "context": {"context": 2},
+        "context, ring": {"context": 2, "context_exchange": "ring"},
+        "context, ulysses": {"context": 2, "context_exchange": "ulysses"},
     },
     4: {
         "tensor 2 x shard 2": {"tensor": 2, "shard": 2},
+        "context 4, ring": {"context": 4, "context_exchange": "ring"},
+        "context 2 x shard 2": {"context": 2, "shard": 2},
+        "context 2 x replicate 2": {"context": 2, "replicate": 2, "context_exchange": "ring"},
+        "context 2 x tensor 2": {"context": 2, "tensor": 2},
         "stage 3": {"shard": 4},
         "hybrid": {"replicate": 2, "shard": 2},
         "replicated": {"replicate": 4, "shard": 1},
@@ -151,10 +158,13 @@ def test_two_processes_train_what_one_trains(recipes, train_in) -> None:  # type
         for family in FAMILIES
         for name, layout in LAYOUTS[2].items()
         if family == "llama"
-        or name in ("stage 3", "replicated")
+        or name in ("stage 3", "replicated", "context")
+        or (name == "context, ring" and family == "gemma2")
         or (name == "tensor" and family != "qwen3_moe")
     }
     cases |= {f"llama, {name}": ("llama", {"shard": 2}, fields) for name, fields in VARIANTS.items()}
+    ring = {"context": 2, "context_exchange": "ring"}
+    cases |= {f"llama, ring, {name}": ("llama", ring, fields) for name, fields in VARIANTS.items()}
     calls = {
         name: ("train", [recipes(family, layout, **fields), [], False])
         for name, (family, layout, fields) in cases.items()

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 def shard(model: Transformer, world: World) -> None:
     """Divides `model` over the mesh, in place; gradients are sums over the processes, reduced in float32.
 
-    First the products (`tensor`), then what each process has of them. UserError where those cannot be.
+    First the products (`tensor`), then the tokens of rows (`context`), then what each process has of the
+    weights. UserError where those cannot be.
     """
     if world.mesh is None:
         return
@@ -30,10 +31,14 @@ def shard(model: Transformer, world: World) -> None:
         from ropewalk.parallel.tensor import divide
 
         divide(model, world)
+    if world.layout.context > 1:
+        from ropewalk.parallel.context import divide_rows
+
+        divide_rows(model, world)
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     options: dict[str, Any] = {
-        "mesh": world.mesh["replicate", "shard"],
+        "mesh": world.weights,
         "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False),
     }
     for block in model.blocks:

@@ -1,0 +1,63 @@
+"""Attention over divided rows beside the reference: `python attention_worker.py CASES.json`.
+
+Each case is compared in every process; the first writes the largest differences, relative to the reference.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ropewalk.ops import AttentionLayout, attention_reference
+from ropewalk.parallel.context import EXCHANGES
+
+
+def documents(rows: int, length: int, most: int, generator: torch.Generator) -> torch.Tensor:
+    """Random segments: documents of 1 to `most` tokens, and some padding at the end of some rows."""
+    segments = torch.empty(rows, length, dtype=torch.int64)
+    for row in segments:
+        sizes = torch.randint(1, most + 1, (length,), generator=generator)
+        row.copy_(torch.arange(length).repeat_interleave(sizes)[:length])
+        padding = int(torch.randint(0, length // 4, (1,), generator=generator))
+        row[length - padding * (padding % 2) :] = -1
+    return segments
+
+
+def differences(case: dict[str, Any]) -> list[float]:
+    """Of the result and the gradients of q, k and v, for this process's tokens."""
+    generator = torch.Generator().manual_seed(case["seed"])
+    dtype = getattr(torch, case["dtype"])
+    rows, length = case["rows"], case["length"]
+    segments = documents(rows, length, case["longest"], generator)
+    sizes = [case["heads"], case["kv_heads"], case["kv_heads"], case["heads"]]
+    q, k, v, grad = (torch.randn(rows, length, n, 8, generator=generator, dtype=torch.float64) for n in sizes)
+    options = {"window": case["window"], "softcap": case["softcap"], "scale": case["scale"]}
+    whole = [t.to(dtype).double().requires_grad_() for t in (q, k, v)]
+    wanted = attention_reference(*whole, segments, **options)
+    wanted.backward(grad.to(dtype).double())
+
+    exchange = EXCHANGES[case["kind"]](dist.group.WORLD, dist.get_rank(), dist.get_world_size())
+    here = exchange.columns(length)
+    mine = [t[:, here].detach().to(dtype).requires_grad_() for t in (q, k, v)]
+    part = exchange.part()
+    found = part.attention(*mine, layout=AttentionLayout.from_segments(segments), **options)
+    found.backward(grad[:, here].to(dtype))
+    pairs = [(found.detach(), wanted.detach()[:, here])]
+    pairs += [(t.grad, w.grad[:, here]) for t, w in zip(mine, whole, strict=True)]
+    return [float((a.double() - b).abs().max() / b.abs().max().clamp(min=1)) for a, b in pairs]
+
+
+cases = json.loads(Path(sys.argv[1]).read_text())
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+results = []
+for case in cases:
+    worst = torch.tensor(differences(case), dtype=torch.float64)
+    dist.all_reduce(worst, dist.ReduceOp.MAX)
+    results.append(worst.tolist())
+if os.environ["RANK"] == "0":
+    Path(sys.argv[1]).with_suffix(".result").write_text(json.dumps(results))
