@@ -36,6 +36,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "vocab_size": 384,
         "n_positions": 128,
     },
+    "qwen3": SIZES | {"model_type": "qwen3", "attention_bias": True},
+    "wide": SIZES
+    | {"model_type": "llama", "hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 8}
+    | {"head_dim": 16},
     "qwen3_moe": SIZES
     | {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
     | {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True, "router_aux_loss_coef": 0.01},
@@ -57,6 +61,7 @@ LAYOUTS = {
         "context 2 x shard 2": {"context": 2, "shard": 2},
         "context 2 x replicate 2": {"context": 2, "replicate": 2, "context_exchange": "ring"},
         "context 2 x tensor 2": {"context": 2, "tensor": 2},
+        "tensor 2 x replicate 2": {"tensor": 2, "replicate": 2, "shard": 1},
         "stage 3": {"shard": 4},
         "hybrid": {"replicate": 2, "shard": 2},
         "replicated": {"replicate": 4, "shard": 1},
@@ -69,7 +74,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "qlora": {"adapt": {"method": "lora", "rank": 4, "quantize": "nf4"}},
     "lion": {"train": {"optimizer.name": "lion"}},
 }
-"""Of llama at stage 3, over two processes."""
+"""Of llama at stage 3, over two processes; and, but for lion, of a wider one with divided products."""
+
+
+ALSO = {
+    "gemma2": ("stage 3", "replicated", "tensor", "context", "context, ring"),
+    "gpt2": ("stage 3", "replicated", "tensor", "context"),
+    "qwen3": ("tensor",),
+    "qwen3_moe": ("stage 3", "replicated", "context"),
+    "wide": (),
+}
+"""Layouts of the families beside llama, which is trained in all of them."""
 
 
 @pytest.fixture(scope="module")
@@ -153,18 +168,25 @@ def assert_same_training(found: dict[str, Any], alone: Any) -> None:
 
 
 def test_two_processes_train_what_one_trains(recipes, train_in) -> None:  # type: ignore[no-untyped-def]
+    layout_names = LAYOUTS[2].keys()
     cases = {
         f"{family}, {name}": (family, layout, {})
         for family in FAMILIES
         for name, layout in LAYOUTS[2].items()
-        if family == "llama"
-        or name in ("stage 3", "replicated", "context")
-        or (name == "context, ring" and family == "gemma2")
-        or (name == "tensor" and family != "qwen3_moe")
+        if name in ALSO.get(family, layout_names)
     }
     cases |= {f"llama, {name}": ("llama", {"shard": 2}, fields) for name, fields in VARIANTS.items()}
+    cases["llama, qlora, replicated"] = ("llama", {"replicate": 2, "shard": 1}, VARIANTS["qlora"])
+    cases |= {
+        f"wide, {name}, tensor": ("wide", {"tensor": 2}, fields)
+        for name, fields in VARIANTS.items()
+        if name != "lion"
+    }
     ring = {"context": 2, "context_exchange": "ring"}
-    cases |= {f"llama, ring, {name}": ("llama", ring, fields) for name, fields in VARIANTS.items()}
+    cases |= {
+        f"llama, {name}, context": ("llama", ring, VARIANTS[name])
+        for name in ("recomputed", "in backward", "qlora")
+    }
     calls = {
         name: ("train", [recipes(family, layout, **fields), [], False])
         for name, (family, layout, fields) in cases.items()

@@ -22,14 +22,18 @@ def from_config(config: Mapping[str, Any] | str | Path | ModelConfig, seed: int)
     `config` holds Hugging Face config fields (`model_type` and the sizes at least), or is the path of a
     JSON or YAML file with them. Raises UserError naming file and field.
     """
-    if not isinstance(config, ModelConfig):
-        where = str(config) if isinstance(config, str | Path) else "model.config"
-        config = config_from_hf(_read(Path(config)) if isinstance(config, str | Path) else config, where)
     with torch.device("meta"):
-        model = Transformer(config)
+        model = Transformer(config if isinstance(config, ModelConfig) else config_from_fields(config))
     model.to_empty(device="cpu")
     init_weights(model, seed)
     return model
+
+
+def config_from_fields(config: Mapping[str, Any] | str | Path) -> ModelConfig:
+    """What `from_config` makes of Hugging Face fields, or of the path of a JSON or YAML file with them."""
+    if isinstance(config, str | Path):
+        return config_from_hf(_read(Path(config)), str(config))
+    return config_from_hf(config, "model.config")
 
 
 @torch.no_grad()

@@ -5,8 +5,9 @@ processes add up numbers. May import torch, model and errors.
 """
 
 from ropewalk.layout import Layout
+from ropewalk.parallel.context import context_refusal
 from ropewalk.parallel.sharding import divided, gathered, local, reduce_gradients, shard
-from ropewalk.parallel.slices import has_partial_gradient, sliced_along
+from ropewalk.parallel.slices import has_partial_gradient, refusal, sliced_along
 from ropewalk.parallel.state import Part, Stored, load_tensors, part_file, parts_of, write_parts
 from ropewalk.parallel.world import World, processes, started
 
@@ -15,6 +16,7 @@ __all__ = [
     "Part",
     "Stored",
     "World",
+    "context_refusal",
     "divided",
     "gathered",
     "has_partial_gradient",
@@ -24,6 +26,7 @@ __all__ = [
     "parts_of",
     "processes",
     "reduce_gradients",
+    "refusal",
     "shard",
     "sliced_along",
     "started",

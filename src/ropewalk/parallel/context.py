@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ropewalk.errors import UserError
 from ropewalk.layout import Layout
 from ropewalk.model import ModelConfig, Transformer
 from ropewalk.ops import AttentionLayout, RowPart, attention
@@ -37,7 +36,7 @@ Work = Callable[[Tensor, int | None], Any]
 """What is done with keys and values `[2, B, S, kv_heads, D]` of a process, or (None) of the whole rows."""
 
 
-def refusal(config: ModelConfig, layout: Layout) -> str | None:
+def context_refusal(config: ModelConfig, layout: Layout) -> str | None:
     """Why this model's tokens cannot be shared so, and the nearest layout in which they can; or None."""
     if layout.context == 1 or layout.context_exchange != "ulysses":
         return None
@@ -55,10 +54,8 @@ def refusal(config: ModelConfig, layout: Layout) -> str | None:
 def divide_rows(model: Transformer, world: World) -> None:
     """Lets `model` compute this process's tokens of packed rows, and reach the others' in attention.
 
-    UserError where `refusal` has something against it.
+    The layout is one that `context_refusal` has nothing against.
     """
-    if why := refusal(model.config, world.layout):
-        raise UserError(f"parallel.context: {why}")
     group, degree = world.group("context"), world.layout.context
     kind = EXCHANGES[world.layout.context_exchange]
     model.row_part = kind(group, world.index("context"), degree).part()

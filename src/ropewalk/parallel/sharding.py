@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ropewalk.model import Transformer
+from ropewalk.ops import NF4Tensor
+from ropewalk.parallel.context import divide_rows
 from ropewalk.parallel.slices import sliced_along
 from ropewalk.parallel.world import World
 
@@ -32,8 +34,6 @@ def shard(model: Transformer, world: World) -> None:
 
         divide(model, world)
     if world.layout.context > 1:
-        from ropewalk.parallel.context import divide_rows
-
         divide_rows(model, world)
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -41,6 +41,8 @@ def shard(model: Transformer, world: World) -> None:
         "mesh": world.weights,
         "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False),
     }
+    if world.layout.shard == 1:  # fully_shard can gather a quantized weight only of several parts
+        options["ignored_params"] = {p for p in model.parameters() if isinstance(p, NF4Tensor)}
     for block in model.blocks:
         fully_shard(block, reshard_after_forward=world.layout.stage == 3, **options)
     # the head meets the hidden states after the model's own forward: what is outside the blocks stays there
@@ -81,7 +83,8 @@ def _put_together(model: Transformer, world: World) -> Iterator[None]:
     if world.layout.tensor > 1:
         from ropewalk.parallel.tensor import whole
 
-        slices = {name: p for name, p in model.named_parameters() if sliced_along(name) is not None}
+        plain = ((name, p) for name, p in model.named_parameters() if not isinstance(p, NF4Tensor))
+        slices = {name: p for name, p in plain if sliced_along(name) is not None}
         for name, parameter in slices.items():
             replace(model, name, nn.Parameter(whole(name, parameter, world), requires_grad=False))
         model.tie_head()

@@ -1,4 +1,6 @@
-"""Which parameters a `tensor` group divides, told by their names."""
+"""Which parameters a `tensor` group divides, told by their names; and which models it can divide."""
+
+from ropewalk.model.config import ModelConfig
 
 FIRST = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 SECOND = ("o_proj", "down_proj")
@@ -28,3 +30,20 @@ def has_partial_gradient(name: str) -> bool:
     if any(module in SECOND for module in modules):
         return kind == "lora_b"
     return any(module.endswith("norm") for module in modules)
+
+
+def refusal(config: ModelConfig, degree: int) -> str | None:
+    """Why `degree` processes cannot share this model's products, and the nearest degree that can; or None."""
+    if degree == 1:
+        return None
+    if config.moe_layers:
+        return "the experts of a mixture are not divided this way; set parallel.tensor: 1"
+    if config.qk_norm == "projection":
+        return f"{config.family} normalizes all heads together; set parallel.tensor: 1"
+    names = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size")
+    sizes = {name: getattr(config, name) for name in names}
+    odd = [f"{name} {size}" for name, size in sizes.items() if size % degree]
+    if not odd:
+        return None
+    fits = next(d for d in range(degree - 1, 0, -1) if not any(size % d for size in sizes.values()))
+    return f"{degree} does not divide {' and '.join(odd)}; set parallel.tensor: {fits}"

@@ -3,7 +3,7 @@
 A block's matrices come in pairs. Of the first (q, k, v; gate and up) each process has some columns of the
 transposed weight: some heads, some inner channels. Of the second (o; down) it has the rows that belong to
 them. So a pair needs one exchange where the hidden states enter it and one where they leave it. Between the
-pairs each process keeps some tokens of each row only. The vocabulary of embedding and head is divided as well.
+pairs each process keeps some tokens of each row only. The vocabulary of embedding and head is divided, too.
 
 A process has plain tensors, its slices, under the names of the whole ones: every operation, adapter and
 optimizer works on them as on a smaller model's. (With DTensor parameters none of our own operations would.)
@@ -17,45 +17,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ropewalk.errors import UserError
-from ropewalk.model import ModelConfig, Transformer
+from ropewalk.errors import RopewalkError
+from ropewalk.model import Transformer
 from ropewalk.ops import NF4Tensor, VocabularyPart
 from ropewalk.parallel.sharding import replace
 from ropewalk.parallel.slices import sliced_along
 from ropewalk.parallel.world import World
 
 
-def refusal(config: ModelConfig, degree: int) -> str | None:
-    """Why `degree` processes cannot share this model's products, and the nearest degree that can; or None."""
-    if degree == 1:
-        return None
-    if config.moe_layers:
-        return "the experts of a mixture are not divided this way; set parallel.tensor: 1"
-    if config.qk_norm == "projection":
-        return f"{config.family} normalizes all heads together; set parallel.tensor: 1"
-    sizes = {
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads,
-        "intermediate_size": config.intermediate_size,
-        "vocab_size": config.vocab_size,
-    }
-    odd = [f"{name} {size}" for name, size in sizes.items() if size % degree]
-    if not odd:
-        return None
-    fits = next(d for d in range(degree - 1, 0, -1) if not any(size % d for size in sizes.values()))
-    return f"{degree} does not divide {' and '.join(odd)}; set parallel.tensor: {fits}"
-
-
 def divide(model: Transformer, world: World) -> None:
     """Leaves each process its slices of `model`, in place, and lets it exchange hidden states.
 
-    UserError where `refusal` has something against it.
+    The degree is one that `slices.refusal` has nothing against.
     """
     degree = world.layout.tensor
-    if degree == 1:
-        return
-    if why := refusal(model.config, degree):
-        raise UserError(f"parallel.tensor: {why}")
     assert world.mesh is not None
     group = world.group("tensor")
     index = dist.get_rank(group)
@@ -190,7 +165,9 @@ def _connect(model: Transformer, exchange: _Exchange) -> None:
 
     def begin(_: nn.Module, inputs: tuple[Any, ...]) -> None:
         training = model.training and torch.is_grad_enabled()
-        exchange.apart = training and inputs[0].shape[1] % exchange.degree == 0
+        exchange.apart = training
+        if training and inputs[0].shape[1] % exchange.degree:
+            raise RopewalkError(f"rows of {inputs[0].shape[1]} tokens cannot be shared by {exchange.degree}")
 
     def first(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         return (exchange.split(inputs[0]) if exchange.apart else inputs[0], *inputs[1:])

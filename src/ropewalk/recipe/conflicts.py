@@ -68,16 +68,49 @@ def _of_layout(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if parallel.shard * parallel.context > 1 and optimizer.state_bits < 32:
         why = "blocks of low-bit states lie across the borders of the parts"
         yield "train.optimizer.state_bits", f"not with {divided}: {why}; set it to 32"
+    if parallel.tensor > 1:
+        yield from _of_tensor(recipe)
+    if parallel.context > 1:
+        yield from _of_context(recipe)
     if parallel.replicate * parallel.shard * parallel.context > 1 and method in ("prompt", "prefix"):
         why = "virtual tokens run through the blocks beside the documents"
         others = "" if parallel.context == 1 else " and parallel.context: 1"
         yield "adapt.method", f"{method} trains in one process only: {why}; set parallel.shard: 1{others}"
-    size, pieces = recipe.data.sequence_length, 2 * parallel.context
-    if parallel.context > 1 and size % pieces:
-        fits = next(d for d in range(parallel.context - 1, 0, -1) if d == 1 or size % (2 * d) == 0)
+
+
+def _of_context(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Rows of a length that cannot be shared out evenly: see `Layout.whole`."""
+    size, degree, tensor = recipe.data.sequence_length, recipe.parallel.context, recipe.parallel.tensor
+    pieces = 2 * degree * tensor
+    if size % pieces:
+        fits = next((d for d in range(degree - 1, 1, -1) if size % (2 * d * tensor) == 0), 1)
         nearest = max(1, round(size / pieces)) * pieces
-        why = f"rows of {size} tokens cannot be cut into {pieces} equal pieces, two for each process"
+        each = "two for each process" if tensor == 1 else f"two for each of {degree} x {tensor} processes"
+        why = f"rows of {size} tokens cannot be cut into {pieces} equal pieces, {each}"
         yield "parallel.context", f"{why}; set it to {fits}, or data.sequence_length: {nearest}"
+
+
+def _of_tensor(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    train, method, degree = recipe.train, recipe.adapt.method, recipe.parallel.tensor
+    if train.optimizer.name in ("muon", "adafactor"):
+        why = (
+            f"{train.optimizer.name} looks at whole matrices, and each process has slices; use adamw or lion"
+        )
+        yield "train.optimizer.name", f"{why}, or set parallel.tensor: 1"
+    if train.optimizer.state_bits < 32:
+        yield "train.optimizer.state_bits", "not with parallel.tensor: blocks lie across slices; set it to 32"
+    if method not in ("full", "lora", "bitfit"):
+        yield "adapt.method", f"{method} has not been taught slices of matrices; set parallel.tensor: 1"
+    if train.precision == "float8":
+        yield (
+            "train.precision",
+            "float8 scales whole rows, and each process has slices; set parallel.tensor: 1",
+        )
+    if train.compile:
+        yield "train.compile", "not with parallel.tensor: blocks exchange hidden states; set it to false"
+    if recipe.data.sequence_length % degree:
+        why = f"between products each of {degree} processes has a part of the tokens"
+        yield "data.sequence_length", f"{why}; make it a multiple of {degree}"
 
 
 def _of_activations(recipe: Recipe) -> Iterator[tuple[str, str]]:

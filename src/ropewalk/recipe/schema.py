@@ -236,7 +236,7 @@ class Parallel(Section):
     context_exchange: Literal["all_gather", "ring", "ulysses"] = "all_gather"
     """How attention reaches the others' tokens: all keys at once, keys in turn, or tokens for heads."""
     tensor: Positive = 1
-    """Processes that share every matrix product (Megatron-LM, arXiv 1909.08053), with sequence parallelism."""
+    """Processes that share every matrix product (arXiv 1909.08053), and the tokens between them."""
     stage: Literal[1, 2, 3] = 3
     """Divide optimizer states (1), gradients too (2), weights too (3): ZeRO, arXiv 1910.02054."""
     hang_seconds: PositiveNumber | None = None

@@ -26,6 +26,14 @@ def environment(**facts: Any) -> dict[str, Any]:
     }
 
 
+def versions(whole: bool = True) -> dict[str, str]:
+    """What must be the same in all processes of a run: python, packages, the code's commit if `whole`."""
+    found = {"python": sys.version.split()[0]}
+    found |= {name: version for name in PACKAGES if (version := _version(name))}
+    commit = git_commit(Path(__file__).parent) if whole else None
+    return found | ({"ropewalk's git commit": commit} if commit else {})
+
+
 def git_commit(folder: str | Path = ".") -> str | None:
     """The commit checked out in `folder`, with `+changes` where files differ from it; None outside git."""
     try:

@@ -8,7 +8,17 @@ import torch
 
 from ropewalk.adapt import AdapterConfig, apply_adapter, freeze, save_adapter, unmerged
 from ropewalk.errors import UserError
-from ropewalk.model import Transformer, from_config, load_model, load_tokenizer, save_model
+from ropewalk.model import (
+    ModelConfig,
+    Transformer,
+    config_from_fields,
+    from_config,
+    load_model,
+    load_tokenizer,
+    read_config,
+    resolve_source,
+    save_model,
+)
 from ropewalk.recipe import Recipe
 from ropewalk.train.activations import save_activations
 from ropewalk.train.compiling import compile_blocks, use_float8
@@ -79,6 +89,14 @@ def build(recipe: Recipe, device: torch.device, checkpoint: Path | None = None) 
         compile_blocks(model, graphs=train.cuda_graphs)
     source = recipe.model.source if recipe.model.source is not None else "from scratch"
     return Built(model, _tokenizer(recipe, model), tuple(adapted), source, recipe.model.revision)
+
+
+def config_of(recipe: Recipe) -> ModelConfig:
+    """The sizes of a resolved recipe's model; no weights are read."""
+    if recipe.model.config is not None:
+        return config_from_fields(recipe.model.config)
+    assert recipe.model.source is not None  # the recipe's own check
+    return read_config(resolve_source(recipe.model.source, recipe.model.revision))
 
 
 def _weights(recipe: Recipe, device: torch.device, checkpoint: Path | None) -> Transformer:

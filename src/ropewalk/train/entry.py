@@ -13,9 +13,12 @@ from ropewalk.data import DamagedDataError, TokenShards, prepare
 from ropewalk.errors import UserError
 from ropewalk.files import cache_directory, remove_leftovers
 from ropewalk.layout import Layout
-from ropewalk.parallel import World, started
+from ropewalk.parallel import World, context_refusal, refusal, started
+from ropewalk.parallel.preflight import meet
 from ropewalk.recipe import Recipe, load_recipe, resolve, to_yaml
 from ropewalk.track import RunDirectory, environment
+from ropewalk.track.environment import versions
+from ropewalk.train.build import config_of
 from ropewalk.train.checkpoint import list_checkpoints, newest_valid_checkpoint
 from ropewalk.train.goodput import left_behind, note_end, note_start
 from ropewalk.train.job import Job, lineage, model_identity, open_job
@@ -62,7 +65,7 @@ def train(
     layout = layout_of(recipe)
     if layout.processes > 1 and not started():
         return _together("train", [recipe.model_dump(mode="json"), [], progress], recipe)
-    world = World.join(recipe.train.device, layout)
+    world = meet(recipe.train.device, layout, Path(recipe.runs), versions)
     begun = world.share(run_of(job_key(), recipe.runs, recipe.name) if world.first else None)
     if begun is not None:  # the processes of this job were started again
         before = load_recipe(begun / "recipe.yaml")
@@ -105,7 +108,7 @@ def resume(run: str | Path, overrides: Sequence[str] = (), progress: bool = True
     layout = layout_of(recipe)
     if layout.processes > 1 and not started():
         return _together("resume", [str(directory.path), list(overrides), progress], recipe)
-    world = World.join(recipe.train.device, layout)
+    world = meet(recipe.train.device, layout, directory.path, versions)
     directory.writes = world.first
     return _go_on(directory, recipe, world, progress, began)
 
@@ -137,8 +140,13 @@ def _go_on(
 
 
 def layout_of(recipe: Recipe) -> Layout:
-    """The layout of a resolved recipe."""
-    return Layout(**{field.name: getattr(recipe.parallel, field.name) for field in fields(Layout)})
+    """The layout of a resolved recipe. UserError where its model cannot be divided so."""
+    layout = Layout(**{field.name: getattr(recipe.parallel, field.name) for field in fields(Layout)})
+    if layout.tensor > 1 and (why := refusal(config_of(recipe), layout.tensor)):
+        raise UserError(f"parallel.tensor: {why}")
+    if layout.context > 1 and (why := context_refusal(config_of(recipe), layout)):
+        raise UserError(f"parallel.context: {why}")
+    return layout
 
 
 def _together(call: str, arguments: list[Any], recipe: Recipe) -> TrainResult:
