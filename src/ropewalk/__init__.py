@@ -30,6 +30,7 @@ _HOME = {
     "prepare": "data",
     "train": "train",
     "resume": "train",
+    "launch": "launch",
     "evaluate": "evaluate",
     "generate": "serve",
     "chat": "cli.chat",
@@ -45,8 +46,8 @@ __all__ = sorted(_HOME)
 class _CommandModule(ModuleType):
     """A module that is also the command of its name: `rw.train(...)` is `ropewalk.train.train(...)`.
 
-    Importing a submodule binds its name in the package, over any function put there; so the three
-    modules that share their name with their command (train, evaluate, doctor) can be called themselves.
+    Importing a submodule binds its name in the package, over any function put there; so the four
+    modules that share their name with their command (train, launch, evaluate, doctor) can be called themselves.
     """
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:

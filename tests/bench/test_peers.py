@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
-MODULES = ("cases", "environments", "measure", "peers", "ladder", "shapes", "work")
+MODULES = ("cases", "environments", "measure", "peers", "ladder", "shapes", "step_profile", "work")
 
 
 @pytest.fixture(scope="module")
@@ -235,3 +235,11 @@ def test_attention_s_candidates_are_compared(tmp_path):
     assert {"pick", "flash", "flash in float32", "math", "written out"} <= set(plain["seconds"])
     assert {"pick", "written out"} == set(capped["seconds"])
     assert "packed" in plain["left_out"]
+
+
+def test_a_step_is_profiled_at_two_depths(capsys, monkeypatch, bench):
+    """The whole is foreseen from what a block takes."""
+    arguments = "--device cpu --shape tiny --length 64 --blocks 1 2 --runs 1 --kernels 0 --rank 2"
+    monkeypatch.setattr("sys.argv", ["step_profile.py", *arguments.split(), "--no-compile"])
+    bench.step_profile.main()
+    assert "all 2 blocks: forward and backward" in capsys.readouterr().out

@@ -19,6 +19,7 @@ COMMANDS = [
     ["prepare"],
     ["train"],
     ["resume"],
+    ["launch"],
     ["eval"],
     ["generate"],
     ["chat"],
@@ -189,8 +190,8 @@ def test_the_package_exports_its_commands_lazily():
         "import sys, ropewalk as rw\n"
         "assert 'torch' not in sys.modules and 'pydantic' not in sys.modules\n"
         "assert callable(rw.load_recipe) and 'torch' not in sys.modules\n"
-        "import ropewalk.train, ropewalk.evaluate, ropewalk.doctor\n"
-        "names = 'prepare train resume evaluate generate chat doctor run'\n"
+        "import ropewalk.train, ropewalk.evaluate, ropewalk.doctor, ropewalk.launch\n"
+        "names = 'prepare train resume launch evaluate generate chat doctor run'\n"
         "names += ' load_model load_tokenizer save_model'\n"
         "assert all(callable(getattr(rw, name)) for name in names.split())\n"
         "assert set(names.split()) <= set(dir(rw)) and rw.__version__\n"
@@ -202,7 +203,7 @@ def test_the_package_exports_its_commands_lazily():
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate", "doctor"])
+@pytest.mark.parametrize("name", ["train", "evaluate", "doctor", "launch"])
 def test_a_module_named_like_its_command_can_be_called(name):
     """`import ropewalk.train` binds the module over any function of that name in the package."""
     import importlib

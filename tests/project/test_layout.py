@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "src" / "ropewalk"
 
 LOW = {"model", "ops", "adapt", "parallel"}
-STAGES = set("data train align evaluate plan sweep compress export serve board compare".split())
+STAGES = set("data train launch align evaluate plan sweep compress export serve board compare".split())
 LEAVES = {"errors", "files", "layout", "stage"}
 """Single modules that everybody may use."""
 WHOLE_LANE = {"cli", "lane", "doctor"}
@@ -20,6 +20,7 @@ WHOLE_LANE = {"cli", "lane", "doctor"}
 MAY_USE_RECIPE_AND_TRACK = {
     "data": {"entry"},
     "evaluate": {"entry"},
+    "launch": {"entry"},
     "train": {"entry", "job", "build", "loop", "report", "together", "goodput"},
 }
 """Entry modules of a stage room: what is below them takes plain values."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import typer
 
-from ropewalk.cli import chat, doctor, evaluate, generate, prepare, recipe, resume, run, runs, train
+from ropewalk.cli import chat, doctor, evaluate, generate, launch, prepare, recipe, resume, run, runs, train
 from ropewalk.errors import RopewalkError
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app.command("doctor")(doctor.command)
 app.command("prepare")(prepare.command)
 app.command("train")(train.command)
 app.command("resume")(resume.command)
+app.command("launch")(launch.command)
 app.command("eval")(evaluate.command)
 app.command("generate")(generate.command)
 app.command("chat")(chat.command)
