@@ -6,6 +6,7 @@ Each case is compared in every process; the first writes the largest differences
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,32 @@ def documents(rows: int, length: int, most: int, generator: torch.Generator) -> 
     return segments
 
 
+sent = 0
+
+
+def counted(name: str, size: Callable[..., int]) -> None:
+    """Counts the bytes that this process must send for each call of torch.distributed's `name`."""
+    real = getattr(dist, name)
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        global sent
+        sent += size(*arguments)
+        return real(*arguments, **options)
+
+    setattr(dist, name, call)
+
+
+def count_bytes(degree: int) -> None:
+    counted("all_gather_into_tensor", lambda _, mine: (degree - 1) * mine.nbytes)
+    counted("reduce_scatter_tensor", lambda _, whole: (degree - 1) * whole.nbytes // degree)
+    counted("all_to_all_single", lambda _, mine: (degree - 1) * mine.nbytes // degree)
+    counted("P2POp", lambda op, tensor: tensor.nbytes if op is dist.isend else 0)
+
+
 def differences(case: dict[str, Any]) -> list[float]:
-    """Of the result and the gradients of q, k and v, for this process's tokens."""
+    """Of the result and the gradients of q, k and v, for this process's tokens; and the bytes sent."""
+    global sent
+    sent = 0
     generator = torch.Generator().manual_seed(case["seed"])
     dtype = getattr(torch, case["dtype"])
     rows, length = case["rows"], case["length"]
@@ -48,12 +73,13 @@ def differences(case: dict[str, Any]) -> list[float]:
     found.backward(grad[:, here].to(dtype))
     pairs = [(found.detach(), wanted.detach()[:, here])]
     pairs += [(t.grad, w.grad[:, here]) for t, w in zip(mine, whole, strict=True)]
-    return [float((a.double() - b).abs().max() / b.abs().max().clamp(min=1)) for a, b in pairs]
+    return [float((a.double() - b).abs().max() / b.abs().max().clamp(min=1)) for a, b in pairs] + [sent]
 
 
 cases = json.loads(Path(sys.argv[1]).read_text())
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
+count_bytes(dist.get_world_size())
 results = []
 for case in cases:
     worst = torch.tensor(differences(case), dtype=torch.float64)
