@@ -31,8 +31,9 @@ def documents(rows: int, length: int, most: int, generator: torch.Generator) -> 
 sent = 0
 
 
-def counted(name: str, size: Callable[..., int]) -> None:
-    """Counts the bytes that this process must send for each call of torch.distributed's `name`."""
+def counted(size: Callable[..., int], *names: str) -> None:
+    """Counts the bytes that this process must send for each call of what torch.distributed calls so."""
+    name = next(name for name in names if hasattr(dist, name))
     real = getattr(dist, name)
 
     def call(*arguments: Any, **options: Any) -> Any:
@@ -44,10 +45,12 @@ def counted(name: str, size: Callable[..., int]) -> None:
 
 
 def count_bytes(degree: int) -> None:
-    counted("all_gather_into_tensor", lambda _, mine: (degree - 1) * mine.nbytes)
-    counted("reduce_scatter_tensor", lambda _, whole: (degree - 1) * whole.nbytes // degree)
-    counted("all_to_all_single", lambda _, mine: (degree - 1) * mine.nbytes // degree)
-    counted("P2POp", lambda op, tensor: tensor.nbytes if op is dist.isend else 0)
+    others = degree - 1
+    counted(lambda _, mine: others * mine.nbytes, "all_gather_single", "all_gather_into_tensor")
+    scattered = "reduce_scatter_single", "reduce_scatter_tensor"
+    counted(lambda _, whole: others * whole.nbytes // degree, *scattered)
+    counted(lambda _, mine: others * mine.nbytes // degree, "all_to_all_single")
+    counted(lambda op, tensor: tensor.nbytes if op is dist.isend else 0, "P2POp")
 
 
 def differences(case: dict[str, Any]) -> list[float]:

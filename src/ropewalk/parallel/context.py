@@ -169,14 +169,21 @@ class AllGather(_ByKeys):
         pieces = work(self._whole(kv), None).split(size, 2)
         parts = [torch.cat((pieces[i], pieces[-1 - i]), 2) for i in range(self.degree)]
         mine = torch.empty_like(parts[0])
-        dist.reduce_scatter_tensor(mine, torch.cat(parts), group=self.group)
+        _collective("reduce_scatter_single", "reduce_scatter_tensor")(
+            mine, torch.cat(parts), group=self.group
+        )
         return mine
 
     def _whole(self, kv: Tensor) -> Tensor:
         found = kv.new_empty(self.degree * len(kv), *kv.shape[1:])
-        dist.all_gather_into_tensor(found, kv, group=self.group)
+        _collective("all_gather_single", "all_gather_into_tensor")(found, kv, group=self.group)
         heads, tails = found.unflatten(0, (self.degree, -1)).chunk(2, 3)
         return torch.cat([*heads, *tails.flip(0)], 2)
+
+
+def _collective(name: str, before: str) -> Any:
+    """torch 2.13 warns of the names that it had before."""
+    return getattr(dist, name, None) or getattr(dist, before)
 
 
 class Ring(_ByKeys):
