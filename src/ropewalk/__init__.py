@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from ropewalk.model import save_model as save_model
     from ropewalk.recipe import load_recipe as load_recipe
     from ropewalk.serve import generate as generate
+    from ropewalk.train import parity as parity
     from ropewalk.train import resume as resume
+    from ropewalk.train import spike as spike
 
 __version__ = "0.1.0"
 
@@ -31,6 +33,8 @@ _HOME = {
     "train": "train",
     "resume": "train",
     "launch": "launch",
+    "parity": "train",
+    "spike": "train",
     "evaluate": "evaluate",
     "generate": "serve",
     "chat": "cli.chat",
@@ -47,7 +51,7 @@ class _CommandModule(ModuleType):
     """A module that is also the command of its name: `rw.train(...)` is `ropewalk.train.train(...)`.
 
     Importing a submodule binds its name in the package, over any function put there; so the four
-    modules that share their name with their command (train, launch, evaluate, doctor) can be called themselves.
+    modules that share their name with a command (train, launch, evaluate, doctor) can be called themselves.
     """
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:

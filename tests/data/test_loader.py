@@ -150,7 +150,7 @@ def test_documents_that_do_not_fit_are_refused(make_shards):
 
 def test_prefetch_gives_the_loaders_batches(make_shards):
     loader = Loader(make_shards([3, 5, 8, 2, 6, 4]), 8, seed=1)
-    ahead = list(prefetch(loader, start=2, rows=3, count=7))
+    ahead = list(prefetch(loader, range(2, 23, 3), rows=3))
     assert len(ahead) == 7
     assert all(equal(batch, loader.batch(2 + 3 * i, 3)) for i, batch in enumerate(ahead))
 
@@ -163,7 +163,7 @@ class Failing:
 
 
 def test_an_error_of_the_prefetching_thread_is_raised_after_the_good_batches():
-    batches = prefetch(Failing(), 0, 2, 9)
+    batches = prefetch(Failing(), range(0, 18, 2), 2)
     assert next(batches) == 0
     assert next(batches) == 2
     with pytest.raises(OSError, match="the disk is gone"):
@@ -173,7 +173,7 @@ def test_an_error_of_the_prefetching_thread_is_raised_after_the_good_batches():
 def test_closing_ends_the_prefetching_thread(make_shards):
     before = threading.active_count()
     for taken in (0, 1, 3):
-        batches = prefetch(Loader(make_shards([3, 5, 8]), 8), 0, 1, 1_000_000)
+        batches = prefetch(Loader(make_shards([3, 5, 8]), 8), range(1_000_000), 1)
         for _ in range(taken):
             next(batches)
         begin = time.monotonic()
@@ -190,7 +190,7 @@ def test_prefetching_stays_a_few_batches_ahead():
             asked.append(first)
             return first
 
-    batches = prefetch(Counting(), 0, 1, 1000, depth=2)
+    batches = prefetch(Counting(), range(1000), 1, depth=2)
     next(batches)
     time.sleep(0.3)
     assert len(asked) <= 4

@@ -185,6 +185,8 @@ def test_a_signal_to_launch_ends_all_in_good_order(recipe_file: Recipe, tmp_path
     assert process.returncode not in (0, -signal.SIGTERM)
     assert (run / "checkpoints" / f"step-{len(losses(run)):08d}" / "MANIFEST.json").is_file()
     assert said.endswith(f"the processes' output is in {tmp_path}/runs/logs/tiny\n")
+    again = rw.launch(run, ["parallel.shard=1"], processes_per_node=1, dry_run=True).script
+    assert f"ropewalk resume {run} parallel.shard=1\n" in again
 
 
 SRUN = """\

@@ -18,7 +18,7 @@ from ropewalk.launch.start import Start
 GOLDEN = Path(__file__).with_name("golden")
 PLAIN = Start(
     name="support",
-    recipe="recipes/support.yaml",
+    source="recipes/support.yaml",
     overrides=("train.epochs=2",),
     runs="runs",
     nodes=1,
@@ -29,7 +29,7 @@ PLAIN = Start(
 )
 CLUSTER = Start(
     name="Support_8B",
-    recipe="my recipes/it's.yaml",
+    source="my recipes/it's.yaml",
     overrides=('evaluate.prompts=[Why is the $SKY "blue"?]', "parallel.shard=16"),
     runs="/shared/my runs",
     nodes=2,

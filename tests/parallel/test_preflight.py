@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import ropewalk as rw
 from ropewalk.errors import UserError
+from ropewalk.layout import Layout
 from ropewalk.parallel.launch import launch
-from ropewalk.parallel.preflight import CLOCKS, Facts, problems
+from ropewalk.parallel.preflight import CLOCKS, Facts, meet, problems
+from ropewalk.track.environment import versions
 
 Answers = list[dict[str, Any]]
 
@@ -90,6 +93,22 @@ def test_a_meeting_place_that_cannot_be_resolved_is_said_at_once(make_recipe: An
     assert "MASTER_ADDR, where the processes meet, is 'no-such-machine.invalid'" in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert time.monotonic() - began < 60
+
+
+def test_more_processes_than_gpus_are_said_before_they_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = torch.cuda.device_count()
+    for name, value in {"RANK": 3, "WORLD_SIZE": 4, "LOCAL_RANK": there, "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(UserError, match=rf"process 3 on .* number {there + 1} .* shows {there} GPU"):
+        meet("cuda", Layout(), Path("runs"), versions)
+
+
+def test_what_is_compared() -> None:
+    """Of this very code: Python, packages and, once for each machine, its git commit."""
+    found = versions()
+    assert found["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert {"python", "ropewalk", "transformers"} <= found.keys()
+    assert {*found} - {*versions(whole=False)} <= {"ropewalk's git commit"}
 
 
 def facts(host: str, *ranks: int, **more: Any) -> list[Facts]:

@@ -21,7 +21,18 @@ MAY_USE_RECIPE_AND_TRACK = {
     "data": {"entry"},
     "evaluate": {"entry"},
     "launch": {"entry"},
-    "train": {"entry", "job", "build", "loop", "report", "together", "goodput"},
+    "train": {
+        "entry",
+        "autopsy",
+        "job",
+        "build",
+        "loop",
+        "report",
+        "recover",
+        "together",
+        "goodput",
+        "layout_parity",
+    },
 }
 """Entry modules of a stage room: what is below them takes plain values."""
 

@@ -161,6 +161,22 @@ def test_about_a_hundred_fields_at_most():
 
 
 @pytest.mark.parametrize(
+    ("overrides", "processes", "local", "expected"),
+    [
+        ([], None, None, 4),
+        (["parallel.shard=2"], None, None, 2),  # Ropewalk starts both itself, here
+        (["parallel.shard=8"], None, None, 1),
+        ([], 8, 2, 2),  # torchrun: two of the eight are on this machine
+        ([], 8, None, 4),  # a scheduler that gives each process its own cores
+        (["train.threads=3"], 8, 2, 3),
+    ],
+)
+def test_processes_of_a_machine_share_its_cores(overrides, processes, local, expected):
+    machine = Machine(cores=4, cpu_bfloat16=False, processes=processes, local_processes=local)
+    assert resolved(*overrides, machine=machine).recipe.train.threads == expected
+
+
+@pytest.mark.parametrize(
     ("said", "visible", "expected"),
     [
         ("9.0\n8.6", None, 8.6),  # the weakest decides

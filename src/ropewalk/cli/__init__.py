@@ -8,7 +8,21 @@ from collections.abc import Sequence
 
 import typer
 
-from ropewalk.cli import chat, doctor, evaluate, generate, launch, prepare, recipe, resume, run, runs, train
+from ropewalk.cli import (
+    chat,
+    doctor,
+    evaluate,
+    generate,
+    launch,
+    parity,
+    prepare,
+    recipe,
+    resume,
+    run,
+    runs,
+    spike,
+    train,
+)
 from ropewalk.errors import RopewalkError
 
 app = typer.Typer(
@@ -22,6 +36,8 @@ app.command("prepare")(prepare.command)
 app.command("train")(train.command)
 app.command("resume")(resume.command)
 app.command("launch")(launch.command)
+app.command("parity")(parity.command)
+app.command("spike")(spike.command)
 app.command("eval")(evaluate.command)
 app.command("generate")(generate.command)
 app.command("chat")(chat.command)

@@ -42,7 +42,10 @@ def command(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Train on several processes or machines under torchrun: here, by SLURM, by Kubernetes."""
+    """Train on several processes or machines under torchrun: here, by SLURM, by Kubernetes.
+
+    With a run directory in place of the recipe: go on with that run.
+    """
     from ropewalk.launch import launch
 
     result = launch(

@@ -8,7 +8,7 @@ no version of a library can change it.
 
 import queue
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from typing import Any
 
 import numpy as np
@@ -141,24 +141,16 @@ def _splitmix(x: np.ndarray) -> np.ndarray:
 
 
 def prefetch(
-    loader: Loader,
-    start: int,
-    rows: int,
-    count: int,
-    depth: int = 2,
-    pin: bool = False,
-    stride: int | None = None,
+    loader: Loader, firsts: Iterable[int], rows: int, depth: int = 2, pin: bool = False
 ) -> Generator[Batch]:
-    """`count` batches of `rows` rows from row `start` on, made ahead by a thread, pinned for a GPU.
-
-    `stride`: rows from the beginning of one to that of the next, where others take those between.
+    """Batches of `rows` rows from each of the rows `firsts` on, made ahead by a thread, pinned for a GPU.
 
     An error of the thread is raised here. Close the iterator (or use it up) to end the thread.
     """
-    ready: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=depth)
+    ready: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=depth)
     stop = threading.Event()
 
-    def offer(item: Batch | BaseException) -> None:
+    def offer(item: Batch | BaseException | None) -> None:
         while not stop.is_set():
             try:
                 return ready.put(item, timeout=0.1)
@@ -167,19 +159,19 @@ def prefetch(
 
     def work() -> None:
         try:
-            for i in range(count):
+            for first in firsts:
                 if stop.is_set():
                     return
-                batch = loader.batch(start + i * (stride or rows), rows)
+                batch = loader.batch(first, rows)
                 offer(batch.pinned() if pin else batch)
+            offer(None)
         except BaseException as error:
             offer(error)
 
     thread = threading.Thread(target=work, name="ropewalk-prefetch", daemon=True)
     thread.start()
     try:
-        for _ in range(count):
-            item = ready.get()
+        while (item := ready.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
             yield item

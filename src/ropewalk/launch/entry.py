@@ -17,7 +17,7 @@ from ropewalk.launch.kubernetes import job_name, manifest
 from ropewalk.launch.scripts import local_script, slurm_script
 from ropewalk.launch.start import Start
 from ropewalk.layout import Layout
-from ropewalk.recipe import Machine, Recipe, load_recipe, resolve
+from ropewalk.recipe import Machine, load_recipe, resolve
 
 Place = Literal["local", "slurm", "kubernetes"]
 IMAGE, VOLUME = "IMAGE", "CLAIM"
@@ -55,13 +55,14 @@ def launch(
 ) -> Launched:
     """Trains a recipe in several processes under torchrun: here, in a SLURM job, or in a PyTorchJob.
 
+    `recipe`: its file, or a run directory to go on with.
     `processes_per_node`: unless told, what the recipe's `parallel` asks for. `cores`: CPU cores of each.
     `sbatch`: further options of a SLURM job. `image`, `volume`: see `kubernetes.manifest`. `dry_run`: only
     render. Returns when the run is over (local) or has been handed in. UserError for what is wrong with the
     recipe, with its layout over so many processes, or where sbatch or kubectl is missing; RopewalkError where
     they refuse.
     """
-    start = plan(load_recipe(recipe, overrides), str(recipe), overrides, on, nodes, processes_per_node, cores)
+    start = plan(str(recipe), overrides, on, nodes, processes_per_node, cores)
     programs = sysconfig.get_path("scripts")
     _check_options(on, sbatch, image, volume, dry_run)
     if on == "local":
@@ -70,7 +71,8 @@ def launch(
     if on == "slurm":
         script, command = slurm_script(start, programs, sbatch), ["sbatch"]
     else:
-        text, job = Path(recipe).read_text(encoding="utf-8"), job_name(start.name, secrets.token_hex(3))
+        text = _recipe_file(start.source).read_text(encoding="utf-8")
+        job = job_name(start.name, secrets.token_hex(3))
         script = manifest(start, text, job, image or IMAGE, volume or VOLUME)
         command = ["kubectl", "apply", "-f", "-"]
     return Launched(on, script, start.logs, None if dry_run else _hand_in(command, script, on))
@@ -90,8 +92,7 @@ def _check_options(
 
 
 def plan(
-    recipe: Recipe,
-    path: str,
+    source: str,
     overrides: Sequence[str],
     on: Place,
     nodes: int,
@@ -101,6 +102,7 @@ def plan(
     """What is to be started. UserError where the recipe cannot be spread over so many processes."""
     if on == "local" and nodes != 1:
         raise UserError("--nodes: --on local has one; use --on slurm or --on kubernetes")
+    recipe = load_recipe(_recipe_file(source), overrides)
     degrees = {field.name: getattr(recipe.parallel, field.name) for field in dataclasses.fields(Layout)}
     if processes is None:
         processes = max(1, Layout(**degrees).processes // nodes)
@@ -110,7 +112,7 @@ def plan(
     resolved = resolve(recipe, machine=dataclasses.replace(machine, processes=nodes * processes)).recipe
     return Start(
         name=recipe.name,
-        recipe=path,
+        source=source,
         overrides=tuple(overrides),
         runs=recipe.runs,
         nodes=nodes,
@@ -118,7 +120,12 @@ def plan(
         cores=cores or (max(1, here.cores // processes) if on == "local" else CORES),
         restarts=recipe.parallel.restarts,
         gpu=resolved.train.device == "cuda",
+        resume=Path(source).is_dir(),
     )
+
+
+def _recipe_file(source: str) -> Path:
+    return Path(source, "recipe.yaml") if Path(source).is_dir() else Path(source)
 
 
 def _run(script: str) -> int:

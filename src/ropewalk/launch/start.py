@@ -25,8 +25,8 @@ class Start:
 
     name: str
     """the recipe's: letters, digits, `.`, `_` and `-`"""
-    recipe: str
-    """path, as it was given"""
+    source: str
+    """path of a recipe or, to go on with it, of a run directory, as it was given"""
     overrides: tuple[str, ...]
     runs: str
     """folder of runs; each process's output is kept in RUNS/logs/NAME"""
@@ -38,10 +38,12 @@ class Start:
     restarts: int
     gpu: bool
     """one for each process"""
+    resume: bool = False
+    """the source is a run directory"""
 
     @property
     def logs(self) -> str:
-        return f"{self.runs.rstrip('/') or '/'}/logs/{self.name}"
+        return f"{self.runs.rstrip('/')}/logs/{self.name}"
 
     @property
     def variables(self) -> dict[str, str]:
@@ -49,5 +51,6 @@ class Start:
         return {"OMP_NUM_THREADS": str(self.cores)} | VARIABLES | (ON_GPUS if self.gpu else {})
 
     def training(self, recipe: str | None = None) -> list[str]:
-        """The last words of torchrun: what each process runs."""
-        return ["--tee=3", "--no-python", "ropewalk", "train", recipe or self.recipe, *self.overrides]
+        """The last words of torchrun: what each process runs. `recipe`: where it is there, if not here."""
+        what = ["resume", self.source] if self.resume else ["train", recipe or self.source]
+        return ["--tee=3", "--no-python", "ropewalk", *what, *self.overrides]

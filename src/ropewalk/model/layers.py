@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo  # torch.compiler.disable would import the compiler, 2 seconds
 
 from ropewalk.model.cache import KVCache
 from ropewalk.model.config import ModelConfig
@@ -57,7 +58,7 @@ class Context:
     reads_virtual: bool = False
     """The tokens are the virtual ones themselves: each layer adds what it made of them to `virtual`."""
 
-    @torch.compiler.disable  # the layout differs from batch to batch, the layer from block to block
+    @_disable_dynamo  # the layout differs from batch to batch, the layer from block to block
     def attend(self, layer: "Attention", q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q `[B, S, heads, D]`, k and v `[B, S, kv_heads, D]` of the new tokens -> as q."""
         cache, window, softcap, scale = self.cache, layer.window, layer.softcap, layer.scale

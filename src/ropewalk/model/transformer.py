@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.utils.checkpoint import checkpoint
 
 from ropewalk.errors import UserError
@@ -58,7 +59,7 @@ class Block(nn.Module):
         return residual + out, statistics
 
 
-@torch.compiler.disable  # as many tiles as the row is long would be unrolled
+@_disable_dynamo  # as many tiles as the row is long would be unrolled
 def _by_tiles(mlp: nn.Module, x: Tensor, size: int) -> Tensor:
     """`mlp(x)` for x `[B, S, H]`, `size` tokens at a time (as arXiv 2506.13996): what it keeps inside is for
     one tile only. Each tile is computed again in the backward pass."""

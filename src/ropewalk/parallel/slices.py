@@ -1,5 +1,7 @@
 """Which parameters a `tensor` group divides, told by their names; and which models it can divide."""
 
+import math
+
 from ropewalk.model.config import ModelConfig
 
 FIRST = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
@@ -45,5 +47,7 @@ def refusal(config: ModelConfig, degree: int) -> str | None:
     odd = [f"{name} {size}" for name, size in sizes.items() if size % degree]
     if not odd:
         return None
-    fits = next(d for d in range(degree - 1, 0, -1) if not any(size % d for size in sizes.values()))
+    common = math.gcd(*sizes.values())
+    divisors = [d for d in range(1, common + 1) if common % d == 0]
+    fits = min(divisors, key=lambda d: (abs(d - degree), -d))
     return f"{degree} does not divide {' and '.join(odd)}; set parallel.tensor: {fits}"

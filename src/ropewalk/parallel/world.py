@@ -131,6 +131,14 @@ class World:
         dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
         return values[0]
 
+    def each(self, value: Any) -> list[Any]:
+        """The values of all processes, by rank, everywhere."""
+        values = [value]
+        if self.size > 1:
+            values *= self.size
+            dist.all_gather_object(values, value)
+        return values
+
     def wait(self) -> None:
         """Until all have come here."""
         self.everywhere([0.0])

@@ -45,6 +45,12 @@ def _of_optimizer(recipe: Recipe) -> Iterator[tuple[str, str]]:
             yield key, f"{why}; set train.micro_batch_size: {rows}"
         if optimizer.offload:
             yield key, "offload collects gradients on the host and updates later; choose one of the two"
+        if train.spike.policy == "skip":
+            why = "when a loss is known to be one, in_backward has updated the weights with it"
+            yield "train.spike.policy", f"skip drops the update of a spike, and {why}; set it to rollback"
+        if train.verify_every:
+            why = "the weights are updated in the first backward pass, so that a second one finds others"
+            yield "train.verify_every", f"{why}; set train.optimizer.in_backward: false, or leave it out"
     if optimizer.state_bits < 32 and optimizer.name not in ("adamw", "lion"):
         why = {
             "muon": "its momentum is made orthogonal, which would make the rounding of small parts large",

@@ -134,8 +134,6 @@ def _derive_train(recipe: Recipe, machine: Machine) -> Derived:
         what = "GPU" if device == "cuda" else "CPU"
         reason = f"this {what} {'computes in' if fast else 'has no'} bfloat16"
         found["train.precision"] = ("bfloat16" if fast else "float32", reason)
-    if train.threads == 0:
-        found["train.threads"] = (machine.cores, "the cores of this machine")
     if train.optimizer.learning_rate is None:
         found["train.optimizer.learning_rate"] = _learning_rate(recipe)
     for name, value in zip(("beta1", "beta2"), BETAS[train.optimizer.name], strict=True):
@@ -155,6 +153,8 @@ def _derive_train(recipe: Recipe, machine: Machine) -> Derived:
     for name in DEGREES:
         if getattr(recipe.parallel, name) == REST:
             found[f"parallel.{name}"] = (getattr(layout, name), why)
+    if train.threads == 0:
+        found["train.threads"] = _threads(layout, machine)
     mine, odd = divmod(rows, layout.data)
     if odd:
         raise UserError(
@@ -187,6 +187,13 @@ def _layout(recipe: Recipe, machine: Machine) -> tuple[Layout, str]:
     if machine.processes is None:
         return layout.over(layout.processes), "no more processes than the other degrees ask for"
     return layout.over(machine.processes), f"the rest of {machine.processes} processes"
+
+
+def _threads(layout: Layout, machine: Machine) -> tuple[int, str]:
+    """Processes of one machine share its cores: threads that wait for a core slow all of them down."""
+    local = layout.processes if machine.processes is None else machine.local_processes or 1
+    shared = f", shared out among {local} processes" if local > 1 else ""
+    return max(1, machine.cores // local), f"the cores of this machine{shared}"
 
 
 def _learning_rate(recipe: Recipe) -> tuple[float, str]:

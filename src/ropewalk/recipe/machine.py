@@ -24,6 +24,8 @@ class Machine:
     """The GPU is of compute capability 8.0 (Ampere) or newer."""
     processes: int | None = None
     """How many torchrun, or a scheduler in its manner, has started; None where nobody did."""
+    local_processes: int | None = None
+    """How many of those are on this machine and share its cores; None where nobody says so."""
 
     @staticmethod
     @cache
@@ -34,8 +36,13 @@ class Machine:
             cpu_bfloat16=_cpu_has_bfloat16(),
             gpu=capability is not None,
             gpu_bfloat16=capability is not None and capability >= 8.0,
-            processes=int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ else None,
+            processes=_number("WORLD_SIZE"),
+            local_processes=_number("LOCAL_WORLD_SIZE"),
         )
+
+
+def _number(variable: str) -> int | None:
+    return int(os.environ[variable]) if variable in os.environ else None
 
 
 def _cpu_has_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:

@@ -163,6 +163,21 @@ class Schedule(Section):
     """Last learning rate as a share of the peak."""
 
 
+class Spike(Section):
+    """What is done about a loss far above those before it, or one that is not finite; docs/surviving.md."""
+
+    policy: Literal["none", "stop", "skip", "rollback"] = "none"
+    """none: record it (or stop, if not finite); stop; skip: drop the update; rollback: leave the data out."""
+    threshold: PositiveNumber = 6.0
+    """Robust z-score of a step's loss above which it is a spike."""
+    window: Positive = 64
+    """Steps that a loss is compared with; half of them come before anything is called a spike."""
+    leave_out: Positive = 1
+    """Steps whose samples a rollback leaves out: the one that spiked, and those right before it."""
+    limit: Positive = 10
+    """Skipped steps, or rollbacks, after which the next spike stops the run."""
+
+
 class Train(Section):
     steps: Positive | None = None
     """Length of the run in optimizer steps (one of steps, epochs, tokens)."""
@@ -184,6 +199,9 @@ class Train(Section):
     schedule: Schedule = Schedule()
     clip: NonNegative = 1.0
     """Largest global gradient norm; 0 for no clipping."""
+    spike: Spike = Spike()
+    verify_every: Count = 0
+    """Steps between those that are computed twice and compared bit by bit; 0: none. docs/surviving.md."""
     checkpointing: Literal["none", "full", "selective"] = "none"
     """Activations kept: all, each block's input (arXiv 1604.06174), or results of products as well."""
     checkpointing_every: Positive = 1
@@ -201,7 +219,7 @@ class Train(Section):
     loss_chunk: Positive = 1024
     """Rows of the output head computed at once."""
     threads: Count = 0
-    """CPU threads; 0: as many as there are cores."""
+    """CPU threads of each process; 0: its share of the cores."""
     log_every: Positive = 1
     """Steps between lines of metrics."""
     evaluate_every: Count = 0

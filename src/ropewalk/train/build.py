@@ -88,7 +88,13 @@ def build(recipe: Recipe, device: torch.device, checkpoint: Path | None = None) 
     if train.compile:
         compile_blocks(model, graphs=train.cuda_graphs)
     source = recipe.model.source if recipe.model.source is not None else "from scratch"
-    return Built(model, _tokenizer(recipe, model), tuple(adapted), source, recipe.model.revision)
+    return Built(
+        model,
+        _fitting(load_run_tokenizer(recipe), recipe, model),
+        tuple(adapted),
+        source,
+        recipe.model.revision,
+    )
 
 
 def config_of(recipe: Recipe) -> ModelConfig:
@@ -110,10 +116,14 @@ def _weights(recipe: Recipe, device: torch.device, checkpoint: Path | None) -> T
     return load_model(source, dtype, device, revision, quantize)
 
 
-def _tokenizer(recipe: Recipe, model: Transformer) -> Any:
+def load_run_tokenizer(recipe: Recipe) -> Any:
+    """The tokenizer of a resolved recipe."""
     origin = recipe.model.tokenizer or recipe.model.source
     assert origin is not None  # the recipe's own check
-    tokenizer = load_tokenizer(origin, recipe.model.revision, recipe.data.chat_template)
+    return load_tokenizer(origin, recipe.model.revision, recipe.data.chat_template)
+
+
+def _fitting(tokenizer: Any, recipe: Recipe, model: Transformer) -> Any:
     if len(tokenizer) > model.config.vocab_size:
         raise UserError(
             f"model.tokenizer: {recipe.model.tokenizer} has {len(tokenizer):,} tokens, but the model has "

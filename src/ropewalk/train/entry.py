@@ -31,6 +31,8 @@ from ropewalk.train.watchdog import Watchdog
 
 RESPREAD = ("parallel.", "train.micro_batch_size", "train.threads")
 """Fields of a recipe that change where a run is computed, and not what."""
+SURVIVAL = ("train.spike.", "train.verify_every")
+"""Fields that say what is done about what goes wrong: a run that stopped for it may go on in another way."""
 
 
 @dataclass(frozen=True)
@@ -93,16 +95,17 @@ def train(
 def resume(run: str | Path, overrides: Sequence[str] = (), progress: bool = True) -> TrainResult:
     """Finishes an interrupted run, bit for bit as if it had never stopped, from its newest whole checkpoint.
 
-    `overrides` may change how it is spread (`parallel.shard=4`), which changes sums in their last bits only.
+    `overrides` may change how it is spread (`parallel.shard=4`), which changes sums in their last bits only,
+    and what is done about spikes (`train.spike.policy=skip`).
 
     Its metrics after that checkpoint are dropped and made again. Damaged checkpoints are skipped, and said.
     A run that is finished is left as it is.
     """
     began, directory = time.time(), RunDirectory.open(run)
     for word in overrides:
-        if not word.startswith(RESPREAD):
+        if not word.startswith(RESPREAD + SURVIVAL):
             raise UserError(
-                f"{word}: a run goes on as it began; only {', '.join(RESPREAD)}... can be changed"
+                f"{word}: a run goes on as it began; only {', '.join(RESPREAD + SURVIVAL)}... can be changed"
             )
     recipe = resolve(load_recipe(directory.path / "recipe.yaml", overrides)).recipe
     layout = layout_of(recipe)
@@ -132,6 +135,8 @@ def _go_on(
         for record in directory.truncate(job.step):
             if record["kind"] == "validation":
                 job.validation_losses[record["step"]] = record["loss"]
+            if record["kind"] == "rollback":  # which may be younger than the checkpoint
+                job.spikes.left_out = record["left_out"]
         if job.step == job.steps and (directory.path / "report.md").exists():
             reporter.say(f"{directory.path}: all {job.steps} steps are done; nothing to do")
             return result_of(job, directory, [], interrupted=False)

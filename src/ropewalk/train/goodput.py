@@ -37,6 +37,11 @@ def note_end(run: RunDirectory) -> None:
     run.log({"kind": "end", "time": time.time()}, LIFE)
 
 
+def note_rollback(run: RunDirectory, seconds: float) -> None:
+    """Going back to a checkpoint, after which there were `seconds` of steps."""
+    run.log({"kind": "rollback", "time": time.time(), "seconds": seconds}, LIFE)
+
+
 def left_behind(run: RunDirectory) -> dict[str, Any]:
     """When the run was last seen, and how many seconds of steps it had then: before its metrics are cut."""
     trained = [record for record in run.read() if record["kind"] == "train"]
@@ -48,15 +53,20 @@ def left_behind(run: RunDirectory) -> dict[str, Any]:
 def goodput(run: RunDirectory, train_seconds: float, now: float | None = None) -> Goodput:
     """Of a run that has `train_seconds` in steps that count; the names of `lost` say what else it did."""
     life, now = run.read(LIFE), now or time.time()
-    lost = {"validation": 0.0, "checkpoints": 0.0, "steps done twice": 0.0, "not running": 0.0}
+    lost = {"validation": 0.0, "checkpoints": 0.0, "skipped steps": 0.0}
+    lost |= {"steps done twice": 0.0, "not running": 0.0}
+    names = {"validation": "validation", "checkpoint": "checkpoints", "skip": "skipped steps"}
     for record in run.read():
-        name = {"validation": "validation", "checkpoint": "checkpoints"}.get(record["kind"])
+        name = names.get(record["kind"])
         if name is not None:
             lost[name] += record["seconds"]
     ended = None
     for record in life:
         if record["kind"] == "end":
             ended = record["time"]
+            continue
+        if record["kind"] == "rollback":
+            lost["steps done twice"] += record["seconds"]
             continue
         if "last_time" in record:
             lost["steps done twice"] += max(0.0, record["last_seconds"] - record["train_seconds"])

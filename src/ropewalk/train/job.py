@@ -26,6 +26,8 @@ from ropewalk.train.metrics import Meter
 from ropewalk.train.optim import Optimizer, OptimizerConfig
 from ropewalk.train.schedule import learning_rate
 from ropewalk.train.self_check import SelfCheck, check_compiled, self_check
+from ropewalk.train.spikes import Spikes
+from ropewalk.train.stragglers import Paces
 
 
 @dataclass
@@ -53,6 +55,10 @@ class Job:
 
     saved_at: float = field(default_factory=time.monotonic)
     """when that was, or when the job was opened"""
+
+    spikes: Spikes = field(default_factory=lambda: Spikes(64))
+
+    paces: Paces = field(default_factory=Paces)
 
     at: Callable[[int, str], None] = lambda step, phase: None
     """told the step and what is done now: see `Watchdog.at`"""
@@ -123,7 +129,12 @@ class Job:
             self.step,
             save_weights=save_weights,
             save_state=save_state,
-            state={"steps": self.steps, "loader": self._position(), **self.meter.totals()},
+            state={
+                "steps": self.steps,
+                "loader": self._position(),
+                "spikes": self.spikes.state(),
+                **self.meter.totals(),
+            },
             needed=sum(t.nbytes for t in tensors.values()) * world.size
             + sum(p.numel() * p.element_size() for p in parameters.values()),
             validation_loss=self.validation_losses.get(self.step),
@@ -134,8 +145,10 @@ class Job:
     def restore(self, checkpoint: Path) -> None:
         """Goes on from a verified checkpoint. UserError where it belongs to other data or another model."""
         state = load_state(checkpoint)
+        divided(self.built.model, self.world)  # back from a step, weights may still be gathered
         tensors = load_tensors(checkpoint / "state", self.optimizer.parameters, self.world)
         self.step, self.saved = state["step"], checkpoint
+        self.spikes.load(state.get("spikes", {}))
         if state["loader"] != self._position():
             raise UserError(
                 f"{checkpoint}: was made with other data ({state['loader']}, now {self._position()}); "
@@ -150,7 +163,7 @@ class Job:
         set_random_state(tensors, state["random"], self.world.rank)
 
     def _position(self) -> dict[str, Any]:
-        return self.loader.state(self.step * self.rows)
+        return self.loader.state((self.spikes.batch(self.step) + 1) * self.rows if self.step else 0)
 
 
 def open_job(
@@ -171,20 +184,10 @@ def open_job(
     if device.type == "cpu":
         give_back_large_blocks()
     built = build(recipe, device, checkpoint)
-    pad = built.tokenizer.pad_token_id
-
-    def rows_of(shards: TokenShards) -> Loader:
-        return Loader(
-            shards,
-            recipe.data.sequence_length,
-            recipe.data.packing,
-            train.batch_size or 1,
-            recipe.seed,
-            pad if pad is not None else 0,
-        )
-
-    loader = rows_of(data)
-    validation = rows_of(held_out) if held_out is not None and len(held_out) else None
+    loader = rows_of(recipe, data, built.tokenizer)
+    validation = (
+        rows_of(recipe, held_out, built.tokenizer) if held_out is not None and len(held_out) else None
+    )
     steps = total_steps(recipe, loader)
     # before the optimizer, which takes gradients away
     checked = check(recipe, built, loader, steps) if train.self_check and not checkpoint else None
@@ -212,10 +215,25 @@ def open_job(
         world,
         checked=checked,
         compile_seconds=warm_up,
+        spikes=Spikes(train.spike.window),
+        paces=Paces(world, () if train.compile else built.model.blocks.children(), device.type),
     )
     if checkpoint is not None:
         job.restore(checkpoint)
     return job
+
+
+def rows_of(recipe: Recipe, shards: TokenShards, tokenizer: Any) -> Loader:
+    """The rows of a resolved recipe's run."""
+    data, pad = recipe.data, tokenizer.pad_token_id
+    return Loader(
+        shards,
+        data.sequence_length,
+        data.packing,
+        recipe.train.batch_size or 1,
+        recipe.seed,
+        pad if pad is not None else 0,
+    )
 
 
 def optimizer_config(recipe: Recipe) -> OptimizerConfig:

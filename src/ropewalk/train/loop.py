@@ -6,7 +6,7 @@ What a step computes depends on the recipe, the data's fingerprint and the step'
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from typing import Any
 
@@ -15,16 +15,19 @@ from torch import Tensor
 
 from ropewalk.data import Batch, prefetch
 from ropewalk.errors import RopewalkError
-from ropewalk.parallel import reduce_gradients
+from ropewalk.parallel import divided, reduce_gradients
 from ropewalk.track import RunDirectory
 from ropewalk.train.checkpoint import checkpoint_name, note_validation
 from ropewalk.train.flops import TokenCounts
-from ropewalk.train.health import broken_parameter, named_documents, no_gradient, not_finite
+from ropewalk.train.health import broken_parameter, named_documents, no_gradient
 from ropewalk.train.job import Job
 from ropewalk.train.objective import loss_sum, without_padding
 from ropewalk.train.progress import Reporter
+from ropewalk.train.recover import on_spike, roll_back
 from ropewalk.train.signals import StopRequest
+from ropewalk.train.stragglers import TIMES, sentence
 from ropewalk.train.validate import validation_loss, write_samples
+from ropewalk.train.verify import Again, compare_replicas, compute_twice
 
 
 def run_loop(job: Job, run: RunDirectory, reporter: Reporter, stop: StopRequest) -> list[float]:
@@ -33,70 +36,111 @@ def run_loop(job: Job, run: RunDirectory, reporter: Reporter, stop: StopRequest)
     What is due at a step (validation, samples, checkpoint) is done at the top of the loop, before the next
     step: so a run that stopped in between makes up for it when it goes on.
     """
-    train = job.recipe.train
-    losses: list[float] = []
-    batches = prefetch(
-        job.loader,
-        job.step * job.rows + job.world.part * job.own_rows,
-        job.own_rows,
-        job.steps - job.step,
-        stride=job.rows,
-        pin=job.device.type == "cuda",
-    )
-    with closing(batches):
-        while True:
-            by_clock = stop.agree(job.save_is_due())
-            if stop:
-                break
-            if job.step == 0 or job.due(train.evaluate_every):
-                evaluate(job, run, reporter, stop)
-            if job.due(train.sample_every) and not stop:
-                sample(job, run)
-            if job.step > 0 and (by_clock or job.due(train.checkpoint_every)) and not stop:
-                checkpoint(job, run)
-            if job.step == job.steps or stop:
-                break
-            job.step += 1
-            record = train_step(job, batches)
-            losses.append(record["loss"])
-            logged = job.step == 1 or job.due(train.log_every)
-            if logged:
-                run.log(record)
-            reporter.step(record, line=logged)
+    losses: dict[int, float] = {}
+    while True:
+        with closing(ahead(job)) as batches:
+            spike = run_until_spike(job, run, reporter, stop, batches, losses)
+        if spike is None:
+            break
+        roll_back(job, run, reporter, spike)
+        losses = {step: loss for step, loss in losses.items() if step <= job.step}
     if stop:
         checkpoint(job, run)
-    return losses
+    return list(losses.values())
+
+
+def run_until_spike(
+    job: Job,
+    run: RunDirectory,
+    reporter: Reporter,
+    stop: StopRequest,
+    batches: Iterator[Batch],
+    losses: dict[int, float],
+) -> dict[str, Any] | None:
+    """The loop, which adds to `losses` by step; the record of a step that makes the run go back, or None."""
+    train = job.recipe.train
+    while True:
+        by_clock = stop.agree(job.save_is_due())
+        if stop:
+            return None
+        if job.step == 0 or job.due(train.evaluate_every):
+            evaluate(job, run, reporter, stop)
+        if job.due(train.sample_every) and not stop:
+            sample(job, run)
+        if job.step > 0 and (by_clock or job.due(train.checkpoint_every)) and not stop:
+            checkpoint(job, run)
+        if train.spike.policy == "rollback" and job.saved is None and not stop:
+            checkpoint(job, run)  # there is always one to go back to
+        if job.step == job.steps or stop:
+            return None
+        job.step += 1
+        record = train_step(job, batches)
+        if record["kind"] == "rollback":
+            return record
+        if record["kind"] == "skip":
+            run.log(record)
+            done = f"update skipped ({len(job.spikes.skipped)} of at most {train.spike.limit})"
+            reporter.say(f"step {job.step}/{job.steps}  {record['what']}; {done}")
+            continue
+        losses[job.step] = record["loss"]
+        logged = job.step == 1 or job.due(train.log_every) or "spike" in record
+        if logged:
+            run.log(record)
+        reporter.step(record, line=logged)
+        for late in job.paces.look(job.step):
+            run.log(late)
+            if late["looks"] == TIMES:
+                reporter.say(f"step {job.step}/{job.steps}  {sentence(late)}")
+        if "spike" in record:
+            reporter.say(f"step {job.step}/{job.steps}  a spike: {record['spike']:.1f} robust deviations up")
+
+
+def ahead(job: Job) -> Generator[Batch]:
+    """This process's rows of the steps that are still to do."""
+    steps, own = range(job.step + 1, job.steps + 1), job.world.part * job.own_rows
+    firsts = (job.spikes.batch(step) * job.rows + own for step in steps)
+    return prefetch(job.loader, firsts, job.own_rows, pin=job.device.type == "cuda")
 
 
 def train_step(job: Job, batches: Iterator[Batch]) -> dict[str, Any]:
-    """One optimizer step: its record. Nothing is updated where the loss or a gradient is not finite."""
+    """One optimizer step: its record. Nothing is updated where the loss or a gradient is not finite.
+
+    A record of kind `skip` or `rollback` is of a step that was not updated: see train.spike.policy.
+    """
     train, model, optimizer = job.recipe.train, job.built.model, job.optimizer
     began = time.perf_counter()
+    job.paces.begin()
     job.at(job.step, "waiting for data")
     batch = next(batches)
     waited = time.perf_counter() - began
     job.at(job.step, "forward and backward")
     counts = TokenCounts.of(batch, model.config)
     parts = [batch.rows(row, row + job.micro_rows) for row in range(0, job.own_rows, job.micro_rows)]
+    met = time.perf_counter()
     counts = counts.total(job.world)
+    waiting = time.perf_counter() - met
     if not counts.scored:
         raise RopewalkError(f"step {job.step}: nothing is scored in {named_documents(parts)}; see data.score")
 
     rate = job.learning_rate()
     optimizer.begin(rate)
-    if train.cuda_graphs:
-        torch.compiler.cudagraph_mark_step_begin()  # the gradients that the last replays made are used up
-    sums = []
-    for part in parts:
-        reduce_gradients(model, job.world, last=part is parts[-1])
-        sums.append(backward(job, part, counts.scored))
-    measured = torch.stack([*sums, optimizer.gradient_norm().to(job.device)])
-    *part_sums, gradient_norm = measured.tolist()  # the step's one wait for the device
-    loss = job.world.total_of_tokens([math.fsum(part_sums)])[0] / counts.scored
-    if not math.isfinite(loss) or not math.isfinite(gradient_norm):
+    if train.verify_every and job.step % train.verify_every == 0:
+        *part_sums, gradient_norm = verified(job, parts, counts.scored)
+    else:
+        *part_sums, gradient_norm = compute(job, parts, counts.scored)
+    # totals, so that all processes decide alike
+    met = time.perf_counter()
+    loss, broken = job.world.total_of_tokens([math.fsum(part_sums), not math.isfinite(gradient_norm)])
+    waiting += time.perf_counter() - met
+    loss /= counts.scored
+    sound = math.isfinite(loss) and not broken
+    score = job.spikes.score(loss) if sound else None
+    spike = score is not None and score > train.spike.threshold
+    if spike or not sound:
         guilty = [part for part, value in zip(parts, part_sums, strict=True) if not math.isfinite(value)]
-        updated = train.optimizer.in_backward and math.isfinite(loss)
-        raise not_finite(model, job.step, loss, gradient_norm, guilty or parts, updated)
+        record = on_spike(job, loss, gradient_norm, score, guilty or parts, sound)
+        if record is not None:
+            return record | {"seconds": round(time.perf_counter() - began, 6)}
     if job.step == 1 and gradient_norm == 0.0:
         raise no_gradient(model)
 
@@ -104,8 +148,35 @@ def train_step(job: Job, batches: Iterator[Batch]) -> dict[str, Any]:
     if train.clip and gradient_norm > train.clip:
         optimizer.scale_gradients(train.clip / gradient_norm)
     optimizer.step(rate)
+    job.spikes.keep(loss)
     values = {"loss": loss, "gradient_norm": gradient_norm, "learning_rate": rate}
-    return job.meter.record(job.step, counts, time.perf_counter() - began, waited, values)
+    if spike and score is not None:
+        values["spike"] = score
+    seconds = time.perf_counter() - began
+    job.paces.add(seconds, waited, waiting)
+    return job.meter.record(job.step, counts, seconds, waited, values)
+
+
+def compute(job: Job, parts: list[Batch], scored: int) -> list[float]:
+    """Gradients of a step: the summed loss of each micro-batch, and the norm of all gradients."""
+    if job.recipe.train.cuda_graphs:
+        torch.compiler.cudagraph_mark_step_begin()  # the gradients that the last replays made are used up
+    sums = []
+    for part in parts:
+        reduce_gradients(job.built.model, job.world, last=part is parts[-1])
+        sums.append(backward(job, part, scored))
+    measured = torch.stack([*sums, job.optimizer.gradient_norm().to(job.device)])
+    return measured.tolist()  # the step's one wait for the device
+
+
+def verified(job: Job, parts: list[Batch], scored: int) -> list[float]:
+    """The same, computed twice, by replicas whose weights and states are the same. RopewalkError if not."""
+    optimizer, model = job.optimizer, job.built.model
+    divided(model, job.world)
+    weights = {f"weight.{name}": parameter for name, parameter in optimizer.parameters.items()}
+    compare_replicas({**weights, **optimizer.state_tensors()}, job.world, job.step)
+    again = Again(lambda: compute(job, parts, scored), optimizer.gradients, optimizer.discard)
+    return compute_twice(again, job.world, job.step)
 
 
 def backward(job: Job, part: Batch, scored: int) -> Tensor:

@@ -218,7 +218,7 @@ class Optimizer:
         ValueError where it is of another model, or was made with other settings.
         """
         for name, slot in self._slots.items():
-            slot.state = {}
+            slot.state, slot.count = {}, 0
             if f"step.{name}" in tensors:
                 slot.count = int(tensors[f"step.{name}"])
                 slot.state = first_state(self._rule(name), slot, self.config.state_bits)

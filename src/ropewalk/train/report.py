@@ -6,6 +6,7 @@ from ropewalk.evaluate import Sample, panel_markdown
 from ropewalk.track import RunDirectory
 from ropewalk.train.goodput import goodput
 from ropewalk.train.job import Job
+from ropewalk.train.stragglers import EVERY
 
 
 def write_report(job: Job, run: RunDirectory) -> None:
@@ -41,6 +42,7 @@ def _lines(job: Job, run: RunDirectory) -> list[str]:
         ("peak memory", f"{peak / 2**20:,.0f} MiB"),
         ("optimizer's memory", f"{job.optimizer.state_bytes() / 2**20:,.0f} MiB"),
     ]
+    rows += _trouble(run)
     lines = [
         f"# {run.path.name}",
         "",
@@ -56,6 +58,27 @@ def _lines(job: Job, run: RunDirectory) -> list[str]:
     if job.validation is None:
         lines.append("\nNo validation data, so nothing says how well this works on text it has not seen.")
     return lines + _samples(run, job.steps)
+
+
+def _trouble(run: RunDirectory) -> list[tuple[str, str]]:
+    """Rows about what went wrong on the way; none for a run in which nothing did."""
+    found: dict[str, list[str]] = {"spikes": [], "skipped steps": [], "rollbacks": [], "stragglers": []}
+    late: dict[str, list[float]] = {}
+    for record in run.read():
+        if record["kind"] == "train" and "spike" in record:
+            found["spikes"].append(f"step {record['step']} ({record['spike']:.1f} robust deviations up)")
+        elif record["kind"] == "skip":
+            found["skipped steps"].append(str(record["step"]))
+        elif record["kind"] == "rollback":
+            gone = len(record["left_out"][-1])
+            found["rollbacks"].append(f"step {record['from']} to step {record['step']}, {gone} left out")
+        elif record["kind"] == "straggler":
+            late.setdefault(f"process {record['rank']} on {record['host']}", []).append(record["times"])
+    for who, times in late.items():
+        found["stragglers"].append(
+            f"{who}: {max(times):.1f} times the median's work, in {len(times)} looks of {EVERY} steps"
+        )
+    return [(name, "; ".join(texts)) for name, texts in found.items() if texts]
 
 
 def _samples(run: RunDirectory, step: int) -> list[str]:

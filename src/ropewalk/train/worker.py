@@ -17,11 +17,11 @@ def main() -> int:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     path = Path(sys.argv[1])
     job = json.loads(path.read_text(encoding="utf-8"))
+    from ropewalk import train
     from ropewalk.errors import RopewalkError, UserError
-    from ropewalk.train import entry
 
     try:
-        result = getattr(entry, job["call"])(*job["arguments"])
+        result = getattr(train, job["call"])(*job["arguments"])
     except (UserError, RopewalkError) as error:
         path.with_suffix(f".error-{os.environ['RANK']}").write_text(str(error), encoding="utf-8")
         return 2 if isinstance(error, UserError) else 1
