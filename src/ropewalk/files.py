@@ -54,7 +54,7 @@ def atomic_write(path: str | Path, data: bytes | str) -> None:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        _fsync(path.parent)
+        fsync(path.parent)
 
 
 @contextmanager
@@ -74,8 +74,8 @@ def atomic_directory(path: str | Path, overwrite: bool = False, needed: int | No
             yield temporary
             for folder, _, names in os.walk(temporary):
                 for name in names:
-                    _fsync(Path(folder, name))
-                _fsync(Path(folder))
+                    fsync(Path(folder, name))
+                fsync(Path(folder))
             if path.exists():  # a folder cannot be replaced in one step: move the old one out of the way
                 old = _sibling(path)
                 os.rename(path, old)
@@ -83,7 +83,7 @@ def atomic_directory(path: str | Path, overwrite: bool = False, needed: int | No
                 shutil.rmtree(old)
             else:
                 os.rename(temporary, path)
-            _fsync(path.parent)
+            fsync(path.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -139,7 +139,8 @@ def _sibling(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Forces a file, or a folder's list of names, onto the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

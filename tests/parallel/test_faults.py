@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+import ropewalk as rw
+from ropewalk.data import Loader
 from ropewalk.parallel.launch import launch
 
 Make = Callable[..., dict[str, Any]]
@@ -27,7 +29,7 @@ def records(result: dict[str, Any], kind: str) -> list[dict[str, Any]]:
     return [record for record in map(json.loads, lines) if record["kind"] == kind]
 
 
-def test_faults_of_one_process(make_recipe: Make, tmp_path: Path) -> None:
+def test_faults_of_one_process(make_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def recipe(layout: str = "shard", steps: int = 4, **train: Any) -> dict[str, Any]:
         fields = {"batch_size": 2, "micro_batch_size": 1, "checkpoint_every": 1, "keep": 9, **train}
         parallel = {"shard": 2} if layout == "shard" else {"shard": 1, "replicate": 2}
@@ -38,6 +40,7 @@ def test_faults_of_one_process(make_recipe: Make, tmp_path: Path) -> None:
         {
             "skip": ("nan", recipe(spike={"policy": "skip"})),
             "rollback": ("nan", recipe("replicate", spike={"policy": "rollback"})),
+            "sharded rollback": ("nan", recipe(spike={"policy": "rollback"})),
             "loss": ("other loss", recipe(verify_every=2)),
             "weight": ("flipped bit", recipe("replicate", verify_every=4)),
             "data": ("slow data", recipe(**slow)),
@@ -52,8 +55,15 @@ def test_faults_of_one_process(make_recipe: Make, tmp_path: Path) -> None:
     assert [record["step"] for record in records(found["skip"], "train")] == [1, 2, 4]
     before, after = (weights(found["skip"], step) for step in (2, 3))
     assert all(bool((before[name] == after[name]).all()) for name in before)
-    assert [record["left_out"] for record in records(found["rollback"], "rollback")] == [[[2]]]
-    assert [record["step"] for record in records(found["rollback"], "train")] == [1, 2, 3, 4]
+    with monkeypatch.context() as patch:  # one process, in whose data the third batch is not
+        known = Loader.batch
+        patch.setattr(Loader, "batch", lambda loader, at, rows: known(loader, at + 2 * (at >= 4), rows))
+        reference = rw.train({**recipe(), "parallel": {}}, progress=False)
+    for name in ("rollback", "sharded rollback"):
+        assert [record["left_out"] for record in records(found[name], "rollback")] == [[[2]]]
+        trained = records(found[name], "train")
+        assert [record["step"] for record in trained] == [1, 2, 3, 4]
+        assert [record["loss"] for record in trained] == pytest.approx(reference.losses, rel=1e-5)
 
     # numbers that are wrong without an error: the process that computed them is named, or both that differ
     said = found["loss"]["error"]

@@ -15,12 +15,15 @@ import pytest
 import torch
 
 from ropewalk.errors import RopewalkError
-from ropewalk.parallel import World, load_tensors, part_file, parts_of, write_parts
+from ropewalk.files import free_bytes
+from ropewalk.parallel import World, load_tensors
 from ropewalk.train import checkpoint as ck
+from ropewalk.train import saving
 from ropewalk.train.checkpoint import best_checkpoint, list_checkpoints, newest_valid_checkpoint
+from ropewalk.train.saving import Contents, Saver
 
 
-def weights(path: Path) -> None:
+def weights(path: Path, _: object = None) -> None:
     path.mkdir()
     (path / "model.safetensors").write_bytes(bytes(range(256)) * 8)
 
@@ -28,26 +31,35 @@ def weights(path: Path) -> None:
 TENSORS = {"master.a": torch.arange(5.0), "step.a": torch.tensor(2.0)}
 
 
-def save_state(folder: Path, others: dict[str, torch.Tensor]) -> None:
-    tensors = {**TENSORS, **others}
-    write_parts(folder / part_file(World()), tensors, parts_of(tensors, {}, World()))
+def save(
+    run: Path,
+    step: int,
+    loss: float | None = None,
+    keep: int = 9,
+    needed: int = 1000,
+    copy: bool = True,
+    tensors: dict[str, torch.Tensor] = TENSORS,
+) -> Path:
+    random_tensors, random_json = ck.random_state()
+    contents = Contents(
+        step,
+        tensors={**tensors, **random_tensors},
+        trained={},
+        frozen={},
+        state={"steps": 10, "loader": {"seed": 1}, "random": random_json},
+        save_model=weights,
+        needed=needed,
+        validation_loss=loss,
+    )
+    saver = Saver(run / "checkpoints", keep)
+    saver.begin(contents, copy)
+    saved = saver.finish()
+    assert saved is not None
+    return saved.path
 
 
 def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
     return load_tensors(checkpoint / "state", {}, World())
-
-
-def save(run: Path, step: int, loss: float | None = None, keep: int = 9, needed: int = 1000) -> Path:
-    return ck.save_checkpoint(
-        run / "checkpoints",
-        step,
-        save_weights=weights,
-        save_state=save_state,
-        state={"steps": 10, "loader": {"seed": 1}},
-        needed=needed,
-        validation_loss=loss,
-        keep=keep,
-    )
 
 
 @pytest.fixture
@@ -123,7 +135,7 @@ def test_a_save_that_fails_leaves_nothing_and_touches_nothing(
     def fail(*_: object) -> None:
         raise RuntimeError("killed here")
 
-    monkeypatch.setattr(ck, "write_manifest", fail)
+    monkeypatch.setattr(saving, "write_manifest", fail)
     with pytest.raises(RuntimeError):
         save(run, 2, keep=1)
     assert list((run / "checkpoints").iterdir()) == [before]
@@ -132,7 +144,7 @@ def test_a_save_that_fails_leaves_nothing_and_touches_nothing(
 OPERATIONS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.listdir", "os.scandir")
 
 
-def save_and_die(run: Path, event: int) -> bool:
+def save_and_die(run: Path, event: int, copy: bool) -> bool:
     """In a child: saves step 2 over step 1 with keep=1, killed at its n-th file operation; whether it was."""
     child = os.fork()
     if child == 0:
@@ -147,7 +159,7 @@ def save_and_die(run: Path, event: int) -> bool:
 
         try:
             sys.addaudithook(watch)
-            save(run, 2, keep=1)
+            save(run, 2, keep=1, copy=copy)
             os._exit(0)
         finally:
             os._exit(1)  # whatever goes wrong, a child must not go on with the tests
@@ -156,11 +168,12 @@ def save_and_die(run: Path, event: int) -> bool:
     return status != 0
 
 
-def test_a_save_killed_at_any_file_operation_leaves_a_whole_checkpoint(run: Path) -> None:
+@pytest.mark.parametrize("copy", [True, False])
+def test_a_save_killed_at_any_file_operation_leaves_a_whole_checkpoint(run: Path, copy: bool) -> None:
     event, found = 1, set()
     while True:
         save(run, 1)
-        killed = save_and_die(run, event)
+        killed = save_and_die(run, event, copy)
         checkpoint, warnings = newest_valid_checkpoint(run)
         assert checkpoint is not None, event
         assert warnings == []
@@ -234,7 +247,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.parametrize("foreseen", [True, False])
 def test_a_full_disk_is_named_and_costs_no_checkpoint(small_disk: Path, foreseen: bool) -> None:
     before = save(small_disk, 1)
-    (small_disk / "filler").write_bytes(b"x" * (ck.free_bytes(small_disk) - 12_000))
+    (small_disk / "filler").write_bytes(b"x" * (free_bytes(small_disk) - 12_000))
     with pytest.raises(
         RopewalkError, match=r"step-00000002: the disk is full \([\d,]+ bytes needed, [\d,]+ bytes free"
     ):

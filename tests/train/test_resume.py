@@ -259,10 +259,10 @@ def test_a_second_interrupt_aborts_at_once(make_recipe: Make, tmp_path: Path) ->
 def test_a_disk_that_fills_up_stops_the_run_and_keeps_the_last_checkpoint(
     make_recipe: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ropewalk.train import checkpoint
+    from ropewalk.train import saving
 
     free = iter([10**9, 10**9, 500])
-    monkeypatch.setattr(checkpoint, "free_bytes", lambda _: next(free))
+    monkeypatch.setattr(saving, "free_bytes", lambda _: next(free))
     with pytest.raises(RopewalkError, match=r"step-00000003: the disk is full \([\d,]+ bytes needed"):
         rw.train(make_recipe(checkpoint_every=1), progress=False)
     run = next(Path(make_recipe()["runs"]).iterdir())

@@ -59,6 +59,22 @@ def test_a_process_is_named_when_it_stays_slow_and_not_for_one_bad_moment() -> N
     assert [look(waits) for waits in (0.8, 0.1, 0.8, 0.8, 0.8, 0.1, 0.8)] == [[], [], [], [2], [2], [], []]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_blocks_on_a_gpu_are_timed_by_events() -> None:
+    block = torch.nn.Linear(4096, 4096).cuda()
+    timer, x = BlockTimer([block], "cuda"), torch.randn(8192, 4096, device="cuda")
+    block(x)
+    torch.cuda.synchronize()
+    timer.begin()
+    began = time.perf_counter()
+    for _ in range(20):
+        block(x)
+    torch.cuda.synchronize()
+    taken = time.perf_counter() - began
+    assert 0.5 * taken < timer.take() <= taken
+
+
 def test_blocks_are_timed_without_what_comes_before_and_after() -> None:
     class Block(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from ropewalk.adapt.apply import (
 )
 from ropewalk.adapt.lora import DoRALinear, LoRALinear
 from ropewalk.adapt.peft_load import load_adapter
-from ropewalk.adapt.peft_save import save_adapter
+from ropewalk.adapt.peft_save import read_parameters, save_adapter
 from ropewalk.adapt.targets import left_out
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "merge",
     "quantize_base",
     "rate_factors",
+    "read_parameters",
     "save_adapter",
     "unmerged",
 ]

@@ -7,25 +7,28 @@ rank: the A's below each other and the B's as blocks of a larger B, ranks added 
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ropewalk.adapt.apply import adapter_parameters, linear
-from ropewalk.adapt.layers import BottleneckLinear, IA3Linear, adapted_layers, plain_values
+from ropewalk.adapt.apply import adapter_parameters
+from ropewalk.adapt.layers import BottleneckLinear, IA3Linear, adapted_layers
 from ropewalk.adapt.lora import DoRALinear, LoRALinear, row_lengths
 from ropewalk.adapt.peft_config import CONFIG
 from ropewalk.adapt.targets import StoredModule, stored_modules
 from ropewalk.errors import RopewalkError
 from ropewalk.files import atomic_directory
 from ropewalk.model.transformer import Transformer
+from ropewalk.ops.nf4 import NF4Tensor
 
 WEIGHTS, PREFIX, PROMPT = "adapter_model.safetensors", "base_model.model.", "prompt_embeddings"
 Saved = tuple[dict[str, Tensor], dict[str, Any]]
 """Tensors by name, and fields of the config."""
+Values = Callable[[str], Tensor]
+"""A parameter by its name."""
 
 
 def save_adapter(
@@ -35,26 +38,29 @@ def save_adapter(
     *,
     revision: str | None = None,
     overwrite: bool = False,
+    values: Values | None = None,
 ) -> None:
     """Writes the adapters of `model` as a PEFT directory, whole or not at all, in the adapters' dtype.
 
+    `values` gives a whole parameter (those of `read_parameters`) by its name; unless told, the model does.
     `base_source` (and `revision`, of a hub id) say which model they belong to. PEFT has no bottleneck
     adapters: they get a peft_type of ours, BOTTLENECK. Raises UserError if `path` exists (unless
     `overwrite`), RopewalkError if the model carries no adapters.
     """
     from safetensors.torch import save_file
 
+    values = values or model.get_parameter
     layers = dict(adapted_layers(model))
     low_rank = {name: layer for name, layer in layers.items() if isinstance(layer, LoRALinear)}
     vectors = {name: layer for name, layer in layers.items() if isinstance(layer, IA3Linear)}
     if low_rank:
-        tensors, fields = _low_rank(model, low_rank)
+        tensors, fields = _low_rank(model, low_rank, values)
     elif vectors:
-        tensors, fields = _vectors(model, vectors)
+        tensors, fields = _vectors(model, vectors, values)
     elif layers:
-        tensors, fields = _bottlenecks(model)
+        tensors, fields = _bottlenecks(model, values)
     elif model.virtual_tokens is not None:
-        tensors, fields = _virtual_tokens(model)
+        tensors, fields = _virtual_tokens(model, values)
     else:
         raise RopewalkError("there is no adapter to save: the model carries none")
     config = {
@@ -70,18 +76,30 @@ def save_adapter(
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _low_rank(model: Transformer, layers: dict[str, LoRALinear]) -> Saved:
+def read_parameters(model: Transformer) -> list[str]:
+    """Names of the parameters that `save_adapter` reads: the adapters', and the weights whose row lengths are
+    saved as DoRA's magnitudes because only a part of a fused module is adapted."""
+    names = list(adapter_parameters(model))
+    layers = dict(adapted_layers(model))
+    if any(isinstance(layer, DoRALinear) for layer in layers.values()):
+        stored = stored_modules(model.config)
+        fused = dict.fromkeys(part for name in layers for part in stored[name].parts)
+        names += [f"{part}.weight" for part in fused if part not in layers]
+    return names
+
+
+def _low_rank(model: Transformer, layers: dict[str, LoRALinear], values: Values) -> Saved:
     stored = stored_modules(model.config)
     one = next(iter(layers.values()))
     tensors: dict[str, Tensor] = {}
     shapes: dict[str, tuple[int, float]] = {}
     for module in dict.fromkeys(stored[name] for name in layers):
         parts = [layers.get(part) for part in module.parts]
-        a, b = _joined(module, parts)
+        a, b = _joined(module, parts, values)
         tensors[f"{PREFIX}{module.name}.lora_A.weight"] = a
         tensors[f"{PREFIX}{module.name}.lora_B.weight"] = b
         if isinstance(one, DoRALinear):
-            lengths = [_magnitude(model, part)[:, None] for part in module.parts]
+            lengths = [_magnitude(model, part, values)[:, None] for part in module.parts]
             tensors[f"{PREFIX}{module.name}.lora_magnitude_vector"] = module.rule.stack(lengths).flatten()
         scale, rank = next(part.scale for part in parts if part is not None), a.shape[0]
         shapes[module.name] = rank, _number(scale * (math.sqrt(rank) if one.rank_stabilized else rank))
@@ -104,30 +122,33 @@ def _low_rank(model: Transformer, layers: dict[str, LoRALinear]) -> Saved:
     }
 
 
-def _joined(module: StoredModule, parts: list[LoRALinear | None]) -> tuple[Tensor, Tensor]:
+def _joined(module: StoredModule, parts: list[LoRALinear | None], values: Values) -> tuple[Tensor, Tensor]:
     """A and B of a Hugging Face module from its parts' adapters; a part without one gets zero rows in B."""
-    present = [part for part in parts if part is not None]
-    total = sum(part.rank for part in present)
+    named = zip(module.parts, parts, strict=True)
+    present = {name: part.rank for name, part in named if part is not None}
+    total = sum(present.values())
+    a = torch.cat([values(f"{name}.lora_a").detach() for name in present])
     blocks, at = [], 0
-    for part, rows in zip(parts, module.rule.rows, strict=True):
-        block = present[0].lora_b.detach().new_zeros(rows, total)
-        if part is not None:
-            block[:, at : at + part.rank] = part.lora_b.detach()
-            at += part.rank
+    for name, rows in zip(module.parts, module.rule.rows, strict=True):
+        block = a.new_zeros(rows, total)
+        if name in present:
+            block[:, at : at + present[name]] = values(f"{name}.lora_b").detach()
+            at += present[name]
         blocks.append(block)
-    return torch.cat([part.lora_a.detach() for part in present]), module.rule.stack(blocks)
+    return a, module.rule.stack(blocks)
 
 
-def _magnitude(model: Transformer, name: str) -> Tensor:
+def _magnitude(model: Transformer, name: str, values: Values) -> Tensor:
     """DoRA's magnitudes; of a layer without an adapter, the lengths of its rows, which change nothing."""
-    layer = model.get_submodule(name)
-    if isinstance(layer, DoRALinear):
-        return layer.magnitude.detach()
-    weight = plain_values(linear(model, name))
+    if isinstance(model.get_submodule(name), DoRALinear):
+        return values(f"{name}.magnitude").detach()
+    weight = values(f"{name}.weight").detach()
+    if isinstance(weight, NF4Tensor):
+        weight = weight.dequantize()
     return row_lengths(weight).to(weight.dtype)
 
 
-def _vectors(model: Transformer, layers: dict[str, IA3Linear]) -> Saved:
+def _vectors(model: Transformer, layers: dict[str, IA3Linear], values: Values) -> Saved:
     stored = stored_modules(model.config)
     tensors: dict[str, Tensor] = {}
     on_input: set[str] = set()
@@ -138,13 +159,14 @@ def _vectors(model: Transformer, layers: dict[str, IA3Linear]) -> Saved:
                 raise RopewalkError(
                     f"{module.parts[0]}: PEFT cannot scale the inputs of a part of {module.name}"
                 )
-            vector = parts[0].vector[None, :]
+            vector = values(f"{module.parts[0]}.vector")[None, :]
             on_input.add(module.name)
         else:
-            one = next(part.vector for part in parts if part is not None)
-            ones = [one.new_ones(rows) for rows in module.rule.rows]
-            pairs = zip(parts, ones, strict=True)
-            vector = module.rule.stack([(o if p is None else p.vector.detach())[:, None] for p, o in pairs])
+            named = zip(module.parts, parts, strict=True)
+            known = {name: values(f"{name}.vector").detach() for name, part in named if part is not None}
+            one = next(iter(known.values()))
+            rows = zip(module.parts, module.rule.rows, strict=True)
+            vector = module.rule.stack([known.get(name, one.new_ones(n))[:, None] for name, n in rows])
         tensors[f"{PREFIX}{module.name}.ia3_l"] = vector
     every = {module.name for module in stored.values()}
     names = {name.removeprefix(PREFIX).removesuffix(".ia3_l") for name in tensors}
@@ -158,13 +180,14 @@ def _vectors(model: Transformer, layers: dict[str, IA3Linear]) -> Saved:
     }
 
 
-def _bottlenecks(model: Transformer) -> Saved:
-    one = next(layer for _, layer in adapted_layers(model) if isinstance(layer, BottleneckLinear))
-    fields = {"peft_type": "BOTTLENECK", "width": len(one.down), "dropout": one.dropout}
-    return dict(adapter_parameters(model)), fields
+def _bottlenecks(model: Transformer, values: Values) -> Saved:
+    name, one = next((n, layer) for n, layer in adapted_layers(model) if isinstance(layer, BottleneckLinear))
+    tensors = {name: values(name) for name in adapter_parameters(model)}
+    width = len(tensors[f"{name}.down"])
+    return tensors, {"peft_type": "BOTTLENECK", "width": width, "dropout": one.dropout}
 
 
-def _virtual_tokens(model: Transformer) -> Saved:
+def _virtual_tokens(model: Transformer, values: Values) -> Saved:
     tokens, config = model.virtual_tokens, model.config
     assert tokens is not None
     fields: dict[str, Any] = {
@@ -180,7 +203,7 @@ def _virtual_tokens(model: Transformer) -> Saved:
     else:
         fields |= {"token_dim": config.hidden_size, "num_attention_heads": config.num_attention_heads}
         fields |= {"prompt_tuning_init": "SAMPLE_VOCAB"}
-    return {PROMPT: tokens.embedding.weight}, fields
+    return {PROMPT: values("virtual_tokens.embedding.weight")}, fields
 
 
 def _transposed(stored: dict[str, StoredModule]) -> bool:

@@ -10,6 +10,9 @@ import typer
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C or SIGTERM, also where a checkpoint was saved in good order."""
+REQUEUE = 75
+"""Exit status after SIGUSR1 or SIGUSR2, which schedulers send before they take a machine away: the job is to
+be started again (EX_TEMPFAIL of sysexits.h)."""
 
 RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe file.", show_default=False)]
 ModelSource = Annotated[

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from ropewalk.cli.options import INTERRUPTED, Debug, Json, Overrides, RecipeFile, print_json
+from ropewalk.cli.options import INTERRUPTED, REQUEUE, Debug, Json, Overrides, RecipeFile, print_json
 
 if TYPE_CHECKING:
     from ropewalk.train import TrainResult
@@ -33,4 +33,4 @@ def finish(result: "TrainResult", json: bool) -> None:
     else:
         print(result.run)
     if result.interrupted:
-        raise typer.Exit(INTERRUPTED)
+        raise typer.Exit(REQUEUE if result.preempted else INTERRUPTED)

@@ -148,8 +148,7 @@ def write_safetensors(
                     f"{name}: {tuple(tensor.shape)} {tensor.dtype} is not {tuple(shape)} {dtype}"
                 )
             flat = tensor.detach().cpu().contiguous().reshape(-1)
-            # not by numpy, which leaves a tensor's memory fixed for good: what FSDP gathers must be freed again
-            if flat.nbytes:
+            if flat.nbytes:  # not by numpy, which fixes the memory for good: what FSDP gathers is freed again
                 _write_all(file, memoryview((ctypes.c_char * flat.nbytes).from_address(flat.data_ptr())))
 
 

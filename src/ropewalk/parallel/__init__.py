@@ -8,7 +8,7 @@ from ropewalk.layout import Layout
 from ropewalk.parallel.context import context_refusal
 from ropewalk.parallel.sharding import divided, gathered, local, reduce_gradients, shard
 from ropewalk.parallel.slices import has_partial_gradient, refusal, sliced_along
-from ropewalk.parallel.state import Part, Stored, load_tensors, part_file, parts_of, write_parts
+from ropewalk.parallel.state import Part, Stored, load_tensors, part_file, part_of, parts_of, write_parts
 from ropewalk.parallel.world import World, processes, started
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "load_tensors",
     "local",
     "part_file",
+    "part_of",
     "parts_of",
     "processes",
     "reduce_gradients",

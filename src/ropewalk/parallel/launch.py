@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-FORWARDED = (signal.SIGINT, signal.SIGTERM)
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 GRACE = 10.0
 """Seconds that the others have to end when one has failed."""
 
@@ -18,7 +18,7 @@ GRACE = 10.0
 def launch(arguments: list[str], processes: int, variables: Mapping[str, str] | None = None) -> int:
     """Runs `python ARGUMENTS` in so many processes with torchrun's variables: their exit status.
 
-    That of the first to fail (less than 0: the signal that ended it), or 0. SIGINT and SIGTERM go on to all;
+    That of the first to fail (less than 0: the signal that ended it), or 0. Signals go on to all;
     when one fails, the others are ended.
     """
     shared = dict(variables or {}) | {

@@ -8,6 +8,7 @@ not, and copies every tensor on the way. Here each process knows alone what it h
 
 import json
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -86,18 +87,26 @@ def write_parts(path: Path, tensors: Mapping[str, Tensor], parts: Mapping[str, P
 
 
 class Stored:
-    """The tensors of a folder, put together from the parts that `write_parts` wrote."""
+    """`with Stored(folder) as stored:` its tensors, put together from the parts that `write_parts` wrote."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._files = ExitStack()
         self._parts: dict[str, list[tuple[Any, tuple[int, ...], tuple[int, ...]]]] = {}
         for path in sorted(folder.glob("*.safetensors")):
-            file = safe_open(path, framework="pt")  # maps it; nothing is read yet
+            file = self._files.enter_context(safe_open(path, framework="pt"))  # nothing is read yet
             offsets = json.loads((file.metadata() or {}).get(OFFSETS, "{}"))
             for name in file.keys():  # noqa: SIM118 (it is no mapping)
                 size = tuple(file.get_slice(name).get_shape())
                 start = tuple(offsets[name]["saved_offsets"]) if name in offsets else (0,) * len(size)
                 self._parts.setdefault(name, []).append((file, start, size))
+
+    def __enter__(self) -> "Stored":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._files.close()
+        self._parts.clear()
 
     def names(self) -> list[str]:
         return list(self._parts)
@@ -130,11 +139,12 @@ class Stored:
 
 def load_tensors(folder: Path, parameters: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
     """What `write_parts` wrote, whoever wrote it: of divided parameters the parts for this process."""
-    stored, found = Stored(folder), {}
-    for name in stored.names():
-        key = name.partition(".")[2]
-        part = part_of(key, parameters[key], world) if key in parameters else None
-        found[name] = stored.read(name, part if part and part.shape == stored.shape(name) else None)
+    found = {}
+    with Stored(folder) as stored:
+        for name in stored.names():
+            key = name.partition(".")[2]
+            part = part_of(key, parameters[key], world) if key in parameters else None
+            found[name] = stored.read(name, part if part and part.shape == stored.shape(name) else None)
     return found
 
 

@@ -230,8 +230,10 @@ class Train(Section):
     """Steps between generations from the prompt panel; 0: only after the last step."""
     checkpoint_every: Count = 0
     """Steps between checkpoints; 0: only after the last step."""
-    checkpoint_minutes: PositiveNumber | None = None
-    """Minutes between checkpoints by the clock, besides those by steps."""
+    checkpoint_minutes: PositiveNumber | Literal["auto"] | None = None
+    """Minutes between checkpoints by the clock, besides those by steps; auto: from train.failure_hours."""
+    failure_hours: PositiveNumber | None = None
+    """Mean hours between failures of the whole run, for checkpoint_minutes: auto (Daly 2006)."""
     keep: Positive = 2
     """Newest checkpoints kept, besides the best."""
 
@@ -241,6 +243,8 @@ class Train(Section):
             raise ValueError("give exactly one of train.steps, train.epochs and train.tokens")
         if self.batch_size is not None and self.batch_tokens is not None:
             raise ValueError("give one of train.batch_size and train.batch_tokens, not both")
+        if (self.checkpoint_minutes == "auto") != (self.failure_hours is not None):
+            raise ValueError("train.checkpoint_minutes: auto and train.failure_hours go together: give both")
         return self
 
 

@@ -74,7 +74,7 @@ class RunDirectory:
 
     def sync(self) -> None:
         """Forces all logged records onto the disk: call it before a checkpoint that they belong to."""
-        for file in self._writers.values():
+        for file in list(self._writers.values()):  # a thread may call this while another one logs
             os.fsync(file.fileno())
 
     def read(self, writer: str = "train") -> list[dict[str, Any]]:

@@ -97,8 +97,11 @@ def weights_before(
             quantize = recipe.adapt.quantize == "nf4"
             dtype = DTYPES[recipe.train.precision]
             return load_model(checkpoint, dtype, device, quantize=quantize), checkpoint.name, done
-    plain = recipe.model_copy(update={"train": recipe.train.model_copy(update={"compile": False})})
-    built = build(plain, device)
+    plain: dict[str, Any] = {"compile": False}
+    if recipe.train.precision == "float8":  # which only training uses
+        plain |= {"precision": "bfloat16"}
+    train = recipe.train.model_copy(update=plain)
+    built = build(recipe.model_copy(update={"train": train}), device)
     return built.model, f"the weights at the start ({built.source})", 0
 
 

@@ -1,12 +1,14 @@
 """The model of a run, in the fixed order: weights, adapters, float8, saved activations, compiled blocks."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from ropewalk.adapt import AdapterConfig, apply_adapter, freeze, save_adapter, unmerged
+from ropewalk.adapt import AdapterConfig, apply_adapter, freeze, read_parameters, save_adapter, unmerged
 from ropewalk.errors import UserError
 from ropewalk.model import (
     ModelConfig,
@@ -38,13 +40,21 @@ class Built:
     """where its first weights came from"""
     revision: str | None = None
 
-    def save(self, path: Path) -> None:
-        """An adapter directory where there are adapters, else a Hugging Face one; with the tokenizer."""
+    def save(self, path: Path, values: Callable[[str], Tensor]) -> None:
+        """An adapter directory where there are adapters, else a Hugging Face one; with the tokenizer.
+
+        `values` gives the parameters of `saved` by name, whole.
+        """
         if unmerged(self.model):
-            save_adapter(self.model, path, self.source, revision=self.revision)
+            save_adapter(self.model, path, self.source, revision=self.revision, values=values)
             self.tokenizer.save_pretrained(path)
         else:
-            save_model(self.model, self.tokenizer, path)
+            save_model(self.model, self.tokenizer, path, values=values)
+
+    def saved(self) -> list[str]:
+        """Names of the parameters that `save` writes or reads."""
+        names = [name for name, _ in self.model.named_parameters()]
+        return read_parameters(self.model) if unmerged(self.model) else names
 
     def trainable(self) -> int:
         """Number of trained parameters; a tied matrix counts once."""

@@ -5,15 +5,15 @@
       state/         safetensors (optimizer, RNG; one for each process), state.json (step, position, ...)
       MANIFEST.json  size and SHA-256 of every file, written last
 
-A checkpoint is written under a temporary name, fsynced and renamed. Nothing in it is pickled: a checkpoint
-from elsewhere can be wrong, but it cannot run code.
+A checkpoint is written under a temporary name, fsynced and renamed (`saving`). Nothing in it is pickled: a
+checkpoint from elsewhere can be wrong, but it cannot run code.
 """
 
 import hashlib
 import json
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,54 +22,9 @@ import torch
 from torch import Tensor
 
 from ropewalk.errors import RopewalkError
-from ropewalk.files import atomic_directory, atomic_write, free_bytes, full_disk, remove_leftovers, sha256
-from ropewalk.parallel import World
+from ropewalk.files import atomic_write, sha256
 
 FORMAT = 1
-
-
-def save_checkpoint(
-    folder: Path,
-    step: int,
-    *,
-    save_weights: Callable[[Path | None], None],
-    save_state: Callable[[Path, dict[str, Tensor]], None],
-    state: dict[str, Any],
-    needed: int,
-    validation_loss: float | None = None,
-    keep: int = 2,
-    world: World | None = None,
-) -> Path:
-    """Writes `folder/step-XXXXXXXX`, then deletes all but the `keep` newest and the best by validation loss.
-
-    `save_weights` fills the `model/` directory it is given (None: takes part without writing); `save_state`
-    writes tensors into `state/`, its own and those given to it; `needed` is about how many bytes will be
-    written. Of several processes each writes its part of the state, and the first one all the rest.
-    Raises RopewalkError where the disk is full: then nothing is left behind and nothing was deleted.
-    """
-    world, path = world or World(), folder / checkpoint_name(step)
-    random_tensors, random_json = random_state(world.rank)
-    if not world.first:
-        save_state(Path(world.share(None), "state"), random_tensors)
-        world.wait()
-        save_weights(None)
-        return Path(world.share(None))
-    if free_bytes(folder) < needed:
-        raise full_disk(path, needed)
-    remove_leftovers(folder)
-    with atomic_directory(path, overwrite=True, needed=needed) as temporary:
-        (temporary / "state").mkdir()
-        world.share(str(temporary))
-        save_state(temporary / "state", random_tensors)
-        world.wait()
-        save_weights(temporary / "model")
-        (temporary / "state" / "state.json").write_text(
-            json.dumps({**state, "step": step, "random": random_json})
-        )
-        write_manifest(temporary, step, validation_loss)
-    _prune(folder, keep)
-    world.share(str(path))
-    return path
 
 
 def checkpoint_name(step: int) -> str:
@@ -117,12 +72,12 @@ def note_validation(checkpoint: Path, loss: float) -> None:
     atomic_write(checkpoint / "MANIFEST.json", _sealed({**manifest, "validation_loss": loss}))
 
 
-def write_manifest(checkpoint: Path, step: int, validation_loss: float | None) -> None:
-    files = {
-        str(path.relative_to(checkpoint)): {"size": path.stat().st_size, "sha256": sha256(path)}
-        for path in sorted(checkpoint.rglob("*"))
-        if path.is_file()
-    }
+def write_manifest(
+    checkpoint: Path, step: int, validation_loss: float | None, known: Mapping[str, dict[str, Any]]
+) -> None:
+    """MANIFEST.json for all files that are there; the entries of some may be `known` already."""
+    names = [str(path.relative_to(checkpoint)) for path in sorted(checkpoint.rglob("*")) if path.is_file()]
+    files = {name: known.get(name) or file_entry(checkpoint / name) for name in names}
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "step": step,
@@ -130,6 +85,11 @@ def write_manifest(checkpoint: Path, step: int, validation_loss: float | None) -
         "files": files,
     }
     (checkpoint / "MANIFEST.json").write_text(_sealed(manifest))
+
+
+def file_entry(path: Path) -> dict[str, Any]:
+    """What a manifest says of a file."""
+    return {"size": path.stat().st_size, "sha256": sha256(path)}
 
 
 def find_damage(checkpoint: Path) -> str | None:
@@ -187,7 +147,8 @@ def _of_rank(name: str, rank: int) -> str:
     return f"{name}.{rank}" if rank else name
 
 
-def _prune(folder: Path, keep: int) -> None:
+def prune(folder: Path, keep: int) -> None:
+    """Deletes all checkpoints but the `keep` newest and the best by validation loss."""
     best = best_checkpoint(folder)
     for path in list_checkpoints(folder)[:-keep]:
         if path != best:

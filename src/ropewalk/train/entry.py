@@ -43,8 +43,10 @@ class TrainResult:
     step: int
     steps: int
     interrupted: bool
+    preempted: bool
+    """interrupted by SIGUSR1 or SIGUSR2: to be started again"""
     losses: list[float]
-    """of the steps done by this call"""
+    """of the steps done by this call, less those whose update was skipped"""
     validation_before: float | None
     validation_after: float | None
     checkpoint: Path | None
@@ -59,7 +61,7 @@ def train(
 ) -> TrainResult:
     """Prepares the data, trains, and leaves a run directory under `recipe.runs`.
 
-    A stop by SIGINT or SIGTERM is no error: the result says `interrupted`, and `resume` goes on.
+    A stop by a signal is no error: the result says `interrupted`, and `resume` goes on.
     Raises UserError for what the recipe has wrong and RopewalkError for what fails on the way.
     """
     began = time.time()
@@ -82,6 +84,7 @@ def train(
         prepared = prepare(recipe)  # the first one has done the work
     job = open_job(recipe, prepared.train, prepared.validation, world=world)
     if world.first:
+        job.check_room(Path(recipe.runs))
         run = RunDirectory.create(recipe.runs, recipe.name, to_yaml(recipe), lineage(recipe, prepared))
         run.write_json("environment.json", environment(**facts(job), job=job_key()))
         world.share(str(run.path))
@@ -139,7 +142,9 @@ def _go_on(
                 job.spikes.left_out = record["left_out"]
         if job.step == job.steps and (directory.path / "report.md").exists():
             reporter.say(f"{directory.path}: all {job.steps} steps are done; nothing to do")
-            return result_of(job, directory, [], interrupted=False)
+            return result_of(job, directory, [])
+        if world.first:
+            job.check_room(directory.checkpoints_path)
         note_start(directory, began, job.meter.train_seconds, left)
         return finish(job, directory, reporter)
 
@@ -194,7 +199,7 @@ def finish(job: Job, run: RunDirectory, reporter: Reporter) -> TrainResult:
     finally:
         reporter.stop()
         run.close()
-    result = result_of(job, run, losses, interrupted=bool(stop))
+    result = result_of(job, run, losses, interrupted=bool(stop), preempted=stop.preempted)
     if stop:
         reporter.say(
             f"stopped by {stop.signal} after step {job.step} of {job.steps}; all of it is in "
@@ -207,7 +212,9 @@ def finish(job: Job, run: RunDirectory, reporter: Reporter) -> TrainResult:
     return result
 
 
-def result_of(job: Job, run: RunDirectory, losses: list[float], interrupted: bool) -> TrainResult:
+def result_of(
+    job: Job, run: RunDirectory, losses: list[float], interrupted: bool = False, preempted: bool = False
+) -> TrainResult:
     measured = [job.validation_losses[step] for step in sorted(job.validation_losses)]
     saved = list_checkpoints(run.checkpoints_path)
     return TrainResult(
@@ -215,6 +222,7 @@ def result_of(job: Job, run: RunDirectory, losses: list[float], interrupted: boo
         step=job.step,
         steps=job.steps,
         interrupted=interrupted,
+        preempted=preempted,
         losses=losses,
         validation_before=measured[0] if measured else None,
         validation_after=measured[-1] if len(measured) > 1 else None,

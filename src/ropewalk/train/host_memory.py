@@ -1,8 +1,11 @@
 """The host's memory: how the C library hands it out in training on a CPU, and what a GPU copies to."""
 
 import ctypes
+import os
 import platform
 import weakref
+from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -46,3 +49,47 @@ def pinned(size: int) -> Tensor:
 
     weakref.finalize(room, release).atexit = False
     return room
+
+
+def free_memory() -> int:
+    """Bytes that processes here can still have: of the machine, or of the container's limit (cgroup v2)."""
+    sizes = dict(line.split()[:2] for line in Path("/proc/meminfo").read_text().splitlines())
+    free = int(sizes["MemAvailable:"]) * 1024
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = int((group / "memory.max").read_text())  # "max" where there is none
+        used = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return min(free, limit - int(used["anon"]) - int(used.get("kernel", 0)))
+    except (OSError, ValueError, KeyError):
+        return free
+
+
+class HostCopies:
+    """Room for one copy of a training state on the host, kept from one checkpoint to the next."""
+
+    ALIGNED = 64
+
+    def __init__(self) -> None:
+        self._room: Tensor | None = None
+
+    def of(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+        """Copies, complete on return, valid until the next call. None where half of the free memory, shared
+        among the processes of this machine, is too little."""
+        starts, size = {}, 0
+        for name, tensor in tensors.items():
+            starts[name] = size
+            size += -(-tensor.nbytes // self.ALIGNED) * self.ALIGNED
+        on_gpu = any(tensor.is_cuda for tensor in tensors.values())
+        if self._room is None or len(self._room) != size:
+            self._room = None  # never two of them
+            if size > free_memory() // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
+                return None
+            self._room = pinned(size) if on_gpu else torch.empty(size, dtype=torch.uint8)
+        copies = {}
+        for name, tensor in tensors.items():
+            raw = self._room[starts[name] : starts[name] + tensor.nbytes]
+            copies[name] = raw.view(tensor.dtype).view(tensor.shape)
+            copies[name].copy_(tensor.detach(), non_blocking=True)
+        if on_gpu:
+            torch.cuda.synchronize()
+        return copies

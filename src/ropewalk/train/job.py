@@ -8,22 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ropewalk.adapt import rate_factors
 from ropewalk.data import Loader, Prepared, TokenShards
 from ropewalk.errors import UserError
 from ropewalk.files import sha256
 from ropewalk.model import resolve_source
-from ropewalk.parallel import World, divided, gathered, load_tensors, part_file, parts_of, shard, write_parts
+from ropewalk.parallel import World, divided, load_tensors, part_of, shard
 from ropewalk.recipe import Recipe
-from ropewalk.track import RunDirectory
 from ropewalk.track.environment import git_commit
 from ropewalk.train.build import DTYPES, Built, build
-from ropewalk.train.checkpoint import load_state, save_checkpoint, set_random_state
+from ropewalk.train.cadence import young_interval
+from ropewalk.train.checkpoint import load_state, random_state, set_random_state
 from ropewalk.train.host_memory import give_back_large_blocks
 from ropewalk.train.metrics import Meter
 from ropewalk.train.optim import Optimizer, OptimizerConfig
+from ropewalk.train.saving import Contents, Saver, check_room
 from ropewalk.train.schedule import learning_rate
 from ropewalk.train.self_check import SelfCheck, check_compiled, self_check
 from ropewalk.train.spikes import Spikes
@@ -103,43 +103,67 @@ class Job:
         """Whether something that happens each `every` steps (0: never before the end) happens now."""
         return self.step == self.steps or (every > 0 and self.step % every == 0)
 
-    def save_is_due(self) -> bool:
-        """Whether the last checkpoint is train.checkpoint_minutes ago."""
-        minutes = self.recipe.train.checkpoint_minutes
-        return minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes
+    def save_is_due(self, saver: Saver) -> bool:
+        """Whether a checkpoint is due by the clock (train.checkpoint_minutes). The first process decides."""
+        minutes, hours = self.recipe.train.checkpoint_minutes, self.recipe.train.failure_hours
+        if minutes is None or not self.world.first:
+            return False
+        if minutes != "auto":
+            seconds = 60 * minutes
+        elif saver.busy:
+            return False  # it would be waited for
+        elif saver.last is None:
+            return True  # the first one is made at once: it says what they cost
+        else:
+            assert hours is not None
+            seconds = young_interval(saver.last.waited, 3600 * hours)
+        return time.monotonic() - self.saved_at >= seconds
 
-    def save(self, run: RunDirectory) -> Path:
-        """Writes the checkpoint of this step."""
-        run.sync()
-        model, world, parameters = self.built.model, self.world, self.optimizer.parameters
-        divided(model, world)
-        tensors = self.optimizer.state_tensors()
-
-        def save_state(folder: Path, others: dict[str, Tensor]) -> None:
-            mine = {**tensors, **others}
-            write_parts(folder / part_file(world), mine, parts_of(mine, parameters, world))
-
-        def save_weights(folder: Path | None) -> None:
-            with gathered(model, world):
-                if folder is not None:
-                    self.built.save(folder)
-
-        return save_checkpoint(
-            run.checkpoints_path,
+    def save(self, saver: Saver, copy: bool) -> None:
+        """Begins to write the checkpoint of this step: see `Saver.begin`."""
+        divided(self.built.model, self.world)
+        trained = self.optimizer.parameters
+        random_tensors, random_json = random_state(self.world.rank)
+        frozen = {name: self.built.model.get_parameter(name) for name in self.built.saved()}
+        contents = Contents(
             self.step,
-            save_weights=save_weights,
-            save_state=save_state,
+            tensors={**self.optimizer.state_tensors(), **random_tensors},
+            trained=trained,
+            frozen={name: parameter for name, parameter in frozen.items() if name not in trained},
             state={
                 "steps": self.steps,
                 "loader": self._position(),
+                "random": random_json,
                 "spikes": self.spikes.state(),
                 **self.meter.totals(),
             },
-            needed=sum(t.nbytes for t in tensors.values()) * world.size
-            + sum(p.numel() * p.element_size() for p in parameters.values()),
+            save_model=self.built.save,
+            needed=self.checkpoint_bytes(),
             validation_loss=self.validation_losses.get(self.step),
-            keep=self.recipe.train.keep,
-            world=world,
+        )
+        self.saved_at = time.monotonic()
+        self.saved = saver.begin(contents, copy)
+
+    def checkpoint_bytes(self) -> int:
+        """About what a checkpoint of this run takes on the disk."""
+        model, trained = self.built.model, self.optimizer.parameters
+        sizes = {name: math.prod(part_of(name, p, self.world).shape) for name, p in trained.items()}
+        state = sum(size * self.optimizer.saved_bytes(name) for name, size in sizes.items())
+        weights = [(name, model.get_parameter(name)) for name in self.built.saved()]
+        return round(state) + sum(
+            math.prod(part_of(name, p, self.world).shape) * p.element_size() for name, p in weights
+        )
+
+    def check_room(self, folder: Path) -> None:
+        """RopewalkError where the disk has no room for the checkpoints that will be in `folder`."""
+        train = self.recipe.train
+        saves = math.ceil((self.steps - self.step) / train.checkpoint_every) if train.checkpoint_every else 1
+        check_room(
+            folder,
+            self.checkpoint_bytes(),
+            saves=saves if train.checkpoint_minutes is None else None,
+            keep=train.keep,
+            best=self.validation is not None,
         )
 
     def restore(self, checkpoint: Path) -> None:

@@ -24,6 +24,7 @@ from ropewalk.train.job import Job
 from ropewalk.train.objective import loss_sum, without_padding
 from ropewalk.train.progress import Reporter
 from ropewalk.train.recover import on_spike, roll_back
+from ropewalk.train.saving import Saved, Saver
 from ropewalk.train.signals import StopRequest
 from ropewalk.train.stragglers import TIMES, sentence
 from ropewalk.train.validate import validation_loss, write_samples
@@ -37,15 +38,17 @@ def run_loop(job: Job, run: RunDirectory, reporter: Reporter, stop: StopRequest)
     step: so a run that stopped in between makes up for it when it goes on.
     """
     losses: dict[int, float] = {}
-    while True:
-        with closing(ahead(job)) as batches:
-            spike = run_until_spike(job, run, reporter, stop, batches, losses)
-        if spike is None:
-            break
-        roll_back(job, run, reporter, spike)
-        losses = {step: loss for step, loss in losses.items() if step <= job.step}
-    if stop:
-        checkpoint(job, run)
+    with Saver(run.checkpoints_path, job.recipe.train.keep, job.world, run.sync) as saver:
+        while True:
+            with closing(ahead(job)) as batches:
+                spike = run_until_spike(job, run, reporter, stop, saver, batches, losses)
+            if spike is None:
+                break
+            log_saved(run, saver.finish())
+            roll_back(job, run, reporter, spike)
+            losses = {step: loss for step, loss in losses.items() if step <= job.step}
+        if stop:
+            checkpoint(job, run, saver, goes_on=False)
     return list(losses.values())
 
 
@@ -54,13 +57,15 @@ def run_until_spike(
     run: RunDirectory,
     reporter: Reporter,
     stop: StopRequest,
+    saver: Saver,
     batches: Iterator[Batch],
     losses: dict[int, float],
 ) -> dict[str, Any] | None:
     """The loop, which adds to `losses` by step; the record of a step that makes the run go back, or None."""
     train = job.recipe.train
     while True:
-        by_clock = stop.agree(job.save_is_due())
+        log_saved(run, saver.poll())
+        by_clock = stop.agree(job.save_is_due(saver))
         if stop:
             return None
         if job.step == 0 or job.due(train.evaluate_every):
@@ -68,9 +73,9 @@ def run_until_spike(
         if job.due(train.sample_every) and not stop:
             sample(job, run)
         if job.step > 0 and (by_clock or job.due(train.checkpoint_every)) and not stop:
-            checkpoint(job, run)
+            checkpoint(job, run, saver, goes_on=job.step < job.steps)
         if train.spike.policy == "rollback" and job.saved is None and not stop:
-            checkpoint(job, run)  # there is always one to go back to
+            checkpoint(job, run, saver, goes_on=True)  # there is always one to go back to
         if job.step == job.steps or stop:
             return None
         job.step += 1
@@ -248,15 +253,25 @@ def sample(job: Job, run: RunDirectory) -> None:
         )
 
 
-def checkpoint(job: Job, run: RunDirectory) -> None:
-    """A checkpoint of this step; one that is there already only learns its validation loss."""
+def checkpoint(job: Job, run: RunDirectory, saver: Saver, goes_on: bool) -> None:
+    """A checkpoint of this step; one that is there already only learns its validation loss.
+
+    Where training goes on, it is written meanwhile; else it is whole on return.
+    """
     job.at(job.step, "checkpoint")
+    log_saved(run, saver.finish())
     loss = job.validation_losses.get(job.step)
     if job.saved is None or job.saved.name != checkpoint_name(job.step):
-        began = time.perf_counter()
-        job.saved = job.save(run)
-        job.saved_at = time.monotonic()
-        seconds = round(time.perf_counter() - began, 3)
-        run.log({"kind": "checkpoint", "step": job.step, "path": job.saved.name, "seconds": seconds})
+        job.save(saver, copy=goes_on)
+        if not goes_on:
+            log_saved(run, saver.finish())
+            job.world.wait()
     elif loss is not None and job.world.first:
         note_validation(job.saved, loss)
+
+
+def log_saved(run: RunDirectory, saved: Saved | None) -> None:
+    """A record of a checkpoint once it is whole."""
+    if saved is not None:
+        times = {"seconds": round(saved.waited, 3), "write_seconds": round(saved.seconds, 3)}
+        run.log({"kind": "checkpoint", "step": saved.step, "path": saved.path.name, **times})

@@ -200,6 +200,11 @@ class Optimizer:
             count += sum(tensor.nbytes for tensor in tensors.values())
         return count
 
+    def saved_bytes(self, name: str) -> float:
+        """Bytes for each number of a parameter in `state_tensors` once it was updated, without scales."""
+        moments = {"adamw": 2, "lion": 1, "muon": 1, "adafactor": 0}[self._rule(name)]
+        return self._slots[name].weight.element_size() + moments * self.config.state_bits / 8
+
     def state_tensors(self) -> dict[str, Tensor]:
         """What an exact continuation needs: `master.NAME`, and once updated `step.NAME` and the state's.
 
