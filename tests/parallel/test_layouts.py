@@ -51,9 +51,16 @@ LAYOUTS = {
         "stage 1": {"shard": 2, "stage": 1},
         "replicated": {"replicate": 2, "shard": 1},
         "tensor": {"tensor": 2},
+        "context": {"context": 2},
+        "context, ring": {"context": 2, "context_exchange": "ring"},
+        "context, ulysses": {"context": 2, "context_exchange": "ulysses"},
     },
     4: {
         "tensor 2 x shard 2": {"tensor": 2, "shard": 2},
+        "context 4, ring": {"context": 4, "context_exchange": "ring"},
+        "context 2 x shard 2": {"context": 2, "shard": 2},
+        "context 2 x replicate 2": {"context": 2, "replicate": 2, "context_exchange": "ring"},
+        "context 2 x tensor 2": {"context": 2, "tensor": 2},
         "tensor 2 x replicate 2": {"tensor": 2, "replicate": 2, "shard": 1},
         "stage 3": {"shard": 4},
         "hybrid": {"replicate": 2, "shard": 2},
@@ -71,10 +78,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 ALSO = {
-    "gemma2": ("stage 3", "replicated", "tensor"),
-    "gpt2": ("stage 3", "replicated", "tensor"),
+    "gemma2": ("stage 3", "replicated", "tensor", "context", "context, ring"),
+    "gpt2": ("stage 3", "replicated", "tensor", "context"),
     "qwen3": ("tensor",),
-    "qwen3_moe": ("stage 3", "replicated"),
+    "qwen3_moe": ("stage 3", "replicated", "context"),
     "wide": (),
 }
 """Layouts of the families beside llama, which is trained in all of them."""
@@ -180,6 +187,11 @@ def test_two_processes_train_what_one_trains(recipes, train_in) -> None:  # type
         f"wide, {name}, tensor": ("wide", {"tensor": 2}, fields)
         for name, fields in VARIANTS.items()
         if name != "lion"
+    }
+    ring = {"context": 2, "context_exchange": "ring"}
+    cases |= {
+        f"llama, {name}, context": ("llama", ring, VARIANTS[name])
+        for name in ("recomputed", "in backward", "qlora")
     }
     calls = {
         name: ("train", [recipes(family, layout, **fields), [], False])
