@@ -203,3 +203,12 @@ def test_what_is_said_of_this_machine_is_what_torch_says():
 
     assert _torch_has_cuda() == (torch.version.cuda is not None)
     assert Machine.here().gpu == torch.cuda.is_available()
+
+
+def test_an_automatic_layout_is_pure_sharding():
+    """Until there is a planner that proposes one."""
+    machine = Machine(cores=8, cpu_bfloat16=True, processes=4)
+    found = resolve(load_recipe({**BASE, "parallel": "auto"}), machine=machine).recipe.parallel
+    assert (found.replicate, found.shard, found.context, found.tensor, found.stage) == (1, 4, 1, 1, 3)
+    with pytest.raises(UserError, match="parallel"):
+        load_recipe({**BASE, "parallel": "automatic"})

@@ -47,12 +47,17 @@ def shard(model: Transformer, world: World) -> None:
 
 
 def reduce_gradients(model: Transformer, world: World, last: bool) -> None:
-    """Before the backward pass of a micro-batch: whether its gradients are sent at once.
+    """Before the backward pass of a micro-batch: whether its gradients are sent at once, and weights let go.
 
-    At stage 1 they are added up whole, and divided with the last micro-batch of a step.
+    At stage 1 gradients are added up whole, and divided with the last micro-batch of a step. Below stage 3
+    weights are gathered once a step.
     """
-    if world.mesh is not None and world.layout.stage == 1:
-        next(_units(model)).set_requires_gradient_sync(last)  # the model's own: for all of it
+    if world.mesh is None or world.layout.stage == 3:
+        return
+    own = next(_units(model))  # the model's own: for all of it
+    own.set_reshard_after_backward(last)
+    if world.layout.stage == 1:
+        own.set_requires_gradient_sync(last)
 
 
 def replace(model: nn.Module, name: str, parameter: nn.Parameter) -> None:

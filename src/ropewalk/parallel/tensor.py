@@ -24,6 +24,10 @@ from ropewalk.parallel.sharding import replace
 from ropewalk.parallel.slices import sliced_along
 from ropewalk.parallel.world import World
 
+# their names from torch 2.13 on, which warns of the older ones
+_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
 
 def divide(model: Transformer, world: World) -> None:
     """Leaves each process its slices of `model`, in place, and lets it exchange hidden states.
@@ -80,14 +84,14 @@ class _Exchange:
         """`[B, S / degree, H]` of each -> `[B, S, H]`."""
         mine = x.transpose(0, 1).contiguous()
         out = mine.new_empty(self.degree * mine.shape[0], *mine.shape[1:])
-        dist.all_gather_into_tensor(out, mine, group=self.group)
+        _gather(out, mine, group=self.group)
         return out.transpose(0, 1).contiguous()
 
     def scattered(self, x: Tensor) -> Tensor:
         """`[B, S, H]` of each -> their sum for this one's tokens, `[B, S / degree, H]`."""
         rows = x.transpose(0, 1).contiguous()
         out = rows.new_empty(rows.shape[0] // self.degree, *rows.shape[1:])
-        dist.reduce_scatter_tensor(out, rows, group=self.group)
+        _scatter(out, rows, group=self.group)
         return out.transpose(0, 1).contiguous()
 
     def own(self, x: Tensor) -> Tensor:

@@ -265,6 +265,11 @@ class Parallel(Section):
     """How often processes that Ropewalk started itself are started again when one is killed."""
 
 
+def _auto_layout(value: Any) -> Any:
+    """`parallel: auto` is pure sharding over the processes that there are."""
+    return {} if value == "auto" else value
+
+
 class Task(Section):
     """A generation task: prompts with references from a JSONL file."""
 
@@ -318,5 +323,8 @@ class Recipe(Section):
     data: Data
     adapt: Adapt = Adapt()
     train: Train
-    parallel: Parallel = Parallel()
+    parallel: Annotated[
+        Parallel, BeforeValidator(_auto_layout, json_schema_input_type=Parallel | Literal["auto"])
+    ] = Parallel()
+    """How the run is spread over processes; "auto": sharded over all there are."""
     evaluate: Evaluate = Evaluate()

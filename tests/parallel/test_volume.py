@@ -1,0 +1,69 @@
+"""What a step sends is what the closed forms say: so its cost on many machines can be foreseen."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ropewalk.parallel.launch import launch
+
+SHAPE = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 384,
+    "tie_word_embeddings": True,
+}
+ROWS, LENGTH, MICRO = 8, 64, 2
+"""A step: 4 micro-batches of 2 rows in one process, 2 of them in each of two."""
+
+
+def test_what_a_step_sends_is_what_the_closed_forms_say(make_recipe, tmp_path):
+    """Ring counts (t - 1) / t; P: bytes of the weights, b: of the hidden states of all tokens."""
+    layouts = {
+        "stage 1": {"shard": 2, "stage": 1},
+        "stage 2": {"shard": 2, "stage": 2},
+        "stage 3": {"shard": 2, "stage": 3},
+        "replicated": {"replicate": 2, "shard": 1},
+        "tensor": {"tensor": 2},
+    }
+    jobs = {}
+    for name, layout in layouts.items():
+        recipe = make_recipe(batch_size=ROWS, micro_batch_size=MICRO, self_check=False, clip=0.0)
+        recipe["model"] = {"config": SHAPE, "tokenizer": recipe["model"]["source"]}
+        recipe["parallel"] = layout
+        recipe["data"]["sequence_length"] = LENGTH  # rows are cut to a multiple of 64 tokens: all are whole
+        jobs[name] = recipe
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    assert launch([str(Path(__file__).with_name("volume.py")), str(tmp_path / "jobs.json")], 2) == 0
+    found = json.loads((tmp_path / "jobs.result").read_text())
+    weights, half = found["stage 3"]["weights"], 1 / 2  # (t - 1) / t of two processes
+    embeddings = 4 * SHAPE["vocab_size"] * SHAPE["hidden_size"] + 4 * SHAPE["hidden_size"]
+    blocks = weights - embeddings
+    micro = ROWS // 2 // MICRO
+    hidden = 4 * ROWS * LENGTH * SHAPE["hidden_size"]
+    layers = SHAPE["num_hidden_layers"]
+    expected = {
+        # gradients once a step, and the updated weights once: 2 P
+        "stage 1": {"all-gather": half * weights, "reduce-scatter": half * weights},
+        # gradients of each micro-batch
+        "stage 2": {"all-gather": half * weights, "reduce-scatter": half * weights * micro},
+        # of each micro-batch: weights of the blocks before forward and before backward, of what is outside of
+        # them once, and gradients: 3 P
+        "stage 3": {
+            "all-gather": half * micro * (2 * blocks + embeddings),
+            "reduce-scatter": half * weights * micro,
+        },
+        "replicated": {"all-reduce": 2 * half * weights * micro},
+        # each block: two gatherings and two scatterings forward, as many backward; once more at both ends
+        "tensor": {
+            "all-gather": half * hidden * (4 * layers + 1 + 1),
+            "reduce-scatter": half * hidden * (4 * layers + 1),
+        },
+    }
+    for name, kinds in expected.items():
+        for kind, size in kinds.items():
+            assert found[name][kind] == pytest.approx(size, rel=0.01), (name, kind)
