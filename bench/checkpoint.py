@@ -10,7 +10,6 @@ TMPDIR which one it is.
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import tempfile
