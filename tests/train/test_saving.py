@@ -26,7 +26,7 @@ def contents(step: int, tensors: dict[str, torch.Tensor]) -> Contents:
     def save_model(path: Path, _: object) -> None:
         path.mkdir()
 
-    return Contents(step, tensors, trained={}, frozen={}, state={}, save_model=save_model, needed=1000)
+    return Contents(step, tensors, trained={}, frozen={}, state="{}", save_model=save_model, needed=1000)
 
 
 @pytest.fixture
