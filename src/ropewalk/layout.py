@@ -23,6 +23,8 @@ class Layout:
     """processes that share the tokens of a row"""
     tensor: int = 1
     """processes that share every matrix product"""
+    context_exchange: Literal["all_gather", "ring", "ulysses"] = "all_gather"
+    """how attention reaches the tokens that other processes of a `context` group have"""
     stage: Literal[1, 2, 3] = 3
     """what is divided (ZeRO, arXiv 1910.02054): 1 optimizer states, 2 gradients too, 3 weights too"""
 
@@ -30,6 +32,17 @@ class Layout:
     def data(self) -> int:
         """Parts into which the rows of a batch are divided."""
         return self.replicate * self.shard
+
+    @property
+    def parts(self) -> int:
+        """Parts into which weights and states are divided: processes that share rows share the model, too."""
+        return self.shard * self.context
+
+    @property
+    def whole(self) -> int:
+        """Rows have a multiple of so many tokens: a process of a `context` group has one piece of their
+        beginning and one of their end, of which each of a `tensor` group takes some."""
+        return (2 * self.context if self.context > 1 else 1) * self.tensor
 
     @property
     def processes(self) -> int:
@@ -49,4 +62,4 @@ class Layout:
                 f"start {self.processes}, or set one degree to -1 (the rest)"
             )
         filled = {name: rest if name in open_ else getattr(self, name) for name in DEGREES}
-        return Layout(**filled, stage=self.stage)
+        return Layout(**filled, stage=self.stage, context_exchange=self.context_exchange)

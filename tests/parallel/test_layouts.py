@@ -53,9 +53,16 @@ LAYOUTS = {
         "stage 1": {"shard": 2, "stage": 1},
         "replicated": {"replicate": 2, "shard": 1},
         "tensor": {"tensor": 2},
+        "context": {"context": 2},
+        "context, ring": {"context": 2, "context_exchange": "ring"},
+        "context, ulysses": {"context": 2, "context_exchange": "ulysses"},
     },
     4: {
         "tensor 2 x shard 2": {"tensor": 2, "shard": 2},
+        "context 4, ring": {"context": 4, "context_exchange": "ring"},
+        "context 2 x shard 2": {"context": 2, "shard": 2},
+        "context 2 x replicate 2": {"context": 2, "replicate": 2, "context_exchange": "ring"},
+        "context 2 x tensor 2": {"context": 2, "tensor": 2},
         "tensor 2 x replicate 2": {"tensor": 2, "replicate": 2, "shard": 1},
         "stage 3": {"shard": 4},
         "hybrid": {"replicate": 2, "shard": 2},
@@ -74,10 +81,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 ALSO = {
-    "gemma2": ("stage 3", "replicated", "tensor"),
-    "gpt2": ("stage 3", "replicated", "tensor"),
+    "gemma2": ("stage 3", "replicated", "tensor", "context", "context, ring"),
+    "gpt2": ("stage 3", "replicated", "tensor", "context"),
     "qwen3": ("tensor",),
-    "qwen3_moe": ("stage 3", "replicated"),
+    "qwen3_moe": ("stage 3", "replicated", "context"),
     "wide": (),
 }
 """Layouts of the families beside llama, which is trained in all of them."""
@@ -142,6 +149,11 @@ def trace(run: Path) -> list[tuple[float, float]]:
     return [(r["loss"], r["gradient_norm"]) for r in records if r["kind"] == "train"]
 
 
+def said(run: Path, word: str) -> list[str]:
+    """Lines of the report with a word: so many parameters are trained, in any layout."""
+    return [line for line in (Path(run) / "report.md").read_text().splitlines() if word in line]
+
+
 def weights(run: Path) -> dict[str, torch.Tensor]:
     (checkpoint,) = (Path(run) / "checkpoints").glob("step-00000005")
     (file,) = (checkpoint / "model").glob("*.safetensors")
@@ -155,6 +167,7 @@ def assert_same_training(found: dict[str, Any], alone: Any) -> None:
         assert loss == pytest.approx(other, rel=1e-5)
         assert norm == pytest.approx(other_norm, rel=1e-4)
     assert found["validation_after"] == pytest.approx(alone.validation_after, rel=1e-5)
+    assert said(found["run"], "| trained |") == said(alone.run, "| trained |") != []
     ours, theirs = weights(found["run"]), weights(alone.run)
     assert ours.keys() == theirs.keys()
     for name in ours:
@@ -179,6 +192,11 @@ def test_two_processes_train_what_one_trains(recipes, train_in) -> None:  # type
         f"wide, {name}, tensor": ("wide", {"tensor": 2}, fields)
         for name, fields in VARIANTS.items()
         if name != "lion"
+    }
+    ring = {"context": 2, "context_exchange": "ring"}
+    cases |= {
+        f"llama, {name}, context": ("llama", ring, VARIANTS[name])
+        for name in ("recomputed", "in backward", "qlora")
     }
     calls = {
         name: ("train", [recipes(family, layout, **fields), [], False])

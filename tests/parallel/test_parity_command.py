@@ -34,12 +34,13 @@ if os.environ["RANK"] == "0":
 """
 
 
-def test_a_right_layout_is_found_to_be_right(make_recipe, capsys, tmp_path):
+@pytest.mark.parametrize("degree", ["tensor", "context"])
+def test_a_right_layout_is_found_to_be_right(make_recipe, capsys, tmp_path, degree):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(json.dumps(make_recipe(steps=3, checkpointing="full", precision="bfloat16")))
-    assert main(["parity", str(recipe), "parallel.tensor=2"]) == 0
+    assert main(["parity", str(recipe), f"parallel.{degree}=2"]) == 0
     said = capsys.readouterr().out
-    assert said.startswith("tensor 2 trains what one process trains: losses differ by")
+    assert said.startswith(f"{degree} 2 trains what one process trains: losses differ by")
     assert not list(tmp_path.glob("runs/*"))  # no run is left behind
 
 

@@ -39,6 +39,31 @@ def model(run: Path, step: int = 6) -> dict[str, torch.Tensor]:
     return load_file(Path(run) / "checkpoints" / f"step-{step:08d}" / "model" / "model.safetensors")
 
 
+@pytest.mark.parametrize("tensor", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_run_with_divided_rows_goes_on_in_one_process_and_back(
+    make_recipe: Any, train_in: Any, tmp_path: Path, tensor: int
+) -> None:
+    recipe = make_recipe(steps=6, batch_size=4, micro_batch_size=1, checkpoint_every=3, keep=9)
+    divided = recipe | {"parallel": {"context": 2, "tensor": tensor, "context_exchange": "ring"}}
+    whole = Path(train_in(2 * tensor, {"whole": ("train", [divided, [], False])})["whole"]["run"])
+    same, one = until(whole, 3, tmp_path / "same"), until(whole, 3, tmp_path / "one")
+    single = rw.train(recipe, progress=False).run
+    two = until(single, 3, tmp_path / "two")
+    train_in(
+        2 * tensor,
+        {
+            "same": ("resume", [str(same), [], False]),
+            "two": ("resume", [str(two), ["parallel.context=2", f"parallel.tensor={tensor}"], False]),
+        },
+    )
+    rw.resume(one, ["parallel.context=1", "parallel.tensor=1"], progress=False)
+    assert losses(same) == losses(whole)
+    for run in (one, two):
+        assert losses(run) == pytest.approx(losses(single), rel=1e-5)
+        for key, tensor in model(run).items():
+            torch.testing.assert_close(tensor, model(single)[key], rtol=1e-3, atol=1e-4)
+
+
 def test_a_run_goes_on_in_any_number_of_processes(make_recipe: Any, train_in: Any, tmp_path: Path) -> None:
     """In as many: the same bits. In others, more and fewer: the same training but for the order of sums."""
     recipe = make_recipe(steps=6, batch_size=4, micro_batch_size=1, checkpoint_every=3, keep=9)

@@ -10,7 +10,7 @@ GPU = Machine(cores=4, cpu_bfloat16=True, gpu=True, gpu_bfloat16=True)
 CPU = Machine(cores=4, cpu_bfloat16=True)
 
 
-def recipe(adapt=None, optimizer=None, model=None, **train):
+def recipe(adapt=None, optimizer=None, model=None, parallel=None, **train):
     fields = {"steps": 10, "batch_size": 4, "micro_batch_size": 4, "clip": 0.0, **train}
     return Recipe.model_validate(
         {
@@ -19,6 +19,7 @@ def recipe(adapt=None, optimizer=None, model=None, **train):
             "data": {"train": [{"path": "x.jsonl"}]},
             "adapt": adapt or {},
             "train": {**fields, "optimizer": optimizer or {}},
+            "parallel": parallel or {},
         }
     )
 
@@ -43,6 +44,10 @@ REFUSED = [
     (dict(adapt={"method": "lora", "freeze": ["embed.*"]}), "adapt.freeze", "leave it out"),
     (dict(adapt={"method": "ia3", "b_rate": 16}), "adapt.b_rate", "adapt.method: lora"),
     (dict(adapt={"method": "prefix", "rank_stabilized": True}), "rank_stabilized", "adapt.method: lora"),
+    (dict(adapt={"method": "prompt"}, parallel={"context": 2}), "adapt.method", "parallel.context: 1"),
+    (dict(optimizer={"name": "muon"}, parallel={"context": 2}), "train.optimizer.name", "parallel.context"),
+    (dict(parallel={"context": 3}), "parallel.context", "set it to 2, or data.sequence_length: 1026"),
+    (dict(parallel={"context": 3, "tensor": 2}), "parallel.context", "12 equal pieces"),
     (dict(adapt={"method": "lora"}, model=SCRATCH), "adapt.method", "model.source"),
 ]
 

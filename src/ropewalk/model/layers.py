@@ -53,6 +53,8 @@ class Context:
     virtual: list[KeyValues] | None = None
     """Keys and values of the virtual tokens before every document, layer by layer; those in a cache already
     are not here."""
+    attention: Callable[..., Tensor] = attention
+    """of tokens that are all there is; another one where processes share the tokens of a row"""
     reads_virtual: bool = False
     """The tokens are the virtual ones themselves: each layer adds what it made of them to `virtual`."""
 
@@ -71,7 +73,7 @@ class Context:
             keys, values = cache.append(layer.index, k, v)
         if cache is None or self.layout is not None:  # the new tokens are all there is
             assert self.layout is not None
-            return attention(
+            return self.attention(
                 q, k, v, layout=self.layout, window=window, softcap=softcap, scale=scale, prefix=before
             )
         if q.shape[1] == 1 and not cache.ragged:

@@ -14,7 +14,8 @@ from ropewalk.model.config import ModelConfig
 from ropewalk.model.layers import MLP, Attention, Context, Tables, make_norm
 from ropewalk.model.moe import MixtureOfExperts, RouterStatistics, load_balancing_loss
 from ropewalk.model.virtual import VirtualTokens
-from ropewalk.ops.attention import AttentionLayout
+from ropewalk.ops.attention import AttentionLayout, attention
+from ropewalk.ops.attention_parts import RowPart
 from ropewalk.ops.head import VocabularyPart
 from ropewalk.ops.linear import Linear
 from ropewalk.ops.rope import depends_on_length, effective_length, rope_frequencies, rope_tables
@@ -81,6 +82,8 @@ class Transformer(nn.Module):
         self.run_block: RunBlock | None = None
         self.vocabulary: VocabularyPart | None = None
         """What of the output head is here, where processes share it; None: all of it."""
+        self.row_part: RowPart | None = None
+        """What of packed rows is here, where processes share their tokens; None: all of it."""
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.position == "learned":
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
@@ -131,7 +134,8 @@ class Transformer(nn.Module):
         positions `[B, S]` int64, index in the document; by default from 0 in each row or segment, or on from
                   where the cache ends; -1 is padding (on the left, with a cache)
         segments  `[B, S]`, document of each token in a packed row, -1 in padding; no document sees another
-                  (best on the host: its documents are counted there)
+                  (best on the host: its documents are counted there); with a `row_part`, `[B, S * degree]`:
+                  of the whole rows, of which tokens and positions (to be given) are that part
         cache     appended to; not together with segments
         """
         if cache is not None and segments is not None:
@@ -139,7 +143,10 @@ class Transformer(nn.Module):
         if cache is not None and cache.length and self._outgrows(cache, tokens, positions):
             return self._again(tokens, positions, cache)
         context, positions = self._context(tokens, positions, segments, cache)
-        hidden = self._placed(self.embedded(tokens), context, positions, positions)
+        reach = positions
+        if segments is not None and self.row_part is not None:  # frequencies are those of the whole rows
+            reach = torch.where(segments >= 0, _restarting(segments), 0)
+        hidden = self._placed(self.embedded(tokens), context, positions, reach)
         virtual, before = self._virtual(context, positions)
         statistics = []
         run = self.run_block if self.training and torch.is_grad_enabled() else None
@@ -176,6 +183,10 @@ class Transformer(nn.Module):
         statistics, tokens = self._router
         if not statistics:
             return None
+        if self.row_part is not None:
+            sums = self.row_part.summed(torch.stack([torch.stack(pair) for pair in statistics]))
+            statistics = [(probabilities, chosen) for probabilities, chosen in sums]
+            tokens = self.row_part.summed(torch.as_tensor(tokens))
         return load_balancing_loss(statistics, tokens) * self.config.router_aux_loss_coef
 
     def _context(
@@ -185,6 +196,7 @@ class Transformer(nn.Module):
         batch, length = tokens.shape
         layout: AttentionLayout | None = AttentionLayout.rows(batch, length)
         real = query_positions = None
+        attend = attention
         if cache is not None:
             if not cache.length:
                 cache.reserve(0 if self.virtual_tokens is None else self.virtual_tokens.count)
@@ -195,6 +207,9 @@ class Transformer(nn.Module):
                 segments = torch.where(positions >= 0, 0, -1)
         if segments is not None:
             layout = AttentionLayout.from_segments(segments)
+            if cache is None and self.row_part is not None:
+                attend = self.row_part.attention
+                segments = segments[:, self.row_part.columns(segments.shape[1])]
             real = (segments >= 0).flatten().to(tokens.device) if self.config.moe_layers else None
             if positions is None:
                 positions = _restarting(segments).to(tokens.device)
@@ -205,7 +220,7 @@ class Transformer(nn.Module):
         limit = self.config.max_position_embeddings
         if self.config.position == "learned" and (last := int(positions.max())) >= limit:
             raise UserError(f"{last + 1} tokens: this {self.config.family} model has only {limit} positions")
-        context = Context(layout, cache=cache, query_positions=query_positions, real=real)
+        context = Context(layout, cache=cache, query_positions=query_positions, real=real, attention=attend)
         return context, positions.clamp(min=0)
 
     def _virtual(self, context: Context, positions: Tensor) -> tuple[Tensor | None, Context | None]:

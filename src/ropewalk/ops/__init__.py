@@ -5,6 +5,7 @@ In: tensors and numbers. Out: tensors. May import torch and ropewalk.errors.
 
 from ropewalk.ops.attention import attention, attention_cached, attention_reference, cached_mask
 from ropewalk.ops.attention_layout import AttentionLayout
+from ropewalk.ops.attention_parts import RowPart
 from ropewalk.ops.head import VocabularyPart
 from ropewalk.ops.linear import Linear
 from ropewalk.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
@@ -25,6 +26,7 @@ __all__ = [
     "AttentionLayout",
     "Linear",
     "NF4Tensor",
+    "RowPart",
     "VocabularyPart",
     "apply_rope",
     "attention",

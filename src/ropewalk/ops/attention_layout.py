@@ -1,6 +1,8 @@
 """Where documents begin and end in a packed batch, and what attention derives from that once a batch."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +33,8 @@ class AttentionLayout:
     """Masks of sliding windows, shared by the layers."""
     packings: dict[int, "Packing"] = field(default_factory=dict)
     """By length of the prefix; shared by the layers."""
+    tiles: dict[Any, Any] = field(default_factory=dict)
+    """What some queries see of some keys (`attention_parts.tiles`); shared by the layers."""
 
     @classmethod
     def rows(cls, batch: int, length: int) -> "AttentionLayout":
@@ -59,6 +63,16 @@ class AttentionLayout:
             else:
                 runs.append(Run(1, length, padding))
         return cls(tuple(runs))
+
+    def documents(self, length: int) -> Iterator[tuple[int, int, int]]:
+        """(row, first token in it, end) of each document, in order, in rows of `length` tokens."""
+        at = 0
+        for run in self.runs:
+            for _ in range(0 if run.padding else run.count):
+                row, start = divmod(at, length)
+                yield row, start, start + run.length
+                at += run.length
+            at += run.tokens if run.padding else 0
 
     def segments(self, batch: int, device: torch.device) -> Tensor:
         """`[B, S]`: the number of each token's document, counted through the batch; -1 is padding."""

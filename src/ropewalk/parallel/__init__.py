@@ -5,6 +5,7 @@ processes add up numbers. May import torch, model and errors.
 """
 
 from ropewalk.layout import Layout
+from ropewalk.parallel.context import context_refusal
 from ropewalk.parallel.sharding import divided, local, reduce_gradients, shard
 from ropewalk.parallel.slices import has_partial_gradient, refusal, sliced_along
 from ropewalk.parallel.state import Part, Stored, load_tensors, part_file, part_of, parts_of, write_parts
@@ -15,6 +16,7 @@ __all__ = [
     "Part",
     "Stored",
     "World",
+    "context_refusal",
     "divided",
     "has_partial_gradient",
     "load_tensors",

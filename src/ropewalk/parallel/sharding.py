@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ropewalk.model import Transformer
 from ropewalk.ops import NF4Tensor
+from ropewalk.parallel.context import divide_rows
 from ropewalk.parallel.world import World
 
 if TYPE_CHECKING:
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 def shard(model: Transformer, world: World) -> None:
     """Divides `model` over the mesh, in place; gradients are sums over the processes, reduced in float32.
 
-    First the products (`tensor`), then what each process has of them. UserError where those cannot be.
+    First the products (`tensor`), then the tokens of rows (`context`), then what each process has of the
+    weights. UserError where those cannot be.
     """
     if world.mesh is None:
         return
@@ -29,10 +31,12 @@ def shard(model: Transformer, world: World) -> None:
         from ropewalk.parallel.tensor import divide
 
         divide(model, world)
+    if world.layout.context > 1:
+        divide_rows(model, world)
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     options: dict[str, Any] = {
-        "mesh": world.mesh["replicate", "shard"],
+        "mesh": world.weights,
         "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False),
     }
     if world.layout.shard == 1:  # fully_shard can gather a quantized weight only of several parts

@@ -46,7 +46,7 @@ def part_of(name: str, parameter: Tensor, world: World) -> Part:
     if not isinstance(parameter, DTensor) or world.mesh is None:
         return Part((0,) * len(shape), shape, shape)
     (chunk,) = parameter.__create_chunk_list__()
-    start, shared = list(chunk.offsets), {"replicate", "context"}
+    start, shared = list(chunk.offsets), {"replicate"}
     sliced = sliced_along(name) if world.layout.tensor > 1 else None
     if sliced is None:
         shared.add("tensor")

@@ -39,6 +39,8 @@ class World:
     layout: Layout = ALONE
     mesh: "DeviceMesh | None" = None
     """an axis for each of `DEGREES`"""
+    weights: "DeviceMesh | None" = None
+    """what weights and states lie over: copies along the first axis, parts along the second"""
 
     @staticmethod
     def join(device: str, layout: Layout, timeout: float = 1800.0) -> "World":
@@ -60,7 +62,14 @@ class World:
         mesh = init_device_mesh(device, degrees, mesh_dim_names=DEGREES)
         if layout.data not in (1, size):
             mesh["replicate", "shard"]._flatten("rows")
-        return World(dist.get_rank(), size, local, layout, mesh)
+        weights = mesh["replicate", "shard"]
+        if layout.context > 1:
+            if layout.tensor > 1:
+                mesh["replicate", "shard", "context"]._flatten("tokens")
+            axes = {"replicate": layout.replicate, "parts": layout.parts, "tensor": layout.tensor}
+            mesh_of_parts = init_device_mesh(device, tuple(axes.values()), mesh_dim_names=tuple(axes))
+            weights = mesh_of_parts["replicate", "parts"]
+        return World(dist.get_rank(), size, local, layout, mesh, weights)
 
     @property
     def first(self) -> bool:
@@ -73,14 +82,24 @@ class World:
         return self.rank // (self.size // self.layout.data)
 
     def index(self, axis: str) -> int:
-        """This process's place along an axis of the mesh."""
-        return 0 if self.mesh is None else self.mesh.get_local_rank(axis)
+        """This process's place along an axis of the mesh, or among the `parts` of the weights."""
+        if self.mesh is None or self.weights is None:
+            return 0
+        return self.weights.get_local_rank(1) if axis == "parts" else self.mesh.get_local_rank(axis)
 
     def total(self, numbers: Sequence[float]) -> list[float]:
-        """Sums over the parts of the rows; whole numbers stay exact up to 2^53."""
-        if self.layout.data == 1:
+        """Sums over the parts of a batch, for what is counted in whole rows; exact up to 2^53."""
+        return self._total_over("rows", self.layout.data, numbers)
+
+    def total_of_tokens(self, numbers: Sequence[float]) -> list[float]:
+        """The same for what each process counted in its own tokens of the rows."""
+        axis = "rows" if self.layout.context == 1 else "tokens"
+        return self._total_over(axis, self.layout.data * self.layout.context, numbers)
+
+    def _total_over(self, axis: str, processes: int, numbers: Sequence[float]) -> list[float]:
+        if processes == 1:
             return list(numbers)
-        return self._total(numbers, None if self.layout.data == self.size else self.group("rows"))
+        return self._total(numbers, None if processes == self.size else self.group(axis))
 
     def everywhere(self, numbers: Sequence[float]) -> list[float]:
         """Sums over all processes, also those that share rows."""
@@ -93,9 +112,10 @@ class World:
         return sums.tolist()
 
     def group(self, axis: str) -> Any:
-        """This process's group along an axis of the mesh, or along all `rows`."""
+        """This process's group along an axis of the mesh, or along `rows`, `tokens` or `parts`."""
         assert self.mesh is not None
-        return self.mesh[axis].get_group()
+        assert self.weights is not None
+        return self.weights.get_group(1) if axis == "parts" else self.mesh[axis].get_group()
 
     def sum_along(self, axis: str, value: Tensor) -> Tensor:
         """The sum over the processes along an axis, in place where there are several."""

@@ -67,17 +67,33 @@ def _of_optimizer(recipe: Recipe) -> Iterator[tuple[str, str]]:
 def _of_layout(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """What needs whole matrices, or has not been taught to do with parts of them."""
     parallel, optimizer, method = recipe.parallel, recipe.train.optimizer, recipe.adapt.method
-    if parallel.shard > 1 and optimizer.name in ("muon", "adafactor"):
+    divided = "parallel.shard" if parallel.context == 1 else "parallel.context"
+    if parallel.shard * parallel.context > 1 and optimizer.name in ("muon", "adafactor"):
         why = f"{optimizer.name} looks at whole matrices, and each process has a part; use adamw or lion"
-        yield "train.optimizer.name", f"{why}, or set parallel.replicate instead of parallel.shard"
-    if parallel.shard > 1 and optimizer.state_bits < 32:
+        yield "train.optimizer.name", f"{why}, or set parallel.replicate instead of {divided}"
+    if parallel.shard * parallel.context > 1 and optimizer.state_bits < 32:
         why = "blocks of low-bit states lie across the borders of the parts"
-        yield "train.optimizer.state_bits", f"not with parallel.shard: {why}; set it to 32"
+        yield "train.optimizer.state_bits", f"not with {divided}: {why}; set it to 32"
     if parallel.tensor > 1:
         yield from _of_tensor(recipe)
-    if parallel.replicate * parallel.shard > 1 and method in ("prompt", "prefix"):
+    if parallel.context > 1:
+        yield from _of_context(recipe)
+    if parallel.replicate * parallel.shard * parallel.context > 1 and method in ("prompt", "prefix"):
         why = "virtual tokens run through the blocks beside the documents"
-        yield "adapt.method", f"{method} trains in one process only: {why}; set parallel.shard: 1"
+        others = "" if parallel.context == 1 else " and parallel.context: 1"
+        yield "adapt.method", f"{method} trains in one process only: {why}; set parallel.shard: 1{others}"
+
+
+def _of_context(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Rows of a length that cannot be shared out evenly: see `Layout.whole`."""
+    size, degree, tensor = recipe.data.sequence_length, recipe.parallel.context, recipe.parallel.tensor
+    pieces = 2 * degree * tensor
+    if size % pieces:
+        fits = next((d for d in range(degree - 1, 1, -1) if size % (2 * d * tensor) == 0), 1)
+        nearest = max(1, round(size / pieces)) * pieces
+        each = "two for each process" if tensor == 1 else f"two for each of {degree} x {tensor} processes"
+        why = f"rows of {size} tokens cannot be cut into {pieces} equal pieces, {each}"
+        yield "parallel.context", f"{why}; set it to {fits}, or data.sequence_length: {nearest}"
 
 
 def _of_tensor(recipe: Recipe) -> Iterator[tuple[str, str]]:
@@ -126,8 +142,8 @@ def _of_activations(recipe: Recipe) -> Iterator[tuple[str, str]]:
         )
     if train.precision == "float8" and train.device != "cuda":
         yield "train.precision", "float8 needs a GPU that has it (compute capability 8.9 or newer)"
-    rows = train.micro_batch_size or train.batch_size or 1
-    if train.precision == "float8" and rows * recipe.data.sequence_length % 16:
-        size = recipe.data.sequence_length
+    rows, size = train.micro_batch_size or train.batch_size or 1, recipe.data.sequence_length
+    size //= recipe.parallel.context
+    if train.precision == "float8" and rows * size % 16:
         why = f"float8 products take a multiple of 16 tokens, and a micro-batch has {rows} x {size}"
         yield "data.sequence_length", f"{why}; make it a multiple of 16"

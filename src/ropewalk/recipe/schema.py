@@ -255,6 +255,8 @@ class Parallel(Section):
     """Processes that share one model, each with a part of it; -1: the rest of the processes."""
     context: Positive = 1
     """Processes that share the tokens of each row, for long rows."""
+    context_exchange: Literal["all_gather", "ring", "ulysses"] = "all_gather"
+    """How attention reaches the others' tokens: all keys at once, keys in turn, or tokens for heads."""
     tensor: Positive = 1
     """Processes that share every matrix product (arXiv 1909.08053), and the tokens between them."""
     stage: Literal[1, 2, 3] = 3

@@ -38,6 +38,10 @@ class Built:
     """names of what an adaptation method trains: modules, or biases; none where every weight is trained"""
     source: str
     """where its first weights came from"""
+    parameters: int
+    """of the whole model, also where a process has slices; a tied matrix counts once"""
+    trainable: int
+    """so many of them are trained"""
     revision: str | None = None
 
     def save(self, path: Path, values: Callable[[str], Tensor]) -> None:
@@ -55,10 +59,6 @@ class Built:
         """Names of the parameters that `save` writes or reads."""
         names = [name for name, _ in self.model.named_parameters()]
         return read_parameters(self.model) if unmerged(self.model) else names
-
-    def trainable(self) -> int:
-        """Number of trained parameters; a tied matrix counts once."""
-        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
 
 def build(recipe: Recipe, device: torch.device, checkpoint: Path | None = None) -> Built:
@@ -103,6 +103,8 @@ def build(recipe: Recipe, device: torch.device, checkpoint: Path | None = None) 
         _fitting(load_run_tokenizer(recipe), recipe, model),
         tuple(adapted),
         source,
+        sum(p.numel() for p in model.parameters()),
+        sum(p.numel() for p in model.parameters() if p.requires_grad),
         recipe.model.revision,
     )
 

@@ -13,7 +13,7 @@ from ropewalk.data import DamagedDataError, TokenShards, prepare
 from ropewalk.errors import UserError
 from ropewalk.files import cache_directory, remove_leftovers
 from ropewalk.layout import Layout
-from ropewalk.parallel import World, refusal, started
+from ropewalk.parallel import World, context_refusal, refusal, started
 from ropewalk.parallel.preflight import meet
 from ropewalk.recipe import Recipe, load_recipe, resolve, to_yaml
 from ropewalk.track import RunDirectory, environment
@@ -154,6 +154,8 @@ def layout_of(recipe: Recipe) -> Layout:
     layout = Layout(**{field.name: getattr(recipe.parallel, field.name) for field in fields(Layout)})
     if layout.tensor > 1 and (why := refusal(config_of(recipe), layout.tensor)):
         raise UserError(f"parallel.tensor: {why}")
+    if layout.context > 1 and (why := context_refusal(config_of(recipe), layout)):
+        raise UserError(f"parallel.context: {why}")
     return layout
 
 
@@ -166,7 +168,7 @@ def _together(call: str, arguments: list[Any], recipe: Recipe) -> TrainResult:
 
 def finish(job: Job, run: RunDirectory, reporter: Reporter) -> TrainResult:
     """Runs the loop to its end or to a stop, and says how it went."""
-    trainable, adapted = job.built.trainable(), job.built.adapted
+    trainable, adapted = job.built.trainable, job.built.adapted
     run.log(
         {"kind": "start", "step": job.step, "steps": job.steps, "trainable": trainable, "time": time.time()}
     )

@@ -229,7 +229,7 @@ def open_job(
         world=world,
     )
     meter = Meter(
-        built.model.config, device, DTYPES[train.precision], built.trainable() if built.adapted else None
+        built.model.config, device, DTYPES[train.precision], built.trainable if built.adapted else None
     )
     job = Job(
         recipe,

@@ -175,7 +175,7 @@ def _step(job: Job) -> tuple[float, float]:
         total += loss.item()
     norm = job.optimizer.gradient_norm().item()
     job.optimizer.step(rate)
-    return job.world.total([total])[0], norm
+    return job.world.total_of_tokens([total])[0], norm
 
 
 class Watched:

@@ -135,7 +135,7 @@ def train_step(job: Job, batches: Iterator[Batch]) -> dict[str, Any]:
         *part_sums, gradient_norm = compute(job, parts, counts.scored)
     # totals, so that all processes decide alike
     met = time.perf_counter()
-    loss, broken = job.world.total([math.fsum(part_sums), not math.isfinite(gradient_norm)])
+    loss, broken = job.world.total_of_tokens([math.fsum(part_sums), not math.isfinite(gradient_norm)])
     waiting += time.perf_counter() - met
     loss /= counts.scored
     sound = math.isfinite(loss) and not broken
@@ -190,14 +190,14 @@ def backward(job: Job, part: Batch, scored: int) -> Tensor:
     Divided by the scored tokens of the whole step, so that accumulated steps equal one large batch exactly.
     """
     if not job.recipe.train.compile:  # compiled code wants one shape
-        part = without_padding(part, math.lcm(64, job.world.layout.tensor))
+        part = without_padding(part, math.lcm(64, job.world.layout.whole))
     loss = loss_sum(job.built.model, part, job.recipe.train.loss_chunk)
     mean = loss / scored
     balance = job.built.model.auxiliary_loss()
     if balance is not None:  # a mean over rows: micro-batches share it
         mean = mean + balance * (len(part.tokens) / job.rows)
     if job.recipe.train.optimizer.in_backward:
-        whole = job.world.total([loss.item()])[0]  # no process alone may leave out a backward pass
+        whole = job.world.total_of_tokens([loss.item()])[0]  # no process alone may leave out a backward pass
         if not math.isfinite(whole):
             return loss.detach()  # backward would update the weights with it
     if mean.requires_grad:  # a frozen model is reported with the other zero gradients

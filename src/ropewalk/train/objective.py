@@ -14,12 +14,16 @@ def loss_sum(model: Transformer, batch: Batch, chunk: int) -> Tensor:
     without waiting for the device.
     """
     device = model.output_weight.device
-    tokens, positions = (part.to(device, non_blocking=True) for part in (batch.tokens, batch.positions))
+    tokens, positions, labels = batch.tokens, batch.positions, batch.labels
+    if model.row_part is not None:  # other processes have the other tokens
+        here = model.row_part.columns(tokens.shape[1])
+        tokens, positions, labels = tokens[:, here], positions[:, here], labels[:, here]
+    tokens, positions = (part.to(device, non_blocking=True) for part in (tokens, positions))
     hidden = model(tokens, positions=positions, segments=batch.segments)
     return linear_cross_entropy(
         hidden.flatten(0, 1),
         model.output_weight,
-        batch.labels.flatten(),
+        labels.flatten(),
         bias=model.output_bias,
         softcap=model.config.final_logit_softcapping,
         chunk=chunk,

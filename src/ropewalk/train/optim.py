@@ -85,7 +85,7 @@ class Optimizer:
         if refused := refusals(config):
             raise UserError("; ".join(refused))
         self.config, self._factors, self._world = config, dict(rate_factors or {}), world or World()
-        self._seed = seed + self._world.index("shard")  # no two parts round alike
+        self._seed = seed + self._world.index("parts")  # no two parts round alike
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if unknown := self._factors.keys() - self.parameters.keys():
             raise ValueError(f"rate_factors: no trained parameter is named {min(unknown)}")
@@ -146,7 +146,7 @@ class Optimizer:
         found = [square for square in squares if square is not None]
         if not found:
             return torch.zeros(())
-        return self._world.sum_along("shard", torch.stack(found).sum()).sqrt() * self._scale
+        return self._world.sum_along("parts", torch.stack(found).sum()).sqrt() * self._scale
 
     def _combine(self, name: str) -> Callable[[Tensor], Tensor] | None:
         """What adds up the parts of a gradient that the processes of a tensor group make of it."""

@@ -18,8 +18,7 @@ def _lines(job: Job, run: RunDirectory) -> list[str]:
     recipe, meter = job.recipe, job.meter
     lineage = run.read_json("lineage.json") or {}
     trained = [record for record in run.read() if record["kind"] == "train"]
-    sizes = [p.numel() for p in job.built.model.parameters()]
-    scope = f"{job.built.trainable():,} parameters of {sum(sizes):,}"
+    scope = f"{job.built.trainable:,} parameters of {job.built.parameters:,}"
     if job.built.adapted:
         rank = f" of rank {recipe.adapt.rank}" if recipe.adapt.method in ("lora", "dora") else ""
         scope += f", {recipe.adapt.method}{rank} in {len(job.built.adapted)} places"

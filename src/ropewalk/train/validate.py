@@ -1,6 +1,7 @@
 """What is measured on the way: the validation loss, and answers to the prompt panel."""
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
@@ -36,6 +37,7 @@ def validation_loss(
     """
     world = world or World()
     rows, parts = min(rows, loader.rows_per_epoch(0)), world.layout.data
+    unit = math.lcm(64, world.layout.whole)
     total, scored = torch.zeros((), dtype=torch.float64, device=device), 0
     with evaluating(model, compiled):
         for first in range(0, rows, micro_batch * parts):
@@ -43,12 +45,12 @@ def validation_loss(
                 return None
             start = first + world.part * micro_batch
             count = max(1, min(micro_batch, rows - start))
-            batch = without_padding(loader.batch(min(start, rows - 1), count))
+            batch = without_padding(loader.batch(min(start, rows - 1), count), unit)
             found = loss_sum(model, batch, chunk)  # all take part in each: parts of the model are sent around
             if start < rows:
                 scored += int((batch.labels != -100).sum())
                 total += found
-    whole, seen = world.total([total.item(), scored])
+    (whole,), (seen,) = world.total_of_tokens([total.item()]), world.total([scored])
     return whole / max(1, seen), int(seen)
 
 

@@ -91,7 +91,8 @@ class Watchdog:
         line = collective = None
         while frame is not None:
             path = Path(frame.f_code.co_filename)
-            if path.name == "distributed_c10d.py":  # the outermost of its functions: the one that was called
+            # the outermost of its functions: the one that was called
+            if path.name == "distributed_c10d.py" or frame.f_code.co_name == "ring_receive":
                 collective = frame.f_code.co_name
             if line is None and path.is_relative_to(PACKAGE):
                 line = f"{path.relative_to(PACKAGE)}:{frame.f_lineno}"
