@@ -36,6 +36,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "n_head": 4,
         "vocab_size": 384,
         "n_positions": 128,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
     },
     "qwen3": SIZES | {"model_type": "qwen3", "attention_bias": True},
     "wide": SIZES
@@ -74,6 +76,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "in backward": {"train": {"micro_batch_size": None, "clip": 0.0, "optimizer.in_backward": True}},
     "lora": {"adapt": {"method": "lora", "rank": 4}},
     "qlora": {"adapt": {"method": "lora", "rank": 4, "quantize": "nf4"}},
+    "frozen": {"adapt": {"freeze": ["embed.*", "blocks.0.*"]}},
     "lion": {"train": {"optimizer.name": "lion"}},
 }
 """Of llama at stage 3, over two processes; and, but for lion, of a wider one with divided products."""
@@ -193,6 +196,8 @@ def test_two_processes_train_what_one_trains(recipes, train_in) -> None:  # type
         if name in ALSO.get(family, layout_names)
     }
     cases |= {f"llama, {name}": ("llama", {"shard": 2}, fields) for name, fields in VARIANTS.items()}
+    in_part = {"method": "dora", "rank": 2, "targets": ["q_proj"]}  # of a matrix that gpt2 stores as one
+    cases["gpt2, dora in part"] = ("gpt2", {"shard": 2}, {"adapt": in_part})
     cases["llama, qlora, replicated"] = ("llama", {"replicate": 2, "shard": 1}, VARIANTS["qlora"])
     cases |= {
         f"wide, {name}, tensor": ("wide", {"tensor": 2}, fields)

@@ -90,6 +90,28 @@ def test_a_run_goes_on_in_any_number_of_processes(make_recipe: Any, train_in: An
         rw.resume(begun, ["train.steps=9"])
 
 
+@pytest.mark.slow
+def test_two_four_one_and_three_processes_train_what_one_trains(make_recipe: Any, tmp_path: Path) -> None:
+    """A chain of resumes, each in another number of processes: the same tokens in every step, and losses."""
+    recipe = make_recipe(steps=8, batch_size=12, micro_batch_size=1, checkpoint_every=2, keep=9, clip=0.0)
+    alone = rw.train(recipe, progress=False)
+    run = rw.train(recipe | {"parallel": {"shard": 2}}, progress=False).run
+    for step, shards in ((2, 4), (4, 1), (6, 3)):
+        run = until(run, step, tmp_path / f"in-{shards}")
+        rw.resume(run, [f"parallel.shard={shards}"], progress=False)
+    assert tokens(run) == tokens(alone.run)
+    assert losses(run) == pytest.approx(losses(alone.run), rel=1e-5)
+    wanted = model(alone.run, 8)
+    for name, tensor in model(run, 8).items():
+        torch.testing.assert_close(tensor, wanted[name], rtol=1e-3, atol=1e-4)
+
+
+def tokens(run: Path) -> list[tuple[int, int, int]]:
+    records = [json.loads(line) for line in (Path(run) / "metrics-train.jsonl").read_text().splitlines()]
+    kinds = ("tokens", "scored_tokens", "tokens_seen")
+    return [tuple(record[kind] for kind in kinds) for record in records if record["kind"] == "train"]
+
+
 TRAIN = "import sys, json, ropewalk as rw; print(rw.train(json.loads(sys.argv[1])).interrupted)"
 
 

@@ -46,7 +46,7 @@ def save(
         tensors={**tensors, **random_tensors},
         trained={},
         frozen={},
-        state={"steps": 10, "loader": {"seed": 1}, "random": random_json},
+        state=json.dumps({"step": step, "steps": 10, "loader": {"seed": 1}, "random": random_json}),
         save_model=weights,
         needed=needed,
         validation_loss=loss,

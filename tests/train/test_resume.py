@@ -261,7 +261,7 @@ def test_a_disk_that_fills_up_stops_the_run_and_keeps_the_last_checkpoint(
 ) -> None:
     from ropewalk.train import saving
 
-    free = iter([10**9, 10**9, 500])
+    free = iter([10**9, 10**9, 10**9, 500])  # before the run, and before each save
     monkeypatch.setattr(saving, "free_bytes", lambda _: next(free))
     with pytest.raises(RopewalkError, match=r"step-00000003: the disk is full \([\d,]+ bytes needed"):
         rw.train(make_recipe(checkpoint_every=1), progress=False)

@@ -6,7 +6,7 @@ processes add up numbers. May import torch, model and errors.
 
 from ropewalk.layout import Layout
 from ropewalk.parallel.context import context_refusal
-from ropewalk.parallel.sharding import divided, gathered, local, reduce_gradients, shard
+from ropewalk.parallel.sharding import divided, local, reduce_gradients, shard
 from ropewalk.parallel.slices import has_partial_gradient, refusal, sliced_along
 from ropewalk.parallel.state import Part, Stored, load_tensors, part_file, part_of, parts_of, write_parts
 from ropewalk.parallel.world import World, processes, started
@@ -18,7 +18,6 @@ __all__ = [
     "World",
     "context_refusal",
     "divided",
-    "gathered",
     "has_partial_gradient",
     "load_tensors",
     "local",

@@ -5,7 +5,6 @@ mesh whose shards are whole; ZeRO's stages differ in when weights are gathered a
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +13,6 @@ from torch import Tensor, nn
 from ropewalk.model import Transformer
 from ropewalk.ops import NF4Tensor
 from ropewalk.parallel.context import divide_rows
-from ropewalk.parallel.slices import sliced_along
 from ropewalk.parallel.world import World
 
 if TYPE_CHECKING:
@@ -64,41 +62,6 @@ def reduce_gradients(model: Transformer, world: World, last: bool) -> None:
     own.set_reshard_after_backward(last)
     if world.layout.stage == 1:
         own.set_requires_gradient_sync(last)
-
-
-@contextmanager
-def gathered(model: Transformer, world: World) -> Iterator[None]:
-    """Inside, every process has all the weights as plain tensors: for what writes them."""
-    if world.mesh is None:
-        yield
-        return
-    for module in _units(model):
-        module.unshard()
-    try:
-        with _put_together(model, world):
-            yield
-    finally:
-        divided(model, world)
-
-
-@contextmanager
-def _put_together(model: Transformer, world: World) -> Iterator[None]:
-    """Inside, what a tensor group divides is there as a whole; every process of it comes here."""
-    slices: dict[str, nn.Parameter] = {}
-    if world.layout.tensor > 1:
-        from ropewalk.parallel.tensor import whole
-
-        plain = ((name, p) for name, p in model.named_parameters() if not isinstance(p, NF4Tensor))
-        slices = {name: p for name, p in plain if sliced_along(name) is not None}
-        for name, parameter in slices.items():
-            replace(model, name, nn.Parameter(whole(name, parameter, world), requires_grad=False))
-        model.tie_head()
-    try:
-        yield
-    finally:
-        for name, parameter in slices.items():
-            replace(model, name, parameter)
-        model.tie_head()
 
 
 def replace(model: nn.Module, name: str, parameter: nn.Parameter) -> None:

@@ -47,17 +47,6 @@ def divide(model: Transformer, world: World) -> None:
     _connect(model, _Exchange(group, index, degree))
 
 
-def whole(name: str, tensor: Tensor, world: World) -> Tensor:
-    """A parameter put together from the slices of a `tensor` group's processes; all of them call it."""
-    dim = sliced_along(name)
-    if world.layout.tensor == 1 or dim is None:
-        return tensor
-    tensor = tensor.detach()
-    pieces = [torch.empty_like(tensor) for _ in range(world.layout.tensor)]
-    dist.all_gather(pieces, tensor.contiguous(), group=world.group("tensor"))
-    return torch.cat(pieces, dim)
-
-
 def _piece(parameter: Tensor, dim: int, index: int, degree: int) -> Tensor:
     size = parameter.shape[dim] // degree
     data = parameter.detach()

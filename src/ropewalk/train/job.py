@@ -1,5 +1,6 @@
 """Everything that a run needs, opened once: data, model, optimizer, position; new or from a checkpoint."""
 
+import json
 import math
 import time
 from collections.abc import Callable
@@ -130,13 +131,16 @@ class Job:
             tensors={**self.optimizer.state_tensors(), **random_tensors},
             trained=trained,
             frozen={name: parameter for name, parameter in frozen.items() if name not in trained},
-            state={
-                "steps": self.steps,
-                "loader": self._position(),
-                "random": random_json,
-                "spikes": self.spikes.state(),
-                **self.meter.totals(),
-            },
+            state=json.dumps(
+                {
+                    "step": self.step,
+                    "steps": self.steps,
+                    "loader": self._position(),
+                    "random": random_json,
+                    "spikes": self.spikes.state(),
+                    **self.meter.totals(),
+                }
+            ),
             save_model=self.built.save,
             needed=self.checkpoint_bytes(),
             validation_loss=self.validation_losses.get(self.step),

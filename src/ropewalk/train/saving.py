@@ -61,8 +61,8 @@ class Contents:
     """parameters by name"""
     frozen: Mapping[str, Tensor]
     """those of the others that `save_model` needs"""
-    state: Mapping[str, Any]
-    """for state.json"""
+    state: str
+    """state.json: text, for what it is made of changes with the next step"""
     save_model: Callable[[Path, Callable[[str], Tensor]], None]
     """writes model/ from a function that gives whole parameters by name"""
     needed: int
@@ -202,7 +202,7 @@ class Saver:
         with Stored(folder / "state") as state, Stored(folder / EXCHANGE) as frozen:
             contents.save_model(folder / "model", _values(contents, state, frozen))
         shutil.rmtree(folder / EXCHANGE, ignore_errors=True)
-        (folder / "state" / "state.json").write_text(json.dumps({**contents.state, "step": contents.step}))
+        (folder / "state" / "state.json").write_text(contents.state)
         self.sync()
         write_manifest(folder, contents.step, contents.validation_loss, entries)
 

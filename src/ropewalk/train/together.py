@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ropewalk.errors import RopewalkError, UserError
-from ropewalk.parallel.launch import launch
+from ropewalk.parallel.launch import FORWARDED, launch
 from ropewalk.track import RunDirectory
 from ropewalk.train.watchdog import HUNG, SAID
 
@@ -33,7 +33,8 @@ def together(
             job.write_text(json.dumps({"call": call, "arguments": arguments}), encoding="utf-8")
             status = launch(["-m", "ropewalk.train.worker", str(job)], processes, {JOB: key})
             answer = job.with_suffix(".result")
-            if status == 0 and answer.is_file():
+            # a signal may reach one of them when the others have told it to stop and it has ended its work
+            if answer.is_file() and (status == 0 or -status in FORWARDED):
                 values: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
                 return values
             errors, crashes = (sorted(Path(folder).glob(f"job.{kind}-*")) for kind in ("error", "crash"))
