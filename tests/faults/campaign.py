@@ -46,12 +46,13 @@ FOUR = ("shard=4", "replicate=2,shard=2", "tensor=2,shard=2")
 
 
 def draw(seed: int, number: int, only: str | None = None) -> Injection:
-    """Injection `number` (from 0): each kind once in ten, in another order each time."""
-    block, place = divmod(number, len(KINDS))
+    """Injection `number` (from 0): each kind once in ten, in another order each time, its moments in turn."""
+    block, place = (number, 0) if only else divmod(number, len(KINDS))
     kind = only or Random(f"{seed} {block}").sample(sorted(KINDS), len(KINDS))[place]
+    moments = KINDS[kind]
+    moment = moments[(block + Random(f"{seed} {kind}").randrange(len(moments))) % len(moments)]
     random = Random(f"{seed} {number}")
     layout = random.choice(random.choice((TWO, TWO, FOUR)))
-    moment = random.choice(KINDS[kind])
     rank = random.randrange(processes(layout))
     step = random.randint(1, STEPS)
     if kind == "slow":
@@ -64,7 +65,7 @@ def draw(seed: int, number: int, only: str | None = None) -> Injection:
     elif kind in ("torn", "flipped"):
         step = random.choice((6, 8))  # 2 and 4, or 6 too, are written
     if moment == "save" or kind == "full disk":
-        step = random.choice(range(EVERY, step + EVERY, EVERY)[-1:])
+        step += step % EVERY  # one with a checkpoint
         rank = 0 if moment == "manifest" else rank
     elsewhere = random.choice((layout, layout, layout, *(name for name in TWO if name != layout), "one"))
     return Injection(number, kind, layout, rank, step, moment, elsewhere, random.randrange(2**32))

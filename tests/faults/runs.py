@@ -79,6 +79,7 @@ class Forked:
                 traceback.print_exc()
             finally:
                 sys.stderr.flush()
+                time.sleep(0.05)  # an interpreter takes that long to end
                 os._exit(status)
 
     plant: Plant = staticmethod(lambda: None)
