@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,6 +20,16 @@ import ropewalk as rw
 from ropewalk.errors import RopewalkError, UserError
 
 
+def until(run: Path, step: int, target: Path) -> Path:
+    """The run as it was at the checkpoint of `step`."""
+    shutil.copytree(run, target)
+    (target / "report.md").unlink()
+    for checkpoint in (target / "checkpoints").iterdir():
+        if int(checkpoint.name[5:]) > step:
+            shutil.rmtree(checkpoint)
+    return target
+
+
 def losses(run: Path) -> list[float]:
     records = [json.loads(line) for line in (Path(run) / "metrics-train.jsonl").read_text().splitlines()]
     return [record["loss"] for record in records if record["kind"] == "train"]
@@ -28,14 +39,12 @@ def model(run: Path, step: int = 6) -> dict[str, torch.Tensor]:
     return load_file(Path(run) / "checkpoints" / f"step-{step:08d}" / "model" / "model.safetensors")
 
 
-def test_a_run_goes_on_in_any_number_of_processes(
-    copy_until: Any, make_recipe: Any, train_in: Any, tmp_path: Path
-) -> None:
+def test_a_run_goes_on_in_any_number_of_processes(make_recipe: Any, train_in: Any, tmp_path: Path) -> None:
     """In as many: the same bits. In others, more and fewer: the same training but for the order of sums."""
     recipe = make_recipe(steps=6, batch_size=4, micro_batch_size=1, checkpoint_every=3, keep=9)
     divided = recipe | {"parallel": {"shard": 2}}
     whole = Path(train_in(2, {"whole": ("train", [divided, [], False])})["whole"]["run"])
-    copies = {name: copy_until(whole, 3, tmp_path / name) for name in ("same", "fewer", "more")}
+    copies = {name: until(whole, 3, tmp_path / name) for name in ("same", "fewer", "more")}
     two = train_in(2, {"same": ("resume", [str(copies["same"]), [], False])})
     assert two["same"]["steps"] == 6
     assert losses(copies["same"]) == losses(whole)
@@ -49,7 +58,7 @@ def test_a_run_goes_on_in_any_number_of_processes(
             torch.testing.assert_close(tensor, wanted[key], rtol=1e-3, atol=1e-4)
     # and what one process began, two finish
     single = rw.train(recipe, progress=False)
-    begun = copy_until(single.run, 3, tmp_path / "begun")
+    begun = until(single.run, 3, tmp_path / "begun")
     rw.resume(begun, ["parallel.shard=2"], progress=False)
     assert losses(begun) == pytest.approx(losses(single.run), rel=1e-5)
     with pytest.raises(UserError, match=r"train\.steps=9: a run goes on as it began"):
