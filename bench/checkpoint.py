@@ -31,7 +31,8 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     arguments.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
     arguments.add_argument("--processes", type=int, default=1)
-    arguments.add_argument("--every", type=int, default=20, help="steps between checkpoints")
+    arguments.add_argument("--threads", type=int, default=1, help="of each process")
+    arguments.add_argument("--every", type=int, default=8, help="steps between checkpoints")
     arguments.add_argument("--saves", type=int, default=4)
     arguments.add_argument("--out", type=Path)
     arguments.add_argument("--side", help="the folder of one run, here (what the processes do)")
@@ -47,7 +48,7 @@ def main() -> None:
     share = sides["goes on"]["step waits, s"] / sides["waits"]["step waits, s"]
     print(f"a step waits {share:.1%} of the time")
     if options.out:
-        content = {"machine": machine(), "options": vars(options), "sides": sides, "share": share}
+        content = {"machine": machine(), "shape": options.shape, "sides": sides, "share": share}
         options.out.write_text(as_json(content), encoding="utf-8")
 
 
@@ -69,6 +70,7 @@ def _measured(options: argparse.Namespace, folder: Path, copies: bool) -> dict[s
             "steps": options.every * options.saves + 1,
             "batch_size": 2,
             "device": "cpu",
+            "threads": options.threads,
             "precision": "float32",
             "self_check": False,
             "checkpoint_every": options.every,
