@@ -5,6 +5,7 @@ Nothing here needs a network, and a model hub is never asked. All fixtures are m
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -106,8 +107,6 @@ def tiny_tokenizer(tiny_tokenizer_dir: Path):
 @pytest.fixture(scope="session")
 def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: Path) -> Path:
     """A Hugging Face directory of a two-layer llama with random weights (seeded) and the tiny tokenizer."""
-    import shutil
-
     import torch
     from safetensors.torch import save_file
 
@@ -193,3 +192,19 @@ def make_recipe(tmp_path: Path, corpus: Path, tiny_llama_dir: Path) -> Callable[
         }
 
     return make
+
+
+@pytest.fixture
+def copy_until() -> Callable[[Path, int, Path], Path]:
+    """`copy_until(run, step, target)`: the run as a kill right after the checkpoint of `step` would have left
+    it, a few records ahead."""
+
+    def copy(run: Path, step: int, target: Path) -> Path:
+        shutil.copytree(run, target)
+        (target / "report.md").unlink()
+        for checkpoint in (target / "checkpoints").iterdir():
+            if int(checkpoint.name[5:]) > step:
+                shutil.rmtree(checkpoint)
+        return target
+
+    return copy

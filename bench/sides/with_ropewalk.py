@@ -15,7 +15,7 @@ def main() -> None:
     job = read_job()
     ballast = torch.empty(job.get("ballast_bytes", 0), dtype=torch.uint8, device=job["device"])
     if not job.get("save", True):
-        loop.checkpoint = lambda job, run: None
+        loop.checkpoint = lambda *_, **__: None
     with references() if job.get("plain") else nullcontext():  # plain: operations by their references
         result = rw.train(job["recipe"], progress=False)
     records = [json.loads(line) for line in (result.run / "metrics-train.jsonl").read_text().splitlines()]

@@ -198,7 +198,13 @@ def test_a_case_runs_beside_transformers_trainer(tmp_path):
     pytest.importorskip("accelerate")
     out = tmp_path / "out.json"
     options = "--device cpu --quick --in-place --case full --peer trainer --runs 1 --threads 1 --out".split()
-    call("peers.py", *options, out)
+    call("peers.py", *options, out, "--work", tmp_path / "work")
+    job = tmp_path / "work" / "full" / "ropewalk.json"
+    before = set(job.parent.glob("runs/*/checkpoints/step-*"))
+    job.write_text(json.dumps(json.loads(job.read_text()) | {"save": False}))  # as on a GPU
+    call("sides/with_ropewalk.py", job)
+    assert set(job.parent.glob("runs/*/checkpoints/step-*")) == before
+    assert len(list(job.parent.glob("runs/*/report.md"))) == 2
     (entry,) = json.loads(out.read_text())
     assert (entry["case"], entry["peer"], entry["runs"], entry["quick"]) == ("full", "trainer", 1, True)
     assert entry["speed_ratio"] == entry["ours_tokens_per_s"] / entry["peer_tokens_per_s"] > 0

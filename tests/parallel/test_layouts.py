@@ -4,6 +4,7 @@ Runs of one number of processes share them, so that the whole table costs their 
 """
 
 import json
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -68,6 +69,7 @@ LAYOUTS = {
         "hybrid": {"replicate": 2, "shard": 2},
         "replicated": {"replicate": 4, "shard": 1},
     },
+    8: {"shard 2 x context 2 x tensor 2": {"shard": 2, "context": 2, "tensor": 2}},
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "recomputed": {"train": {"checkpointing": "full"}},
@@ -176,6 +178,15 @@ def assert_same_training(found: dict[str, Any], alone: Any) -> None:
         assert torch.linalg.norm(ours[name] - theirs[name]) < 1e-3 * torch.linalg.norm(theirs[name]), name
 
 
+def note(processes: int, layout: dict[str, Any], what: str, found: dict[str, Any], alone: Any) -> None:
+    """A row of the table in docs/parallelism.md, where parity_table.py asks for it."""
+    if path := os.environ.get("ROPEWALK_PARITY_ROWS"):
+        pairs = list(zip(trace(found["run"]), trace(alone.run), strict=True))
+        worst = [max(abs(mine[i] - other[i]) / other[i] for mine, other in pairs) for i in (0, 1)]
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps([processes, layout, what, *worst]) + "\n")
+
+
 def test_two_processes_train_what_one_trains(recipes, train_in) -> None:  # type: ignore[no-untyped-def]
     layout_names = LAYOUTS[2].keys()
     cases = {
@@ -209,13 +220,19 @@ def test_two_processes_train_what_one_trains(recipes, train_in) -> None:  # type
         if key not in alone:
             alone[key] = rw.train(recipes(family, **fields), progress=False)
         assert_same_training(runs[name], alone[key])
+        variant = next((v for v, its in VARIANTS.items() if its == fields), "")
+        note(2, cases[name][1], f"{family}, {variant}".removesuffix(", "), runs[name], alone[key])
 
 
 @pytest.mark.slow
-def test_four_processes_train_what_one_trains(recipes, train_in) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("processes", [4, 8])
+def test_more_processes_train_what_one_trains(processes, recipes, train_in):  # type: ignore[no-untyped-def]
+    layouts = LAYOUTS[processes]
     runs = train_in(
-        4, {name: ("train", [recipes("llama", layout), [], False]) for name, layout in LAYOUTS[4].items()}
+        processes,
+        {name: ("train", [recipes("llama", layout), [], False]) for name, layout in layouts.items()},
     )
     alone = rw.train(recipes("llama"), progress=False)
-    for run in runs.values():
+    for name, run in runs.items():
         assert_same_training(run, alone)
+        note(processes, layouts[name], "llama", run, alone)

@@ -27,7 +27,7 @@ def test_an_old_python_gets_one_clear_message(tmp_path):
     assert not (tmp_path / "venv").exists()
 
 
-@pytest.mark.parametrize("target", ["demo", "test", "demo-short"])
+@pytest.mark.parametrize("target", ["demo", "test", "demo-short", "faults"])
 def test_targets_make_the_environment_first(target, tmp_path):
     lines = make("-n", target, f"VENV={tmp_path / 'venv'}").stdout.splitlines()
     assert any("-m venv" in line for line in lines)

@@ -21,6 +21,7 @@ from ropewalk.errors import RopewalkError, UserError
 
 Make = Callable[..., dict[str, Any]]
 Trace = Callable[[Path], list[dict[str, Any]]]
+Copy = Callable[[Path, int, Path], Path]
 CASES = {
     "full-float32": {"precision": "float32"},
     "full-bfloat16": {"precision": "bfloat16"},
@@ -45,19 +46,9 @@ def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -
         assert torch.equal(left[name], right[name]), name
 
 
-def copy_until(run: Path, step: int, target: Path) -> Path:
-    """The run as a kill right after the checkpoint of `step` would have left it, a few records ahead."""
-    shutil.copytree(run, target)
-    (target / "report.md").unlink()
-    for checkpoint in (target / "checkpoints").iterdir():
-        if int(checkpoint.name[5:]) > step:
-            shutil.rmtree(checkpoint)
-    return target
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_resumed_from_any_step_equals_uninterrupted(
-    make_recipe: Make, trace: Trace, tmp_path: Path, case: str
+    copy_until: Copy, make_recipe: Make, trace: Trace, tmp_path: Path, case: str
 ) -> None:
     """With packing, two micro-batches a step, an epoch's end on the way, and dropout under LoRA."""
     recipe = make_recipe(steps=7, checkpoint_every=1, evaluate_every=2, keep=9, **CASES[case])
@@ -72,7 +63,9 @@ def test_resumed_from_any_step_equals_uninterrupted(
         assert (run / "report.md").exists()
 
 
-def test_a_run_without_a_checkpoint_starts_again(make_recipe: Make, trace: Trace, tmp_path: Path) -> None:
+def test_a_run_without_a_checkpoint_starts_again(
+    copy_until: Copy, make_recipe: Make, trace: Trace, tmp_path: Path
+) -> None:
     whole = rw.train(make_recipe(steps=3), progress=False).run
     expected, tensors = trace(whole), tensors_of(whole, 3)
     run = copy_until(whole, 0, tmp_path / "again")
@@ -122,7 +115,7 @@ def test_a_stop_before_a_measurement_is_made_up_for(
 
 
 def test_damage_is_said_aloud_and_the_one_before_is_used(
-    make_recipe: Make, trace: Trace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    copy_until: Copy, make_recipe: Make, trace: Trace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = rw.train(make_recipe(steps=5, checkpoint_every=1, keep=9), progress=False).run
     expected, tensors = trace(whole), tensors_of(whole, 5)
@@ -143,7 +136,7 @@ def test_damage_is_said_aloud_and_the_one_before_is_used(
 
 
 def test_a_changed_source_does_not_matter_but_lost_data_does(
-    make_recipe: Make, corpus: Path, tmp_path: Path
+    copy_until: Copy, make_recipe: Make, corpus: Path, tmp_path: Path
 ) -> None:
     source = tmp_path / "mine.jsonl"
     shutil.copy(corpus, source)
@@ -161,7 +154,7 @@ def test_a_changed_source_does_not_matter_but_lost_data_does(
 
 
 def test_another_base_model_under_the_adapters_is_refused(
-    make_recipe: Make, tiny_llama_dir: Path, tmp_path: Path
+    copy_until: Copy, make_recipe: Make, tiny_llama_dir: Path, tmp_path: Path
 ) -> None:
     base = tmp_path / "base"
     shutil.copytree(tiny_llama_dir, base)

@@ -84,9 +84,9 @@ class Transformer(nn.Module):
         """What of the output head is here, where processes share it; None: all of it."""
         self.row_part: RowPart | None = None
         """What of packed rows is here, where processes share their tokens; None: all of it."""
-        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed = _embedding(config.vocab_size, config.hidden_size)
         if config.position == "learned":
-            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+            self.embed_positions = _embedding(config.max_position_embeddings, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = make_norm(config, config.hidden_size)
         self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -296,6 +296,11 @@ class Transformer(nn.Module):
         positions = torch.cat((before, positions), 1)
         cache.truncate(0)
         return self(tokens, positions, cache=cache)[:, used:]
+
+
+def _embedding(count: int, size: int) -> nn.Embedding:
+    """Without values: drawing normal numbers on the meta device imports torch's compiler, 2 seconds."""
+    return nn.Embedding.from_pretrained(torch.empty(count, size), freeze=False)
 
 
 def _restarting(segments: Tensor) -> Tensor:

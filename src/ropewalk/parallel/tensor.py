@@ -65,6 +65,8 @@ class _Exchange:
 
     def enter(self, x: Tensor) -> Tensor:
         """Hidden states for a first matrix: all tokens `[B, S, H]`, of some where they are apart."""
+        if not torch.is_grad_enabled():
+            return x
         return _Gather.apply(x, self) if self.apart else _Copy.apply(x, self)
 
     def leave(self, x: Tensor) -> Tensor:
@@ -82,6 +84,10 @@ class _Exchange:
 
     def gathered(self, x: Tensor) -> Tensor:
         """`[B, S / degree, H]` of each -> `[B, S, H]`."""
+        if x.shape[0] == 1:  # nothing to turn; and fully_shard warns of a model whose result is a view
+            whole = x.new_empty(1, self.degree * x.shape[1], x.shape[2])
+            _gather(whole[0], x[0].contiguous(), group=self.group)
+            return whole
         mine = x.transpose(0, 1).contiguous()
         out = mine.new_empty(self.degree * mine.shape[0], *mine.shape[1:])
         _gather(out, mine, group=self.group)

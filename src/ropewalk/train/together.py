@@ -37,7 +37,11 @@ def together(
             if answer.is_file() and (status == 0 or -status in FORWARDED):
                 values: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
                 return values
-            errors, crashes = (sorted(Path(folder).glob(f"job.{kind}-*")) for kind in ("error", "crash"))
+            # the first is the cause, and the others have only noticed
+            errors, crashes = (
+                sorted(Path(folder).glob(f"job.{kind}-*"), key=lambda file: file.stat().st_mtime_ns)
+                for kind in ("error", "crash")
+            )
             if errors:
                 raise (UserError if status == 2 else RopewalkError)(errors[0].read_text(encoding="utf-8"))
             how = f"by {signal.Signals(-status).name}" if status < 0 else f"with status {status}"
