@@ -2,10 +2,9 @@
 
     python bench/checkpoint.py [--shape smollm2-135m] [--processes 2] [--out bench/results/checkpoint.json]
 
-The same run twice: float32 weights and AdamW, full training on few tokens, a checkpoint every so many steps.
-In one the host is said to have no memory for a copy, so that every save is waited for. Seconds are from the
-run's own metrics, of the second checkpoint on (the first one allocates the memory). The disk counts: say with
-TMPDIR which one it is.
+Full training in float32 with AdamW, on few tokens. In one run, by turns: a step alone, a save that is waited
+for, and one that is not, with a step beside it. Medians, without the first of each, which allocates. The disk
+counts: TMPDIR says which one it is.
 """
 
 import argparse
@@ -13,6 +12,7 @@ import json
 import statistics
 import sys
 import tempfile
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -32,27 +32,25 @@ def main() -> None:
     arguments.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
     arguments.add_argument("--processes", type=int, default=1)
     arguments.add_argument("--threads", type=int, default=1, help="of each process")
-    arguments.add_argument("--every", type=int, default=8, help="steps between checkpoints")
-    arguments.add_argument("--saves", type=int, default=4)
+    arguments.add_argument("--rounds", type=int, default=6)
     arguments.add_argument("--out", type=Path)
-    arguments.add_argument("--side", help="the folder of one run, here (what the processes do)")
+    arguments.add_argument("--side", type=Path, help="the folder of the run, here (what the processes do)")
     options = arguments.parse_args()
     if options.side:
-        return _run(Path(options.side))
-    sides = {}
-    for name in ("waits", "goes on"):
-        with tempfile.TemporaryDirectory(prefix="ropewalk-bench-") as folder:
-            sides[name] = _measured(options, Path(folder), copies=name == "goes on")
-    rows = [[name, *(f"{value:.2f}" for value in side.values())] for name, side in sides.items()]
-    print(table(["while it is written the run", *next(iter(sides.values()))], rows))
-    share = sides["goes on"]["step waits, s"] / sides["waits"]["step waits, s"]
+        return _run(options.side)
+    with tempfile.TemporaryDirectory(prefix="ropewalk-bench-") as folder:
+        rounds = _measured(options, Path(folder))
+    seconds = {name: statistics.median(r[name] for r in rounds[1:]) for name in rounds[0]}
+    print(table(["median", "seconds"], [[name, f"{value:.2f}"] for name, value in seconds.items()]))
+    share = seconds["a step waits for the copy"] / seconds["a save that is waited for"]
     print(f"a step waits {share:.1%} of the time")
     if options.out:
-        content = {"machine": machine(), "shape": options.shape, "sides": sides, "share": share}
+        how = {"shape": options.shape, "processes": options.processes, "threads": options.threads}
+        content = {"machine": machine(), **how, "median_seconds": seconds, "share": share, "rounds": rounds}
         options.out.write_text(as_json(content), encoding="utf-8")
 
 
-def _measured(options: argparse.Namespace, folder: Path, copies: bool) -> dict[str, float]:
+def _measured(options: argparse.Namespace, folder: Path) -> list[dict[str, float]]:
     config = SHAPES[options.shape]
     write_model(folder / "model", config, weights=False, seed=0)
     synthetic_documents(folder, config["vocab_size"], 64, LENGTH, seed=0)
@@ -61,50 +59,71 @@ def _measured(options: argparse.Namespace, folder: Path, copies: bool) -> dict[s
         "runs": str(folder / "runs"),
         "model": {"config": config, "tokenizer": str(folder / "model")},
         "data": {
-            "train": [{"path": str(next(folder.glob("*.jsonl")))}],
+            "train": [{"path": str(folder / "train.jsonl")}],
             "validation_fraction": 0.0,
             "sequence_length": LENGTH,
             "directory": str(folder / "prepared"),
         },
         "train": {
-            "steps": options.every * options.saves + 1,
+            "steps": 2 * options.rounds + 1,
             "batch_size": 2,
             "device": "cpu",
             "threads": options.threads,
             "precision": "float32",
             "self_check": False,
-            "checkpoint_every": options.every,
         },
         "parallel": {"shard": options.processes},
     }
-    (folder / "job.json").write_text(json.dumps({"recipe": recipe, "copies": copies}))
+    (folder / "recipe.json").write_text(json.dumps(recipe))
     if launch([str(Path(__file__)), "--side", str(folder)], options.processes):
         raise SystemExit("a process failed")
-    records = [json.loads(line) for line in next(folder.glob("runs/*/metrics-train.jsonl")).open()]
-    return _seconds(records, options.every)
-
-
-def _seconds(records: list[dict[str, Any]], every: int) -> dict[str, float]:
-    saves = [r for r in records if r["kind"] == "checkpoint" and r["step"] % every == 0][1:]
-    steps = {r["step"]: r["seconds"] for r in records if r["kind"] == "train"}
-    beside = [steps[save["step"] + 1] for save in saves]
-    return {
-        "step waits, s": statistics.median(save["seconds"] for save in saves),
-        "written after, s": statistics.median(save["write_seconds"] for save in saves),
-        "next step, s": statistics.median(beside),
-        "a step, s": statistics.median(steps.values()),
-        "all steps and saves, s": sum(steps.values()) + sum(save["seconds"] for save in saves),
-    }
+    rounds: list[dict[str, float]] = json.loads((folder / "rounds.json").read_text())
+    return rounds
 
 
 def _run(folder: Path) -> None:
     import ropewalk as rw
-    from ropewalk.train import host_memory
+    from ropewalk.train import entry
+    from ropewalk.train.loop import ahead, train_step
+    from ropewalk.train.saving import Saver
 
-    job = json.loads((folder / "job.json").read_text())
-    if not job["copies"]:
-        host_memory.free_memory = lambda: 0
-    rw.train(job["recipe"], progress=False)
+    def measured(job: Any, run: Any, *_: Any) -> list[float]:
+        saver, rounds = Saver(run.checkpoints_path, 1, job.world), []
+
+        def step(batches: Any) -> float:
+            job.step += 1
+            return float(train_step(job, batches)["seconds"])
+
+        with closing(ahead(job)) as batches:
+            step(batches)
+            while job.step < job.steps:
+                alone = step(batches)
+                job.save(saver, copy=False)
+                sync = saver.finish()
+                job.world.wait()
+                began = time.perf_counter()
+                job.save(saver, copy=True)
+                copied = time.perf_counter() - began
+                beside = step(batches)
+                background = saver.finish()
+                job.world.wait()
+                assert sync is not None
+                assert background is not None
+                rounds.append(
+                    {
+                        "a save that is waited for": sync.seconds,
+                        "a step waits for the copy": copied,
+                        "a save while training goes on": background.seconds,
+                        "a step": alone,
+                        "a step beside a save": beside,
+                    }
+                )
+        if job.world.first:
+            (folder / "rounds.json").write_text(json.dumps(rounds))
+        return [0.0]
+
+    entry.run_loop = measured
+    rw.train(json.loads((folder / "recipe.json").read_text()), progress=False)
 
 
 if __name__ == "__main__":
