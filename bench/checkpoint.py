@@ -12,6 +12,7 @@ import json
 import statistics
 import sys
 import tempfile
+import time
 from contextlib import closing
 from pathlib import Path
 from typing import Any
