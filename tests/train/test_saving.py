@@ -173,8 +173,8 @@ def test_the_clock_by_youngs_rule(make_recipe: Make) -> None:
     """The first save is made after the first step, to be measured; then as rarely as failures allow."""
     fields = {"steps": 6, "keep": 99, "checkpoint_minutes": "auto"}
     assert steps_saved(make_recipe(**fields, failure_hours=1e9)) == [1, 6]
-    often = steps_saved(make_recipe(**fields, failure_hours=1e-12))
-    assert len(often) > 2
+    # as often as can be: whenever none is being written
+    assert len(steps_saved(make_recipe(**fields | {"steps": 200, "keep": 999}, failure_hours=1e-12))) > 2
     with pytest.raises(RopewalkError, match=r"auto and train\.failure_hours go together"):
         rw.train(make_recipe(checkpoint_minutes="auto"), progress=False)
 
