@@ -65,6 +65,7 @@ def test_what_changes_after_begin_is_not_in_the_checkpoint(
     for step in (1, 2):  # the second time in the same memory
         began = time.perf_counter()
         path = saver.begin(contents(step, tensors), copy=True)
+        saver.settle()
         waited = time.perf_counter() - began
         assert (waited < 0.3) == (memory > 0)
         assert saver.busy
@@ -139,6 +140,32 @@ def test_an_error_elsewhere_waits_for_the_save(
     (checkpoint,) = (run / "checkpoints").iterdir()
     assert checkpoint.name == "step-00000002"
     assert find_damage(checkpoint) is None
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_a_slow_copy_is_waited_for_before_the_update(
+    make_recipe: Make, monkeypatch: pytest.MonkeyPatch, in_backward: bool
+) -> None:
+    """What is saved beside the next step is what is saved while the run waits."""
+    recipe = make_recipe(steps=4, batch_size=2, clip=0.0, optimizer={"in_backward": in_backward})
+    recipe["train"] |= {"checkpoint_every": 1, "keep": 9}
+    states = []
+    for memory in (10**12, 0):
+        with monkeypatch.context() as patch:
+            patch.setattr(host_memory, "free_memory", lambda memory=memory: memory)
+            patch.setattr(saving, "fill", slow_fill)
+            run = rw.train(recipe, progress=False).run
+        saved = list_checkpoints(run / "checkpoints")
+        states.append([load_tensors(path / "state", {}, World()) for path in saved])
+    beside, waited = states
+    assert len(beside) == len(waited) == 4
+    for ours, theirs in zip(beside, waited, strict=True):
+        assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+
+
+def slow_fill(copies: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor]) -> None:
+    time.sleep(0.3)
+    host_memory.fill(copies, tensors)
 
 
 def test_steps_are_done_while_a_checkpoint_is_written(make_recipe: Make, slow: None) -> None:

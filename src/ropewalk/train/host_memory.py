@@ -73,26 +73,28 @@ class HostCopies:
         self._room: Tensor | None = None
 
     def of(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-        """Copies, complete on return, valid until the next call. None where half of the free memory, shared
-        among the processes of this machine, is too little."""
+        """Where their copies go, for `fill`; valid until the next call. None where half of the free memory,
+        shared among the processes of this machine, is too little."""
         starts, size = {}, 0
         for name, tensor in tensors.items():
             starts[name] = size
             size += -(-tensor.nbytes // self.ALIGNED) * self.ALIGNED
-        on_gpu = any(tensor.is_cuda for tensor in tensors.values())
         if self._room is None or len(self._room) != size:
             self._room = None  # never two of them
             if size > free_memory() // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
                 return None
+            on_gpu = any(tensor.is_cuda for tensor in tensors.values())
             self._room = pinned(size) if on_gpu else torch.empty(size, dtype=torch.uint8)
-        copies = {}
-        for name, tensor in tensors.items():
-            raw = self._room[starts[name] : starts[name] + tensor.nbytes]
-            copies[name] = raw.view(tensor.dtype).view(tensor.shape)
-            if tensor.is_cuda or not tensor.is_contiguous():
-                copies[name].copy_(tensor.detach(), non_blocking=True)
-            else:  # torch's copy spreads each tensor over threads: ten times as slow where cores are busy
-                ctypes.memmove(raw.data_ptr(), tensor.data_ptr(), tensor.nbytes)
-        if on_gpu:
-            torch.cuda.synchronize()
-        return copies
+        raw = {name: self._room[starts[name] : starts[name] + t.nbytes] for name, t in tensors.items()}
+        return {name: raw[name].view(t.dtype).view(t.shape) for name, t in tensors.items()}
+
+
+def fill(copies: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Copies `tensors` to the host; complete on return."""
+    for name, tensor in tensors.items():
+        if tensor.is_cuda or not tensor.is_contiguous():
+            copies[name].copy_(tensor.detach(), non_blocking=True)
+        else:  # torch's copy spreads each tensor over threads: ten times as slow where cores are busy
+            ctypes.memmove(copies[name].data_ptr(), tensor.data_ptr(), tensor.nbytes)
+    if any(tensor.is_cuda for tensor in tensors.values()):
+        torch.cuda.synchronize()

@@ -64,6 +64,9 @@ class Job:
     at: Callable[[int, str], None] = lambda step, phase: None
     """told the step and what is done now: see `Watchdog.at`"""
 
+    before_update: Callable[[], None] = lambda: None
+    """called before weights and states change: see `Saver.settle`"""
+
     @property
     def rows(self) -> int:
         """Rows in an optimizer step."""

@@ -39,6 +39,7 @@ def run_loop(job: Job, run: RunDirectory, reporter: Reporter, stop: StopRequest)
     """
     losses: dict[int, float] = {}
     with Saver(run.checkpoints_path, job.recipe.train.keep, job.world, run.sync) as saver:
+        job.before_update = saver.settle
         while True:
             with closing(ahead(job)) as batches:
                 spike = run_until_spike(job, run, reporter, stop, saver, batches, losses)
@@ -129,6 +130,8 @@ def train_step(job: Job, batches: Iterator[Batch]) -> dict[str, Any]:
 
     rate = job.learning_rate()
     optimizer.begin(rate)
+    if train.optimizer.in_backward:
+        job.before_update()
     if train.verify_every and job.step % train.verify_every == 0:
         *part_sums, gradient_norm = verified(job, parts, counts.scored)
     else:
@@ -150,6 +153,7 @@ def train_step(job: Job, batches: Iterator[Batch]) -> dict[str, Any]:
         raise no_gradient(model)
 
     job.at(job.step, "update")
+    job.before_update()
     if train.clip and gradient_norm > train.clip:
         optimizer.scale_gradients(train.clip / gradient_norm)
     optimizer.step(rate)

@@ -1,8 +1,9 @@
 """Writes checkpoints in a thread, while training goes on or while the run waits for it.
 
 Where training goes on, the run waits only until its tensors are copied to the host's memory (if that has room
-for them: half of what is free must do). At most one save is under way: the next one, the end of the run, a
-stop and an error wait for it.
+for them: half of what is free must do). On a CPU the thread copies them too: they change with an update only,
+so that the next step need not wait before that. At most one save is under way: the next one, the end of the
+run, a stop and an error wait for it.
 
 No collective operation is issued in the thread: beside those of the training, in another order in each
 process, they would wait for each other for ever; and a second set of connections is not worth having for
@@ -42,7 +43,7 @@ from ropewalk.files import (
 from ropewalk.ops import NF4Tensor
 from ropewalk.parallel import Part, Stored, World, local, part_file, parts_of, write_parts
 from ropewalk.train.checkpoint import checkpoint_name, file_entry, list_checkpoints, prune, write_manifest
-from ropewalk.train.host_memory import HostCopies
+from ropewalk.train.host_memory import HostCopies, fill
 
 EXCHANGE = "exchange"
 """The folder in an unfinished checkpoint for what is not of it: seals, and parts of frozen weights."""
@@ -81,7 +82,7 @@ class Saved:
 
 
 class Saver:
-    """`begin` a save, then `finish` waits until it is whole; `poll` does not wait.
+    """`begin` a save, `settle` before the tensors change; `finish` waits until it is whole, `poll` does not.
 
     Of the checkpoints in `folder` the `keep` newest and the best stay. `sync` forces onto the disk what must
     be there before the checkpoint is. Used in `with`, it waits for the save under way also after an error.
@@ -98,7 +99,7 @@ class Saver:
         self._error: Exception | None = None
         self._done: Saved | None = None
         self._waited = 0.0
-        self._given_up = threading.Event()
+        self._copied, self._given_up = threading.Event(), threading.Event()
 
     @property
     def busy(self) -> bool:
@@ -108,9 +109,9 @@ class Saver:
     def begin(self, contents: Contents, copy: bool) -> Path:
         """Starts to write `folder/step-XXXXXXXX`, once the save before is finished: its path.
 
-        When this returns the tensors may change: with `copy` soon, unless the host has no memory for that,
-        else when this process has written all it has to. Every process comes here. RopewalkError where the
-        disk has no room: then nothing was begun or deleted.
+        With `copy` this returns soon, unless the host has no memory for that; else when this process has
+        written all it has to. Every process comes here. RopewalkError where the disk has no room: then
+        nothing was begun or deleted.
         """
         assert not self.busy, "finish the save before"
         began = time.perf_counter()
@@ -120,9 +121,16 @@ class Saver:
             temporary = Path(self.world.share(str(temporary)))
             parts = parts_of(contents.tensors, contents.trained, self.world)
             tensors = {name: tensor for name, tensor in contents.tensors.items() if parts[name].writes}
-            copies = self._copies.of(tensors) if copy else None
-            contents = replace(contents, tensors=tensors if copies is None else copies)
-            arguments = (contents, parts, temporary, path, began, stack.pop_all())
+            copies, later = self._copies.of(tensors) if copy else None, False
+            if copies is not None:
+                later = not any(tensor.is_cuda for tensor in tensors.values())
+                if not later:  # the stream of the next step must not overtake the copies
+                    fill(copies, tensors)
+                contents = replace(contents, tensors=copies)
+            else:
+                contents = replace(contents, tensors=tensors)
+            arguments = (contents, parts, temporary, path, began, stack.pop_all(), tensors if later else {})
+        self._copied.clear()
         # a daemon, so that a second Ctrl-C ends the process
         self._thread = threading.Thread(target=self._run, args=arguments, daemon=True, name="checkpoint")
         self._thread.start()
@@ -130,6 +138,13 @@ class Saver:
             self._thread.join()
         self._waited = time.perf_counter() - began
         return path
+
+    def settle(self) -> None:
+        """Waits until the tensors of the save under way may change."""
+        if self._thread is not None and not self._copied.is_set():
+            began = time.perf_counter()
+            self._copied.wait()
+            self._waited += time.perf_counter() - began
 
     def finish(self) -> Saved | None:
         """Waits for the save under way, if there is one, and raises what went wrong in it."""
@@ -181,8 +196,13 @@ class Saver:
         path: Path,
         began: float,
         stack: ExitStack,
+        to_copy: Mapping[str, Tensor],
     ) -> None:
         try:
+            try:
+                fill(contents.tensors, to_copy)
+            finally:
+                self._copied.set()
             with self._naming_what_is_kept():
                 if self.world.first:
                     with stack:
