@@ -5,7 +5,7 @@ import importlib
 import pytest
 import torch
 
-import ropewalk.model.layers as layers
+import ropewalk.model.transformer as transformer
 import ropewalk.ops.lora as lora_module
 from ropewalk.data import Batch
 from ropewalk.errors import RopewalkError
@@ -99,8 +99,8 @@ def test_documents_that_see_each_other_are_found_and_the_module_is_named(monkeyp
             return right(q, k, v, layout=layout, **options)
         return right(q, k, v, layout=AttentionLayout.rows(*q.shape[:2]), **options)
 
-    right = layers.attention
-    monkeypatch.setattr(layers, "attention", leaking)
+    right = transformer.attention
+    monkeypatch.setattr(transformer, "attention", leaking)
     with pytest.raises(
         RopewalkError, match=r"the plain formulas .* begins in the module blocks\.0\.attention"
     ):
@@ -112,8 +112,8 @@ def test_a_wrong_mask_in_both_is_found_by_the_documents_alone(monkeypatch):
         whole = AttentionLayout.rows(*q.shape[:2])
         return right(q, k, v, layout=whole if len(layout.runs) > 1 and len(q) == 1 else layout, **options)
 
-    right = layers.attention
-    monkeypatch.setattr(layers, "attention", leaking)
+    right = transformer.attention
+    monkeypatch.setattr(transformer, "attention", leaking)
     with pytest.raises(RopewalkError, match="packed in one row"):
         check(make())
 

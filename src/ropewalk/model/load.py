@@ -60,7 +60,8 @@ def load_model(
         model = Transformer(config)
     model.to(_DTYPES[dtype] if isinstance(dtype, str) else dtype)
     in_4_bits = _take_linear_weights(model) if quantize else {}
-    model.to_empty(device=device)
+    # not to_empty(): the first empty_like() of a meta tensor imports sympy, half a second and 50 MB
+    model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for rule, stored in matched:

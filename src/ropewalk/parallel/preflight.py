@@ -25,6 +25,8 @@ from ropewalk.parallel.world import World, processes
 CLOCKS = 5.0
 """Seconds by which the clocks of two machines may differ: the watchdog compares times of notes from all of
 them, in tens of seconds. NTP keeps milliseconds."""
+SPEAKING = 3.0
+"""Seconds that the first process has to say what is wrong: the end of any other ends it too."""
 SEEN = 15.0
 """Seconds in which a new folder must be seen by the others; shared file systems cache for some."""
 
@@ -102,6 +104,7 @@ def _check_together(
     if found and world.first:
         raise UserError("\n  ".join(["these processes cannot train together:", *found]))
     if found:
+        time.sleep(SPEAKING)
         raise UserError(f"process {world.rank} ends: process 0 says why")
 
 
