@@ -1,5 +1,6 @@
 """The processes of a run, and what they tell each other beside tensors."""
 
+import atexit
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,12 @@ if TYPE_CHECKING:
 def processes() -> int:
     """How many torchrun (or a scheduler in its manner) has started; 1 where nobody did."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _take_leave() -> None:
+    """Ends Gloo's threads before C++ is taken down, which now and then aborts while they run."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def started() -> bool:
@@ -55,6 +62,8 @@ class World:
             # numbers on the host go by Gloo, so that nothing waits for a GPU
             backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+            if device == "cpu":
+                atexit.register(_take_leave)
         local = int(os.environ.get("LOCAL_RANK", "0"))
         if device == "cuda":
             torch.cuda.set_device(local)
