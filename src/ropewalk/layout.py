@@ -1,20 +1,28 @@
 """How a run is spread over processes: the degrees, and the one rule that they obey."""
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from ropewalk.errors import UserError
 
 REST = -1
-DEGREES = ("replicate", "shard", "context", "tensor")
+DEGREES = ("pipeline", "replicate", "shard", "context", "tensor")
 """in the order of the processes: those of one `tensor` group are neighbours"""
+
+Schedule = Literal["gpipe", "1f1b", "interleaved-1f1b", "interleaved-zb", "zbv"]
+ONE_STAGE = ("gpipe", "1f1b")
+"""schedules in which a process has one stage; in the others it has several"""
+ZERO_BUBBLE = ("interleaved-zb", "zbv")
+"""schedules that make the gradients of a stage's weights apart from those of its input (arXiv 2401.10241)"""
 
 
 @dataclass(frozen=True)
 class Layout:
     """Into how many parts each thing is divided; the product is the number of processes."""
 
+    pipeline: int = 1
+    """groups of processes that each have some of the blocks: hidden states go from one to the next"""
     replicate: int = 1
     """groups of processes with a whole model each, which add up their gradients"""
     shard: int = REST
@@ -27,6 +35,10 @@ class Layout:
     """how attention reaches the tokens that other processes of a `context` group have"""
     stage: Literal[1, 2, 3] = 3
     """what is divided (ZeRO, arXiv 1910.02054): 1 optimizer states, 2 gradients too, 3 weights too"""
+    pipeline_schedule: Schedule = "1f1b"
+    """in which order a process of a `pipeline` group does the forward and backward passes of micro-batches"""
+    pipeline_stages: int | None = None
+    """runs of blocks that each of them has; None: as few as the schedule allows"""
 
     @property
     def data(self) -> int:
@@ -45,6 +57,36 @@ class Layout:
         return (2 * self.context if self.context > 1 else 1) * self.tensor
 
     @property
+    def stages_each(self) -> int:
+        """Runs of blocks that a process of a `pipeline` group has."""
+        if self.pipeline == 1:
+            return 1
+        return self.pipeline_stages or (1 if self.pipeline_schedule in ONE_STAGE else 2)
+
+    @property
+    def split_backward(self) -> bool:
+        """Whether the schedule makes gradients of weights apart from those of a stage's input."""
+        return self.pipeline > 1 and self.pipeline_schedule in ZERO_BUBBLE
+
+    @property
+    def stages(self) -> int:
+        """Runs of blocks in all."""
+        return self.pipeline * self.stages_each
+
+    def place(self, stage: int) -> int:
+        """The process of a `pipeline` group that has a stage: each in turn, or (zbv) there and back."""
+        turn, place = divmod(stage, self.pipeline)
+        return self.pipeline - 1 - place if self.pipeline_schedule == "zbv" and turn % 2 else place
+
+    def takes(self, micro_batches: int) -> bool:
+        """Whether the schedule can do so many micro-batches in a step."""
+        if self.pipeline == 1 or self.pipeline_schedule in ("gpipe", "zbv"):
+            return True
+        if self.pipeline_schedule == "1f1b":
+            return micro_batches >= self.pipeline
+        return micro_batches % max(1, micro_batches // self.pipeline) == 0  # rounds of equal length
+
+    @property
     def processes(self) -> int:
         """How many it takes; a degree that is "the rest" counts as one."""
         return math.prod(max(1, getattr(self, name)) for name in DEGREES)
@@ -61,5 +103,5 @@ class Layout:
                 f"parallel: {said} does not make {processes} process{'es' * (processes != 1)}; "
                 f"start {self.processes}, or set one degree to -1 (the rest)"
             )
-        filled = {name: rest if name in open_ else getattr(self, name) for name in DEGREES}
-        return Layout(**filled, stage=self.stage, context_exchange=self.context_exchange)
+        filled: dict[str, Any] = dict.fromkeys(open_, rest)
+        return replace(self, **filled)

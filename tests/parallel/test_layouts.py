@@ -40,6 +40,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "eos_token_id": 2,
     },
     "qwen3": SIZES | {"model_type": "qwen3", "attention_bias": True},
+    "deep": SIZES | {"model_type": "llama", "tie_word_embeddings": True, "num_hidden_layers": 5},
+    "deep-untied": SIZES | {"model_type": "qwen3", "num_hidden_layers": 5},
     "wide": SIZES
     | {"model_type": "llama", "hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 8}
     | {"head_dim": 16},
@@ -47,6 +49,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
     | {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True, "router_aux_loss_coef": 0.01},
 }
+SPLIT = {"pipeline_schedule": "interleaved-zb"}
+INTERLEAVED, ZBV = {"pipeline_schedule": "interleaved-1f1b"}, {"pipeline_schedule": "zbv"}
 LAYOUTS = {
     2: {
         "stage 3": {"shard": 2},
@@ -57,6 +61,7 @@ LAYOUTS = {
         "context": {"context": 2},
         "context, ring": {"context": 2, "context_exchange": "ring"},
         "context, ulysses": {"context": 2, "context_exchange": "ulysses"},
+        "pipeline": {"pipeline": 2},
     },
     4: {
         "tensor 2 x shard 2": {"tensor": 2, "shard": 2},
@@ -68,9 +73,22 @@ LAYOUTS = {
         "stage 3": {"shard": 4},
         "hybrid": {"replicate": 2, "shard": 2},
         "replicated": {"replicate": 4, "shard": 1},
+        "pipeline 4": {"pipeline": 4},
+        "pipeline 2 x shard 2": {"pipeline": 2, "shard": 2},
+        "pipeline 2 x shard 2, stage 2": {"pipeline": 2, "shard": 2, "stage": 2},
+        "pipeline 2 x shard 2, stage 1": {"pipeline": 2, "shard": 2, "stage": 1} | ZBV,
+        "pipeline 2 x replicate 2": {"pipeline": 2, "replicate": 2, "shard": 1} | INTERLEAVED,
+        "pipeline 2 x replicate 2, split": {"pipeline": 2, "replicate": 2, "shard": 1} | SPLIT,
+        "pipeline 2 x tensor 2": {"pipeline": 2, "tensor": 2},
+        "pipeline 2 x tensor 2, zbv": {"pipeline": 2, "tensor": 2} | ZBV,
+        "pipeline 2 x context 2": {"pipeline": 2, "context": 2, "context_exchange": "ring"},
     },
-    8: {"shard 2 x context 2 x tensor 2": {"shard": 2, "context": 2, "tensor": 2}},
+    8: {
+        "pipeline 2 x shard 2 x tensor 2": {"pipeline": 2, "shard": 2, "tensor": 2},
+        "shard 2 x context 2 x tensor 2": {"shard": 2, "context": 2, "tensor": 2},
+    },
 }
+FIRST_BLOCKS = ["embed.*", "blocks.0.*", "blocks.1.*"]
 VARIANTS: dict[str, dict[str, Any]] = {
     "recomputed": {"train": {"checkpointing": "full"}},
     "in backward": {"train": {"micro_batch_size": None, "clip": 0.0, "optimizer.in_backward": True}},
@@ -83,10 +101,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 ALSO = {
-    "gemma2": ("stage 3", "replicated", "tensor", "context", "context, ring"),
-    "gpt2": ("stage 3", "replicated", "tensor", "context"),
-    "qwen3": ("tensor",),
-    "qwen3_moe": ("stage 3", "replicated", "context"),
+    "gemma2": ("stage 3", "replicated", "tensor", "context", "context, ring", "pipeline"),
+    "gpt2": ("stage 3", "replicated", "tensor", "context", "pipeline"),
+    "qwen3": ("tensor", "pipeline"),
+    "qwen3_moe": ("stage 3", "replicated", "context", "pipeline"),
+    "deep": (),
+    "deep-untied": (),
     "wide": (),
 }
 """Layouts of the families beside llama, which is trained in all of them."""
@@ -187,6 +207,41 @@ def note(processes: int, layout: dict[str, Any], what: str, found: dict[str, Any
             file.write(json.dumps([processes, layout, what, *worst]) + "\n")
 
 
+PIPELINES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "gpipe": ("deep", {"pipeline_schedule": "gpipe"}, {}),
+    "interleaved-1f1b": ("deep", INTERLEAVED, {}),
+    "interleaved-zb": ("deep", {"pipeline_schedule": "interleaved-zb"}, {}),
+    "zbv": ("deep", ZBV, {}),
+    "zbv, untied": ("deep-untied", ZBV, {}),
+    "moe, interleaved-zb": ("qwen3_moe", {"pipeline_schedule": "interleaved-zb", "pipeline_stages": 1}, {}),
+    "recomputed": ("deep", {}, {"train": {"checkpointing": "full", "verify_every": 2}}),
+    "recomputed, zbv": ("deep", ZBV, VARIANTS["recomputed"]),
+    "selective": ("deep", {}, {"train": {"checkpointing": "selective"}}),
+    "lora, zbv": ("deep", ZBV, VARIANTS["lora"]),
+    "qlora": ("deep", {}, VARIANTS["qlora"]),
+    "frozen": ("deep", {"pipeline_schedule": "interleaved-zb"}, {"adapt": {"freeze": FIRST_BLOCKS}}),
+}
+"""Over two processes: family, schedule, what is trained how."""
+
+
+def test_pipelines_of_two_processes_train_what_one_trains(recipes, train_in) -> None:  # type: ignore[no-untyped-def]
+    calls = {
+        name: ("train", [recipes(family, {"pipeline": 2} | schedule, **fields), [], False])
+        for name, (family, schedule, fields) in PIPELINES.items()
+    }
+    runs = train_in(2, calls)
+    alone: dict[str, Any] = {}
+    for name, (family, schedule, fields) in PIPELINES.items():
+        key = json.dumps([family, fields])
+        if key not in alone:
+            alone[key] = rw.train(recipes(family, **fields), progress=False)
+        assert_same_training(runs[name], alone[key])
+        what = next(
+            (word for word in ("recomputed", "lora", "qlora", "frozen") if name.startswith(word)), ""
+        )
+        note(2, {"pipeline": 2} | schedule, f"{family}, {what}".removesuffix(", "), runs[name], alone[key])
+
+
 def test_two_processes_train_what_one_trains(recipes, train_in) -> None:  # type: ignore[no-untyped-def]
     layout_names = LAYOUTS[2].keys()
     cases = {
@@ -228,11 +283,12 @@ def test_two_processes_train_what_one_trains(recipes, train_in) -> None:  # type
 @pytest.mark.parametrize("processes", [4, 8])
 def test_more_processes_train_what_one_trains(processes, recipes, train_in):  # type: ignore[no-untyped-def]
     layouts = LAYOUTS[processes]
+    families = {name: "deep" if "pipeline" in layout else "llama" for name, layout in layouts.items()}
     runs = train_in(
         processes,
-        {name: ("train", [recipes("llama", layout), [], False]) for name, layout in layouts.items()},
+        {name: ("train", [recipes(families[name], layout), [], False]) for name, layout in layouts.items()},
     )
-    alone = rw.train(recipes("llama"), progress=False)
+    alone = {family: rw.train(recipes(family), progress=False) for family in set(families.values())}
     for name, run in runs.items():
-        assert_same_training(run, alone)
-        note(processes, layouts[name], "llama", run, alone)
+        assert_same_training(run, alone[families[name]])
+        note(processes, layouts[name], families[name], run, alone[families[name]])

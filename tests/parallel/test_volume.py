@@ -11,7 +11,7 @@ SHAPE = {
     "model_type": "llama",
     "hidden_size": 64,
     "intermediate_size": 128,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "vocab_size": 384,
@@ -29,6 +29,9 @@ def test_what_a_step_sends_is_what_the_closed_forms_say(make_recipe, tmp_path):
         "stage 3": {"shard": 2, "stage": 3},
         "replicated": {"replicate": 2, "shard": 1},
         "tensor": {"tensor": 2},
+        "pipeline": {"pipeline": 2},
+        "interleaved": {"pipeline": 2, "pipeline_schedule": "interleaved-1f1b"},
+        "there and back": {"pipeline": 2, "pipeline_schedule": "zbv"},
     }
     jobs = {}
     for name, layout in layouts.items():
@@ -41,7 +44,8 @@ def test_what_a_step_sends_is_what_the_closed_forms_say(make_recipe, tmp_path):
     assert launch([str(Path(__file__).with_name("volume.py")), str(tmp_path / "jobs.json")], 2) == 0
     found = json.loads((tmp_path / "jobs.result").read_text())
     weights, half = found["stage 3"]["weights"], 1 / 2  # (t - 1) / t of two processes
-    embeddings = 4 * SHAPE["vocab_size"] * SHAPE["hidden_size"] + 4 * SHAPE["hidden_size"]
+    embedding = 4 * SHAPE["vocab_size"] * SHAPE["hidden_size"]
+    embeddings = embedding + 4 * SHAPE["hidden_size"]
     blocks = weights - embeddings
     micro = ROWS // 2 // MICRO
     hidden = 4 * ROWS * LENGTH * SHAPE["hidden_size"]
@@ -63,6 +67,11 @@ def test_what_a_step_sends_is_what_the_closed_forms_say(make_recipe, tmp_path):
             "all-gather": half * hidden * (4 * layers + 1 + 1),
             "reduce-scatter": half * hidden * (4 * layers + 1),
         },
+        # of all processes together: hidden states forward and their gradients backward, between one stage and
+        # the next in another process; and both ends tell each other the gradient of the embedding
+        "pipeline": {"sent": 2 * hidden + 2 * embedding},
+        "interleaved": {"sent": 2 * hidden * 3 + 2 * embedding},
+        "there and back": {"sent": 2 * hidden * 2},  # the second and the third stage are in one process
     }
     for name, kinds in expected.items():
         for kind, size in kinds.items():

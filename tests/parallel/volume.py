@@ -24,7 +24,7 @@ SMALL = 4096
 
 
 class Sent(TorchDispatchMode):
-    """Bytes that this process sends, by a ring's count, by kind of collective."""
+    """Bytes that this process sends, by a ring's count, by kind of operation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,6 +40,9 @@ class Sent(TorchDispatchMode):
         elif name == "allreduce_":
             for tensor in args[0]:
                 self.add("all-reduce", tensor.nbytes, dist.get_world_size(), 2)
+        elif name == "send":
+            for tensor in args[0]:
+                self.bytes["send"] += tensor.nbytes * (tensor.nbytes > SMALL)
         return function(*args, **(kwargs or {}))
 
     def add(self, kind: str, whole: int, parts: int, times: int) -> None:
@@ -59,7 +62,7 @@ def main() -> None:
                 with Sent() as sent:
                     train_step(job, batches)
         weights = sum(p.numel() * p.element_size() for p in job.built.model.parameters())
-        found[name] = {**sent.bytes, "weights": weights}
+        found[name] = {**sent.bytes, "weights": weights, "sent": world.everywhere([sent.bytes["send"]])[0]}
         torch.manual_seed(0)
     if os.environ["RANK"] == "0":
         Path(sys.argv[1]).with_suffix(".result").write_text(json.dumps(found))

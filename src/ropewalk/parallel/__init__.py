@@ -8,6 +8,7 @@ from ropewalk.layout import Layout
 from ropewalk.parallel.context import context_refusal
 from ropewalk.parallel.sharding import divided, local, reduce_gradients, shard
 from ropewalk.parallel.slices import has_partial_gradient, refusal, sliced_along
+from ropewalk.parallel.stages import pipeline_refusal, spans
 from ropewalk.parallel.state import Part, Stored, load_tensors, part_file, part_of, parts_of, write_parts
 from ropewalk.parallel.world import World, processes, started
 
@@ -24,11 +25,13 @@ __all__ = [
     "part_file",
     "part_of",
     "parts_of",
+    "pipeline_refusal",
     "processes",
     "reduce_gradients",
     "refusal",
     "shard",
     "sliced_along",
+    "spans",
     "started",
     "write_parts",
 ]

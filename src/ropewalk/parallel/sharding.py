@@ -4,7 +4,7 @@ One way for all of it, torch's fully_shard (FSDP2, arXiv 2304.11277) block by bl
 mesh whose shards are whole; ZeRO's stages differ in when weights are gathered and gradients divided.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,17 +13,18 @@ from torch import Tensor, nn
 from ropewalk.model import Transformer
 from ropewalk.ops import NF4Tensor
 from ropewalk.parallel.context import divide_rows
+from ropewalk.parallel.stages import keep_stages
 from ropewalk.parallel.world import World
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
 
 
-def shard(model: Transformer, world: World) -> None:
+def shard(model: Transformer, world: World, stages: Sequence[range] = ()) -> None:
     """Divides `model` over the mesh, in place; gradients are sums over the processes, reduced in float32.
 
-    First the products (`tensor`), then the tokens of rows (`context`), then what each process has of the
-    weights. UserError where those cannot be.
+    First the products (`tensor`), then the tokens of rows (`context`), then the blocks (`pipeline`, in runs
+    that `stages` names), then what each process has of the weights. UserError where those cannot be.
     """
     if world.mesh is None:
         return
@@ -33,6 +34,10 @@ def shard(model: Transformer, world: World) -> None:
         divide(model, world)
     if world.layout.context > 1:
         divide_rows(model, world)
+    if world.layout.pipeline > 1:
+        keep_stages(model, world, stages)
+        if world.layout.replicate * world.layout.parts == 1:
+            return
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     options: dict[str, Any] = {
@@ -41,8 +46,10 @@ def shard(model: Transformer, world: World) -> None:
     }
     if world.layout.shard == 1:  # fully_shard can gather a quantized weight only of several parts
         options["ignored_params"] = {p for p in model.parameters() if isinstance(p, NF4Tensor)}
+    # gradients of weights that are made apart need the very weights of the forward pass
+    gathered = world.layout.stage < 3 or world.layout.split_backward
     for block in model.blocks:
-        fully_shard(block, reshard_after_forward=world.layout.stage == 3, **options)
+        fully_shard(block, reshard_after_forward=not gathered, **options)
     # the head meets the hidden states after the model's own forward: what is outside the blocks stays there
     fully_shard(model, reshard_after_forward=False, **options)
     for module in _units(model):
@@ -56,7 +63,7 @@ def reduce_gradients(model: Transformer, world: World, last: bool) -> None:
     At stage 1 gradients are added up whole, and divided with the last micro-batch of a step. Below stage 3
     weights are gathered once a step.
     """
-    if world.mesh is None or world.layout.stage == 3:
+    if world.mesh is None or world.layout.stage == 3 or not is_sharded(model):
         return
     own = next(_units(model))  # the model's own: for all of it
     own.set_reshard_after_backward(last)
@@ -75,6 +82,11 @@ def divided(model: Transformer, world: World) -> None:
     if world.mesh is not None:
         for module in _units(model):
             module.reshard()
+
+
+def is_sharded(model: Transformer) -> bool:
+    """Whether `shard` has divided its weights over processes that have the same ones, or made them copies."""
+    return next(_units(model), None) is not None
 
 
 def _units(model: Transformer) -> "Iterator[FSDPModule]":

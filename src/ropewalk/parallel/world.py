@@ -64,9 +64,14 @@ class World:
             mesh["replicate", "shard"]._flatten("rows")
         weights = mesh["replicate", "shard"]
         if layout.context > 1:
-            if layout.tensor > 1:
+            if layout.data * layout.context != size:
                 mesh["replicate", "shard", "context"]._flatten("tokens")
-            axes = {"replicate": layout.replicate, "parts": layout.parts, "tensor": layout.tensor}
+            axes = {
+                "pipeline": layout.pipeline,
+                "replicate": layout.replicate,
+                "parts": layout.parts,
+                "tensor": layout.tensor,
+            }
             mesh_of_parts = init_device_mesh(device, tuple(axes.values()), mesh_dim_names=tuple(axes))
             weights = mesh_of_parts["replicate", "parts"]
         return World(dist.get_rank(), size, local, layout, mesh, weights)
@@ -79,13 +84,21 @@ class World:
     @property
     def part(self) -> int:
         """Which of `layout.data` parts of the rows is this process's."""
-        return self.rank // (self.size // self.layout.data)
+        whole = self.size // self.layout.pipeline  # those that have the same stages
+        return self.rank % whole // (whole // self.layout.data)
 
     def index(self, axis: str) -> int:
         """This process's place along an axis of the mesh, or among the `parts` of the weights."""
         if self.mesh is None or self.weights is None:
             return 0
         return self.weights.get_local_rank(1) if axis == "parts" else self.mesh.get_local_rank(axis)
+
+    def answers_for(self, name: str) -> bool:
+        """Whether this process, and no other one of its `pipeline` group, counts and writes a parameter.
+
+        Where the head is the embedding, both ends of a pipeline have that.
+        """
+        return name != "embed.weight" or self.index("pipeline") == 0
 
     def total(self, numbers: Sequence[float]) -> list[float]:
         """Sums over the parts of a batch, for what is counted in whole rows; exact up to 2^53."""
@@ -121,6 +134,13 @@ class World:
         """The sum over the processes along an axis, in place where there are several."""
         if self.mesh is not None and getattr(self.layout, axis) > 1:
             dist.all_reduce(value, group=self.group(axis))
+        return value
+
+    def broadcast_along_pipeline(self, value: Tensor, stage: int) -> Tensor:
+        """What the process with a stage has, in place in all of its `pipeline` group."""
+        if self.layout.pipeline > 1:
+            group = self.group("pipeline")
+            dist.broadcast(value, dist.get_global_rank(group, self.layout.place(stage)), group=group)
         return value
 
     def share(self, value: Any) -> Any:

@@ -24,6 +24,7 @@ from ropewalk.train.checkpoint import load_state, random_state, set_random_state
 from ropewalk.train.host_memory import give_back_large_blocks
 from ropewalk.train.metrics import Meter
 from ropewalk.train.optim import Optimizer, OptimizerConfig
+from ropewalk.train.pipelined import PipelinedSteps, stages_of
 from ropewalk.train.saving import Contents, Saver, check_room
 from ropewalk.train.schedule import learning_rate
 from ropewalk.train.self_check import SelfCheck, check_compiled, self_check
@@ -44,6 +45,10 @@ class Job:
     steps: int
     meter: Meter
     world: World
+    pipeline: PipelinedSteps | None = None
+    """computes the steps where processes have some of the blocks each"""
+    bytes_elsewhere: int = 0
+    """what `checkpoint_bytes` counts of blocks that are not here"""
     step: int = 0
     validation_losses: dict[int, float] = field(default_factory=dict)
     """by step"""
@@ -153,13 +158,17 @@ class Job:
 
     def checkpoint_bytes(self) -> int:
         """About what a checkpoint of this run takes on the disk."""
-        model, trained = self.built.model, self.optimizer.parameters
-        sizes = {name: math.prod(part_of(name, p, self.world).shape) for name, p in trained.items()}
-        state = sum(size * self.optimizer.saved_bytes(name) for name, size in sizes.items())
-        weights = [(name, model.get_parameter(name)) for name in self.built.saved()]
-        return round(state) + sum(
-            math.prod(part_of(name, p, self.world).shape) * p.element_size() for name, p in weights
-        )
+        model, saved = self.built.model, set(self.built.saved())
+        total = float(self.bytes_elsewhere)
+        for name, parameter in model.named_parameters():
+            if not self.world.answers_for(name):
+                continue
+            size = math.prod(part_of(name, parameter, self.world).shape)
+            if name in self.optimizer.parameters:
+                total += size * self.optimizer.saved_bytes(name)
+            if name in saved:
+                total += size * parameter.element_size()
+        return round(total)
 
     def check_room(self, folder: Path) -> None:
         """RopewalkError where the disk has no room for the checkpoints that will be in `folder`."""
@@ -177,7 +186,8 @@ class Job:
         """Goes on from a verified checkpoint. UserError where it belongs to other data or another model."""
         state = load_state(checkpoint)
         divided(self.built.model, self.world)  # back from a step, weights may still be gathered
-        tensors = load_tensors(checkpoint / "state", self.optimizer.parameters, self.world)
+        elsewhere = self.built.elsewhere()
+        tensors = load_tensors(checkpoint / "state", self.optimizer.parameters, self.world, elsewhere)
         self.step, self.saved = state["step"], checkpoint
         self.spikes.load(state.get("spikes", {}))
         if state["loader"] != self._position():
@@ -223,7 +233,8 @@ def open_job(
     # before the optimizer, which takes gradients away
     checked = check(recipe, built, loader, steps) if train.self_check and not checkpoint else None
     warm_up = warm(recipe, built, loader) if train.compile else None
-    shard(built.model, world)
+    stages = stages_of(built.model.config, world)
+    shard(built.model, world, stages)
     optimizer = Optimizer(
         built.model,
         optimizer_config(recipe),
@@ -249,6 +260,14 @@ def open_job(
         spikes=Spikes(train.spike.window),
         paces=Paces(world, () if train.compile else built.model.blocks.children(), device.type),
     )
+    if world.layout.pipeline > 1:
+        micro_batches, shape = job.own_rows // job.micro_rows, (job.micro_rows, recipe.data.sequence_length)
+        job.pipeline = PipelinedSteps(
+            built.model, optimizer, world, stages, micro_batches, shape, train.loss_chunk
+        )
+        mine = job.checkpoint_bytes()
+        every = torch.tensor(float(mine), dtype=torch.float64, device=device)
+        job.bytes_elsewhere = int(world.sum_along("pipeline", every)) - mine
     if checkpoint is not None:
         job.restore(checkpoint)
     return job

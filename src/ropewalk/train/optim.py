@@ -93,6 +93,7 @@ class Optimizer:
         matrices = {name for name in self._decayed if model.get_parameter(name).ndim == 2}
         self._hidden = matrices - {"head.weight", "lm_head.weight"}
         devices = {p.device for p in self.parameters.values()}
+        self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
         offloaded = [d for d in devices if config.offload and d.type in self._OFFLOADED]
         self._hosts = {device: Host(device) for device in offloaded}
         self._slots = {
@@ -130,11 +131,18 @@ class Optimizer:
             host.finish()
         return {name: slot.gradient for name, slot in self._slots.items() if slot.gradient is not None}
 
+    def change_gradient(self, name: str, change: Callable[[Tensor], Tensor]) -> None:
+        """Puts another gradient, made of it, in the place of the one at hand."""
+        gradient = self.gradients()[name]
+        self._slots[name].gradient = change(gradient)
+
     def gradient_norm(self) -> Tensor:
         """Global 2-norm of all gradients, used up ones too: 0-d float32, 0 where there are none."""
         at_hand = self.gradients()
         mine: dict[bool, list[Tensor]] = {True: [], False: []}
         for name, slot in self._slots.items():
+            if not self._world.answers_for(name):
+                continue
             divided = self._world.layout.tensor > 1 and sliced_along(name) is not None
             mine[divided] += self._norms.get(name, []) + (_norms(slot) if name in at_hand else [])
         squares = [
@@ -144,9 +152,10 @@ class Optimizer:
         if squares[1] is not None:
             squares[1] = self._world.sum_along("tensor", squares[1])
         found = [square for square in squares if square is not None]
-        if not found:
-            return torch.zeros(())
-        return self._world.sum_along("parts", torch.stack(found).sum()).sqrt() * self._scale
+        total = torch.stack(found).sum() if found else torch.zeros((), device=self._device)
+        if found:
+            total = self._world.sum_along("parts", total)
+        return self._world.sum_along("pipeline", total).sqrt() * self._scale
 
     def _combine(self, name: str) -> Callable[[Tensor], Tensor] | None:
         """What adds up the parts of a gradient that the processes of a tensor group make of it."""

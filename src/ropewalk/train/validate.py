@@ -50,6 +50,7 @@ def validation_loss(
             if start < rows:
                 scored += int((batch.labels != -100).sum())
                 total += found
+    total = world.sum_along("pipeline", total)  # the others of a pipeline have 0
     (whole,), (seen,) = world.total_of_tokens([total.item()]), world.total([scored])
     return whole / max(1, seen), int(seen)
 

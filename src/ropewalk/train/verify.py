@@ -117,10 +117,11 @@ def compare_replicas(tensors: Mapping[str, Tensor], world: World, step: int) -> 
     if world.layout.replicate == 1:
         return
     notes = world.each((socket.gethostname(), check_sums(tensors)))
-    apart = world.size // world.layout.replicate
-    for first in range(apart):
-        ranks = range(first, world.size, apart)
-        for name in tensors:
+    whole = world.size // world.layout.pipeline  # those that have the same blocks
+    apart = whole // world.layout.replicate
+    for first in (start + place for start in range(0, world.size, whole) for place in range(apart)):
+        ranks = range(first, first + whole, apart)
+        for name in notes[first][1]:
             sums = Counter(notes[rank][1][name] for rank in ranks)
             if len(sums) == 1:
                 continue
