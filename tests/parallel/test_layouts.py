@@ -47,6 +47,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
     | {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True, "router_aux_loss_coef": 0.01},
 }
+FAMILIES["sparse"] = FAMILIES["qwen3_moe"] | {"num_experts": 32, "num_experts_per_tok": 1}
+"""Many of its experts get no token of a micro-batch in one process, and some in the other."""
 LAYOUTS = {
     2: {
         "stage 3": {"shard": 2},
@@ -87,6 +89,7 @@ ALSO = {
     "gpt2": ("stage 3", "replicated", "tensor", "context"),
     "qwen3": ("tensor",),
     "qwen3_moe": ("stage 3", "replicated", "context"),
+    "sparse": ("stage 3", "replicated"),
     "wide": (),
 }
 """Layouts of the families beside llama, which is trained in all of them."""
