@@ -1,5 +1,7 @@
 """Mixture of experts: top-k routing, and the load-balancing loss of Switch Transformer (arXiv 2101.03961)."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -12,7 +14,7 @@ how often the expert was chosen."""
 
 
 class Experts(nn.ModuleList):
-    """MLPs of one layer."""
+    """MLPs of one layer: all of them, or those that are here, under the names that they have among all."""
 
     def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
         """rows `[N, hidden_size]` in the order of the experts, of which each takes its `counts` `[experts]`
@@ -24,8 +26,15 @@ class Experts(nn.ModuleList):
         return torch.cat(outputs) if outputs else rows
 
 
+RunExperts = Callable[[Experts, Tensor, Tensor], Tensor]
+
+
 class MixtureOfExperts(nn.Module):
-    """Each token goes to the experts that the router likes best; their outputs are weighted and added."""
+    """Each token goes to the experts that the router likes best; their outputs are weighted and added.
+
+    `run_experts(experts, rows, counts)`, where it is set, calls the experts: the place for what sends rows to
+    where their experts are.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -33,6 +42,7 @@ class MixtureOfExperts(nn.Module):
         self.num_experts = config.num_experts
         self.router = nn.Linear(config.hidden_size, config.num_experts, bias=False)
         self.experts = Experts(MLP(config, config.moe_intermediate_size) for _ in range(config.num_experts))
+        self.run_experts: RunExperts = _here
 
     def forward(self, hidden: Tensor, real: Tensor | None) -> tuple[Tensor, RouterStatistics]:
         """hidden `[B, S, hidden_size]` -> (the same shape, statistics).
@@ -48,7 +58,7 @@ class MixtureOfExperts(nn.Module):
         order = chosen.flatten().argsort(stable=True)
         counts = torch.bincount(chosen.flatten(), minlength=self.num_experts)
         token = order // self.top_k
-        outputs = self.experts(x[token], counts)
+        outputs = self.run_experts(self.experts, x[token], counts)
         weighted = outputs * weights.flatten()[order].to(x.dtype).unsqueeze(-1)
         result = torch.zeros_like(x).index_add(0, token, weighted)
         return result.view(hidden.shape), self._statistics(probabilities, chosen, counts, real)
@@ -60,6 +70,10 @@ class MixtureOfExperts(nn.Module):
             return probabilities.sum(0), counts.float()
         counts = torch.bincount(chosen[real].flatten(), minlength=self.num_experts)
         return (probabilities * real.unsqueeze(-1)).sum(0), counts.float()
+
+
+def _here(experts: Experts, rows: Tensor, counts: Tensor) -> Tensor:
+    return experts(rows, counts)
 
 
 def load_balancing_loss(statistics: list[RouterStatistics], tokens: int | Tensor) -> Tensor:

@@ -37,7 +37,7 @@ def save_model(
     `path` exists (unless `overwrite`), RopewalkError if the disk is full or the model holds something that is
     not part of its config (an adapter that is not merged).
     """
-    parameters: dict[str, Tensor] = dict(model.named_parameters())
+    parameters: dict[str, Tensor] = model.elsewhere | dict(model.named_parameters())
     rules = weight_map(model.config)
     _check_complete(model.config, rules, parameters)
     needed = sum(_size(rule, parameters) for rule in rules)

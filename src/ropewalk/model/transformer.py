@@ -84,6 +84,8 @@ class Transformer(nn.Module):
         """What of the output head is here, where processes share it; None: all of it."""
         self.row_part: RowPart | None = None
         """What of packed rows is here, where processes share their tokens; None: all of it."""
+        self.elsewhere: dict[str, Tensor] = {}
+        """Parameters that other processes have, by name, on the meta device; none: all are here."""
         self.embed = _embedding(config.vocab_size, config.hidden_size)
         if config.position == "learned":
             self.embed_positions = _embedding(config.max_position_embeddings, config.hidden_size)

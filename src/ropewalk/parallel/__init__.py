@@ -6,9 +6,19 @@ processes add up numbers. May import torch, model and errors.
 
 from ropewalk.layout import Layout
 from ropewalk.parallel.context import context_refusal
+from ropewalk.parallel.expert import expert_refusal
 from ropewalk.parallel.sharding import divided, local, reduce_gradients, shard
-from ropewalk.parallel.slices import has_partial_gradient, refusal, sliced_along
-from ropewalk.parallel.state import Part, Stored, load_tensors, part_file, part_of, parts_of, write_parts
+from ropewalk.parallel.slices import has_partial_gradient, is_expert, refusal, sliced_along
+from ropewalk.parallel.state import (
+    Part,
+    Stored,
+    load_tensors,
+    part_file,
+    part_of,
+    parts_of,
+    replicas,
+    write_parts,
+)
 from ropewalk.parallel.world import World, processes, started
 
 __all__ = [
@@ -18,7 +28,9 @@ __all__ = [
     "World",
     "context_refusal",
     "divided",
+    "expert_refusal",
     "has_partial_gradient",
+    "is_expert",
     "load_tensors",
     "local",
     "part_file",
@@ -27,6 +39,7 @@ __all__ = [
     "processes",
     "reduce_gradients",
     "refusal",
+    "replicas",
     "shard",
     "sliced_along",
     "started",

@@ -11,8 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ropewalk.model import Transformer
+from ropewalk.model.moe import MixtureOfExperts
 from ropewalk.ops import NF4Tensor
 from ropewalk.parallel.context import divide_rows
+from ropewalk.parallel.expert import divide_experts
+from ropewalk.parallel.slices import is_expert
 from ropewalk.parallel.world import World
 
 if TYPE_CHECKING:
@@ -22,8 +25,8 @@ if TYPE_CHECKING:
 def shard(model: Transformer, world: World) -> None:
     """Divides `model` over the mesh, in place; gradients are sums over the processes, reduced in float32.
 
-    First the products (`tensor`), then the tokens of rows (`context`), then what each process has of the
-    weights. UserError where those cannot be.
+    First the products (`tensor`), then the tokens of rows (`context`) and the experts of mixtures, then what
+    each process has of the weights. UserError where those cannot be.
     """
     if world.mesh is None:
         return
@@ -33,21 +36,34 @@ def shard(model: Transformer, world: World) -> None:
         divide(model, world)
     if world.layout.context > 1:
         divide_rows(model, world)
+    if world.layout.expert > 1:
+        divide_experts(model, world)
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     options: dict[str, Any] = {
-        "mesh": world.weights,
         "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False),
+        "ignored_params": set(_not_gathered(model, world)),
     }
-    if world.layout.shard == 1:  # fully_shard can gather a quantized weight only of several parts
-        options["ignored_params"] = {p for p in model.parameters() if isinstance(p, NF4Tensor)}
+    again = world.layout.stage == 3
     for block in model.blocks:
-        fully_shard(block, reshard_after_forward=world.layout.stage == 3, **options)
+        if world.experts is not None and isinstance(block.mlp, MixtureOfExperts):
+            mesh = world.experts["expert_copies", "expert_parts"]
+            fully_shard(block.mlp.experts, mesh=mesh, reshard_after_forward=again, **options)
+        fully_shard(block, mesh=world.weights, reshard_after_forward=again, **options)
     # the head meets the hidden states after the model's own forward: what is outside the blocks stays there
-    fully_shard(model, reshard_after_forward=False, **options)
+    fully_shard(model, mesh=world.weights, reshard_after_forward=False, **options)
     for module in _units(model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
+
+
+def _not_gathered(model: Transformer, world: World) -> Iterator[nn.Parameter]:
+    """Quantized weights of one part: fully_shard can gather them only of several."""
+    for name, parameter in model.named_parameters():
+        apart = world.experts is not None and is_expert(name)
+        parts = world.layout.expert_parts if apart else world.layout.shard
+        if parts == 1 and isinstance(parameter, NF4Tensor):
+            yield parameter
 
 
 def reduce_gradients(model: Transformer, world: World, last: bool) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ropewalk.errors import RopewalkError
 from ropewalk.model.safetensors_file import NAMES, write_safetensors
-from ropewalk.parallel.slices import sliced_along
+from ropewalk.parallel.slices import is_expert, sliced_along
 from ropewalk.parallel.world import World
 
 WHOLE = "tensors.safetensors"
@@ -38,6 +38,13 @@ class Part:
     """False: another process has the same, and writes it"""
 
 
+def replicas(name: str, world: World) -> list[range]:
+    """The ranks that hold the same part of a parameter, for each of its parts."""
+    apart = world.experts is not None and is_expert(name)
+    step = world.size // (world.layout.expert_copies if apart else world.layout.replicate)
+    return [range(first, world.size, step) for first in range(step)]
+
+
 def part_of(name: str, parameter: Tensor, world: World) -> Part:
     """What this process has of a parameter."""
     from torch.distributed.tensor import DTensor
@@ -46,27 +53,36 @@ def part_of(name: str, parameter: Tensor, world: World) -> Part:
     if not isinstance(parameter, DTensor) or world.mesh is None:
         return Part((0,) * len(shape), shape, shape)
     (chunk,) = parameter.__create_chunk_list__()
-    start, shared = list(chunk.offsets), {"replicate"}
+    start, shared = list(chunk.offsets), ["replicate"]
     sliced = sliced_along(name) if world.layout.tensor > 1 else None
-    if sliced is None:
-        shared.add("tensor")
+    if world.experts is not None and is_expert(name):
+        shared = ["expert_copies"]
+    elif sliced is None:
+        shared.append("tensor")
     else:  # the DTensor is a slice itself
         start[sliced] += shape[sliced] * world.mesh.get_local_rank("tensor")
         shape = tuple(n * world.layout.tensor if i == sliced else n for i, n in enumerate(shape))
-    first = not any(world.mesh.get_local_rank(axis) for axis in shared)
+    first = not any(world.index(axis) for axis in shared)
     return Part(tuple(start), tuple(chunk.sizes), shape, first)
+
+
+def _first_with(name: str, world: World) -> bool:
+    """Whether this is the first of the processes that have (a part of) a parameter."""
+    if world.experts is not None and is_expert(name):
+        return not world.index("expert_copies") and not world.index("expert_parts")
+    return world.first
 
 
 def parts_of(
     tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor], world: World
 ) -> dict[str, Part]:
     """Which part each tensor is. Those called KIND.NAME after a parameter NAME are as that is, if they have
-    its shape; else (a count of updates) all processes have the same, and the first one writes it. What is
-    called after no parameter is its process's own, and whole."""
+    its shape; else (a count of updates) all processes that have it have the same, and the first of those
+    writes it. What is called after no parameter is its process's own, and whole."""
     parts = {}
     for name, tensor in tensors.items():
         size, key = tuple(tensor.shape), name.partition(".")[2]
-        parts[name] = Part((0,) * len(size), size, size, world.first or key not in parameters)
+        parts[name] = Part((0,) * len(size), size, size, key not in parameters or _first_with(key, world))
         if key in parameters and size == (part := part_of(key, parameters[key], world)).size and size:
             parts[name] = part
     return parts
@@ -138,11 +154,14 @@ class Stored:
 
 
 def load_tensors(folder: Path, parameters: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
-    """What `write_parts` wrote, whoever wrote it: of divided parameters the parts for this process."""
+    """What `write_parts` wrote, whoever wrote it: of divided parameters the parts for this process, and
+    nothing of experts that others have."""
     found = {}
     with Stored(folder) as stored:
         for name in stored.names():
             key = name.partition(".")[2]
+            if world.experts is not None and is_expert(key) and key not in parameters:
+                continue
             part = part_of(key, parameters[key], world) if key in parameters else None
             found[name] = stored.read(name, part if part and part.shape == stored.shape(name) else None)
     return found

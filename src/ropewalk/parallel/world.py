@@ -27,6 +27,8 @@ def started() -> bool:
 
 
 ALONE = Layout(replicate=1, shard=1)
+EXPERT_AXES = ("expert_copies", "expert_parts", "expert")
+"""neighbours have different experts: what is sent between them goes the shortest way"""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class World:
     """an axis for each of `DEGREES`"""
     weights: "DeviceMesh | None" = None
     """what weights and states lie over: copies along the first axis, parts along the second"""
+    experts: "DeviceMesh | None" = None
+    """the same for experts where processes have different ones: an axis for each of `EXPERT_AXES`"""
 
     @staticmethod
     def join(device: str, layout: Layout, timeout: float = 1800.0) -> "World":
@@ -69,7 +73,11 @@ class World:
             axes = {"replicate": layout.replicate, "parts": layout.parts, "tensor": layout.tensor}
             mesh_of_parts = init_device_mesh(device, tuple(axes.values()), mesh_dim_names=tuple(axes))
             weights = mesh_of_parts["replicate", "parts"]
-        return World(dist.get_rank(), size, local, layout, mesh, weights)
+        experts = None
+        if layout.expert > 1:
+            sizes = tuple(getattr(layout, name) for name in EXPERT_AXES)
+            experts = init_device_mesh(device, sizes, mesh_dim_names=EXPERT_AXES)
+        return World(dist.get_rank(), size, local, layout, mesh, weights, experts)
 
     @property
     def first(self) -> bool:
@@ -82,7 +90,9 @@ class World:
         return self.rank // (self.size // self.layout.data)
 
     def index(self, axis: str) -> int:
-        """This process's place along an axis of the mesh, or among the `parts` of the weights."""
+        """This process's place along an axis of a mesh, or among the `parts` of the weights."""
+        if axis in EXPERT_AXES:
+            return 0 if self.experts is None else self.experts.get_local_rank(axis)
         if self.mesh is None or self.weights is None:
             return 0
         return self.weights.get_local_rank(1) if axis == "parts" else self.mesh.get_local_rank(axis)
@@ -112,7 +122,10 @@ class World:
         return sums.tolist()
 
     def group(self, axis: str) -> Any:
-        """This process's group along an axis of the mesh, or along `rows`, `tokens` or `parts`."""
+        """This process's group along an axis of a mesh, or along `rows`, `tokens` or `parts`."""
+        if axis in EXPERT_AXES:
+            assert self.experts is not None
+            return self.experts.get_group(axis)
         assert self.mesh is not None
         assert self.weights is not None
         return self.weights.get_group(1) if axis == "parts" else self.mesh[axis].get_group()

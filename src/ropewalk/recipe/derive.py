@@ -150,7 +150,7 @@ def _derive_train(recipe: Recipe, machine: Machine) -> Derived:
         rows = 8
         found["train.batch_size"] = (rows, "8 rows unless told")
     layout, why = _layout(recipe, machine)
-    for name in DEGREES:
+    for name in (*DEGREES, "expert"):
         if getattr(recipe.parallel, name) == REST:
             found[f"parallel.{name}"] = (getattr(layout, name), why)
     if train.threads == 0:
@@ -182,7 +182,7 @@ def _derive_train(recipe: Recipe, machine: Machine) -> Derived:
 
 def _layout(recipe: Recipe, machine: Machine) -> tuple[Layout, str]:
     """What the processes that there are make of the recipe's degrees, or how many those ask for."""
-    degrees = {name: getattr(recipe.parallel, name) for name in DEGREES}
+    degrees = {name: getattr(recipe.parallel, name) for name in (*DEGREES, "expert")}
     layout = Layout(**degrees, stage=recipe.parallel.stage)
     if machine.processes is None:
         return layout.over(layout.processes), "no more processes than the other degrees ask for"

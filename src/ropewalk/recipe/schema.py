@@ -259,6 +259,8 @@ class Parallel(Section):
     """How attention reaches the others' tokens: all keys at once, keys in turn, or tokens for heads."""
     tensor: Positive = 1
     """Processes that share every matrix product (arXiv 1909.08053), and the tokens between them."""
+    expert: Positive | Literal[-1] = 1
+    """Processes, of those above, that divide the experts of a mixture among them; -1: all processes."""
     stage: Literal[1, 2, 3] = 3
     """Divide optimizer states (1), gradients too (2), weights too (3): ZeRO, arXiv 1910.02054."""
     hang_seconds: PositiveNumber | None = None

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ropewalk.adapt import rate_factors
 from ropewalk.data import Loader, Prepared, TokenShards
 from ropewalk.errors import UserError
 from ropewalk.files import sha256
 from ropewalk.model import resolve_source
-from ropewalk.parallel import World, divided, load_tensors, part_of, shard
+from ropewalk.parallel import World, divided, is_expert, load_tensors, part_of, shard
 from ropewalk.recipe import Recipe
 from ropewalk.track.environment import git_commit
 from ropewalk.train.build import DTYPES, Built, build
@@ -146,6 +147,7 @@ class Job:
             ),
             save_model=self.built.save,
             needed=self.checkpoint_bytes(),
+            elsewhere=self.built.model.elsewhere,
             validation_loss=self.validation_losses.get(self.step),
         )
         self.saved_at = time.monotonic()
@@ -154,12 +156,14 @@ class Job:
     def checkpoint_bytes(self) -> int:
         """About what a checkpoint of this run takes on the disk."""
         model, trained = self.built.model, self.optimizer.parameters
-        sizes = {name: math.prod(part_of(name, p, self.world).shape) for name, p in trained.items()}
-        state = sum(size * self.optimizer.saved_bytes(name) for name, size in sizes.items())
+        state = sum(self._size(name, p) * self.optimizer.saved_bytes(name) for name, p in trained.items())
         weights = [(name, model.get_parameter(name)) for name in self.built.saved()]
-        return round(state) + sum(
-            math.prod(part_of(name, p, self.world).shape) * p.element_size() for name, p in weights
-        )
+        return round(state) + sum(self._size(name, p) * p.element_size() for name, p in weights)
+
+    def _size(self, name: str, parameter: Tensor) -> int:
+        """Numbers of a whole parameter; of an expert, of all that other processes have in its place."""
+        alike = self.world.layout.expert if is_expert(name) else 1
+        return alike * math.prod(part_of(name, parameter, self.world).shape)
 
     def check_room(self, folder: Path) -> None:
         """RopewalkError where the disk has no room for the checkpoints that will be in `folder`."""

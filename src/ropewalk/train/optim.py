@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ropewalk.errors import UserError
-from ropewalk.parallel import World, has_partial_gradient, sliced_along
+from ropewalk.parallel import World, has_partial_gradient, is_expert, sliced_along
 from ropewalk.train.optim_rules import Rule, Update, adafactor, adamw, first_state, lion, muon
 from ropewalk.train.optim_slot import Host, Slot
 
@@ -132,25 +132,33 @@ class Optimizer:
 
     def gradient_norm(self) -> Tensor:
         """Global 2-norm of all gradients, used up ones too: 0-d float32, 0 where there are none."""
-        at_hand = self.gradients()
-        mine: dict[bool, list[Tensor]] = {True: [], False: []}
+        at_hand, world = self.gradients(), self._world
+        mine: dict[str, list[Tensor]] = {"expert": [], "tensor": [], "parts": []}
         for name, slot in self._slots.items():
-            divided = self._world.layout.tensor > 1 and sliced_along(name) is not None
-            mine[divided] += self._norms.get(name, []) + (_norms(slot) if name in at_hand else [])
-        squares = [
-            torch.linalg.vector_norm(torch.stack(norms)).square() if norms else None
-            for norms in (mine[False], mine[True])
-        ]
-        if squares[1] is not None:
-            squares[1] = self._world.sum_along("tensor", squares[1])
-        found = [square for square in squares if square is not None]
-        if not found:
-            return torch.zeros(())
-        return self._world.sum_along("parts", torch.stack(found).sum()).sqrt() * self._scale
+            mine[self._along(name)] += self._norms.get(name, []) + (_norms(slot) if name in at_hand else [])
+        some = next((norms[0] for norms in mine.values() if norms), torch.zeros(()))
+
+        def squares(axis: str) -> Tensor:
+            norms = mine[axis]
+            return torch.linalg.vector_norm(torch.stack(norms)).square() if norms else torch.zeros_like(some)
+
+        total = world.sum_along("parts", squares("parts") + world.sum_along("tensor", squares("tensor")))
+        if world.experts is not None:  # also where no expert that is here is trained: others may be
+            apart = world.sum_along("expert", squares("expert"))
+            total = total + world.sum_along("expert_parts", apart)
+        return total.sqrt() * self._scale
+
+    def _along(self, name: str) -> str:
+        """The narrowest group whose processes have different numbers of a parameter."""
+        if self._world.experts is not None and is_expert(name):
+            return "expert"
+        return "tensor" if self._world.layout.tensor > 1 and sliced_along(name) is not None else "parts"
 
     def _combine(self, name: str) -> Callable[[Tensor], Tensor] | None:
         """What adds up the parts of a gradient that the processes of a tensor group make of it."""
         if self._world.layout.tensor == 1 or not has_partial_gradient(name):
+            return None
+        if self._along(name) == "expert":  # whose mesh has the tensor group in it
             return None
         return partial(self._world.sum_along, "tensor")
 

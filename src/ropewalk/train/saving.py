@@ -23,7 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,8 @@ class Contents:
     """writes model/ from a function that gives whole parameters by name"""
     needed: int
     """about so many bytes will be written"""
+    elsewhere: Mapping[str, Tensor] = field(default_factory=dict)
+    """parameters that other processes have, on the meta device"""
     validation_loss: float | None = None
 
 
@@ -289,11 +291,12 @@ def check_room(folder: Path, one: int, *, saves: int | None, keep: int, best: bo
 
 def _values(contents: Contents, state: Stored, frozen: Stored) -> Callable[[str], Tensor]:
     """Whole parameters by name, from the parts in an unfinished checkpoint."""
-    written = set(frozen.names())
+    trained, written = set(state.names()), set(frozen.names())
+    types = {**contents.elsewhere, **contents.trained}
 
     def value(name: str) -> Tensor:
-        if name in contents.trained:
-            return state.read(f"master.{name}").to(contents.trained[name].dtype)
+        if (key := f"master.{name}") in trained:
+            return state.read(key).to(types[name].dtype)
         key = f"frozen.{name}"
         return frozen.read(key) if key in written else contents.frozen[name].detach()
 
