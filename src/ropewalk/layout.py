@@ -1,6 +1,7 @@
 """How a run is spread over processes: the degrees, and the one rule that they obey."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -31,6 +32,8 @@ class Layout:
     """processes that share the tokens of a row"""
     tensor: int = 1
     """processes that share every matrix product"""
+    expert: int = 1
+    """processes that divide the experts of a mixture: of those above, no others"""
     context_exchange: Literal["all_gather", "ring", "ulysses"] = "all_gather"
     """how attention reaches the tokens that other processes of a `context` group have"""
     stage: Literal[1, 2, 3] = 3
@@ -49,6 +52,21 @@ class Layout:
     def parts(self) -> int:
         """Parts into which weights and states are divided: processes that share rows share the model, too."""
         return self.shard * self.context
+
+    @property
+    def with_same_blocks(self) -> int:
+        """Processes that have (parts or copies of) the same blocks, and train them on all rows together."""
+        return self.processes // self.pipeline
+
+    @property
+    def expert_parts(self) -> int:
+        """Parts into which each expert is divided: what `expert` leaves of the processes of one model."""
+        return max(1, self.parts * self.tensor // self.expert)
+
+    @property
+    def expert_copies(self) -> int:
+        """Processes with the same part of the same experts."""
+        return self.with_same_blocks // (self.expert * self.expert_parts)
 
     @property
     def whole(self) -> int:
@@ -104,4 +122,26 @@ class Layout:
                 f"start {self.processes}, or set one degree to -1 (the rest)"
             )
         filled: dict[str, Any] = dict.fromkeys(open_, rest)
-        return replace(self, **filled)
+        whole = replace(self, **filled)
+        return replace(
+            whole, expert=whole.with_same_blocks if self.expert == REST else whole._checked_expert()
+        )
+
+    def nearest_expert(self, degrees: Iterable[int]) -> int:
+        """Of `degrees` (with 1) of `expert` the nearest to this one that the other degrees allow."""
+        return min(filter(self._allows_expert, degrees), key=lambda d: (abs(d - self.expert), -d))
+
+    def _checked_expert(self) -> int:
+        if self._allows_expert(self.expert):
+            return self.expert
+        others = " x ".join(f"{name} {getattr(self, name)}" for name in DEGREES)
+        raise UserError(
+            f"parallel.expert: it takes no processes of its own, and {others} cannot be cut into groups of "
+            f"{self.expert}; set it to {self.nearest_expert(range(1, self.with_same_blocks + 1))}, or "
+            f"parallel.shard to a multiple of {self.expert}"
+        )
+
+    def _allows_expert(self, degree: int) -> bool:
+        """A group lies within one model, or is made of whole ones; and all of it has the same blocks."""
+        model = self.parts * self.tensor
+        return model % degree == 0 or (degree % model == 0 and self.with_same_blocks % degree == 0)

@@ -49,7 +49,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
     | {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True, "router_aux_loss_coef": 0.01},
 }
+FAMILIES["sparse"] = FAMILIES["qwen3_moe"] | {"num_experts": 32, "num_experts_per_tok": 1}
+"""Many of its experts get no token of a micro-batch in one process, and some in the other."""
 SPLIT = {"pipeline_schedule": "interleaved-zb"}
+SPLIT_MIXTURE = SPLIT | {"pipeline_stages": 1}
 INTERLEAVED, ZBV = {"pipeline_schedule": "interleaved-1f1b"}, {"pipeline_schedule": "zbv"}
 LAYOUTS = {
     2: {
@@ -89,22 +92,62 @@ LAYOUTS = {
     },
 }
 FIRST_BLOCKS = ["embed.*", "blocks.0.*", "blocks.1.*"]
+EXPERTS: dict[int, list[tuple[str, dict[str, Any], str]]] = {
+    2: [
+        ("qwen3_moe", {"shard": 2, "expert": 2}, ""),
+        ("qwen3_moe", {"replicate": 2, "shard": 1, "expert": 2}, ""),
+        ("qwen3_moe", {"context": 2, "expert": 2}, ""),
+        ("qwen3_moe", {"tensor": 2, "expert": 2}, ""),
+        ("qwen3_moe", {"shard": 2, "expert": 2, "stage": 1}, "recomputed"),
+        ("qwen3_moe", {"shard": 2, "expert": 2}, "qlora"),
+        ("qwen3_moe", {"shard": 2, "expert": 2}, "experts frozen"),
+        ("sparse", {"shard": 2, "expert": 2}, ""),
+    ],
+    4: [
+        ("qwen3_moe", {"replicate": 2, "shard": 2, "expert": 2}, ""),
+        ("qwen3_moe", {"replicate": 2, "shard": 2, "expert": 4}, ""),
+        ("qwen3_moe", {"replicate": 4, "shard": 1, "expert": 2}, ""),
+        ("qwen3_moe", {"shard": 4, "expert": 2}, ""),
+        ("qwen3_moe", {"shard": 4, "expert": 2}, "qlora"),
+        ("qwen3_moe", {"shard": 2, "context": 2, "expert": 2, "stage": 2}, ""),
+        ("qwen3_moe", {"shard": 2, "tensor": 2, "expert": 2}, ""),
+        ("qwen3_moe", {"shard": 2, "tensor": 2, "expert": 4}, ""),
+        ("sparse", {"shard": 4, "expert": -1}, ""),
+        ("qwen3_moe", {"pipeline": 2, "shard": 2, "expert": 2}, ""),
+        ("qwen3_moe", {"pipeline": 2, "shard": 2, "expert": 2}, "qlora"),
+        ("qwen3_moe", {"pipeline": 2, "replicate": 2, "shard": 1, "expert": 2} | SPLIT_MIXTURE, ""),
+        ("sparse", {"pipeline": 2, "tensor": 2, "expert": -1} | SPLIT_MIXTURE, "recomputed"),
+    ],
+    8: [
+        ("qwen3_moe", {"pipeline": 2, "context": 2, "tensor": 2, "expert": 2}, ""),
+        ("qwen3_moe", {"pipeline": 2, "replicate": 2, "shard": 2, "expert": 2}, ""),
+        ("sparse", {"pipeline": 2, "shard": 4, "expert": 2, "stage": 1} | SPLIT_MIXTURE, ""),
+    ],
+}
+"""Family, layout and variant: experts divided inside of, and over, what shares the rest of a model."""
+ALL_BEFORE = ("embed.*", "blocks.0.attention*", "blocks.0.mlp_norm.*", "blocks.0.mlp.router.*")
 VARIANTS: dict[str, dict[str, Any]] = {
     "recomputed": {"train": {"checkpointing": "full"}},
     "in backward": {"train": {"micro_batch_size": None, "clip": 0.0, "optimizer.in_backward": True}},
     "lora": {"adapt": {"method": "lora", "rank": 4}},
     "qlora": {"adapt": {"method": "lora", "rank": 4, "quantize": "nf4"}},
     "frozen": {"adapt": {"freeze": ["embed.*", "blocks.0.*"]}},
+    # nothing is trained before the experts of block 0, nor the half of the experts that one process has
+    "experts frozen": {
+        "adapt": {"freeze": [*ALL_BEFORE, "blocks.*.mlp.experts.0.*", "blocks.*.mlp.experts.1.*"]}
+    },
     "lion": {"train": {"optimizer.name": "lion"}},
 }
 """Of llama at stage 3, over two processes; and, but for lion, of a wider one with divided products."""
+DENSE = VARIANTS.keys() - {"experts frozen"}
 
 
 ALSO = {
     "gemma2": ("stage 3", "replicated", "tensor", "context", "context, ring", "pipeline"),
     "gpt2": ("stage 3", "replicated", "tensor", "context", "pipeline"),
     "qwen3": ("tensor", "pipeline"),
-    "qwen3_moe": ("stage 3", "replicated", "context", "pipeline"),
+    "qwen3_moe": ("stage 3", "replicated", "tensor", "context", "pipeline"),
+    "sparse": ("stage 3", "replicated"),
     "deep": (),
     "deep-untied": (),
     "wide": (),
@@ -236,9 +279,7 @@ def test_pipelines_of_two_processes_train_what_one_trains(recipes, train_in) -> 
         if key not in alone:
             alone[key] = rw.train(recipes(family, **fields), progress=False)
         assert_same_training(runs[name], alone[key])
-        what = next(
-            (word for word in ("recomputed", "lora", "qlora", "frozen") if name.startswith(word)), ""
-        )
+        what = next((word for word in ("recomputed", "lora", "qlora", "frozen") if name.startswith(word)), "")
         note(2, {"pipeline": 2} | schedule, f"{family}, {what}".removesuffix(", "), runs[name], alone[key])
 
 
@@ -250,15 +291,11 @@ def test_two_processes_train_what_one_trains(recipes, train_in) -> None:  # type
         for name, layout in LAYOUTS[2].items()
         if name in ALSO.get(family, layout_names)
     }
-    cases |= {f"llama, {name}": ("llama", {"shard": 2}, fields) for name, fields in VARIANTS.items()}
+    cases |= {f"llama, {name}": ("llama", {"shard": 2}, VARIANTS[name]) for name in DENSE}
     in_part = {"method": "dora", "rank": 2, "targets": ["q_proj"]}  # of a matrix that gpt2 stores as one
     cases["gpt2, dora in part"] = ("gpt2", {"shard": 2}, {"adapt": in_part})
     cases["llama, qlora, replicated"] = ("llama", {"replicate": 2, "shard": 1}, VARIANTS["qlora"])
-    cases |= {
-        f"wide, {name}, tensor": ("wide", {"tensor": 2}, fields)
-        for name, fields in VARIANTS.items()
-        if name != "lion"
-    }
+    cases |= {f"wide, {name}, tensor": ("wide", {"tensor": 2}, VARIANTS[name]) for name in DENSE - {"lion"}}
     ring = {"context": 2, "context_exchange": "ring"}
     cases |= {
         f"llama, {name}, context": ("llama", ring, VARIANTS[name])
@@ -270,13 +307,30 @@ def test_two_processes_train_what_one_trains(recipes, train_in) -> None:  # type
     }
     runs = train_in(2, calls)
     alone: dict[str, Any] = {}
-    for name, (family, _, fields) in cases.items():
+    for name, (family, layout, fields) in cases.items():
         key = json.dumps([family, fields])
         if key not in alone:
             alone[key] = rw.train(recipes(family, **fields), progress=False)
         assert_same_training(runs[name], alone[key])
         variant = next((v for v, its in VARIANTS.items() if its == fields), "")
-        note(2, cases[name][1], f"{family}, {variant}".removesuffix(", "), runs[name], alone[key])
+        note(2, layout, f"{family}, {variant}".removesuffix(", "), runs[name], alone[key])
+
+
+@pytest.mark.parametrize("processes", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 8))])
+def test_divided_experts_are_trained_as_one_process_trains_them(processes, recipes, train_in):  # type: ignore[no-untyped-def]
+    cases = EXPERTS[processes]
+    fields = {name: VARIANTS.get(name, {}) for _, _, name in cases}
+    calls = {
+        f"case {number}": ("train", [recipes(family, layout, **fields[variant]), [], False])
+        for number, (family, layout, variant) in enumerate(cases)
+    }
+    runs = train_in(processes, calls)
+    alone: dict[tuple[str, str], Any] = {}
+    for run, (family, layout, variant) in zip(runs.values(), cases, strict=True):
+        if (family, variant) not in alone:
+            alone[family, variant] = rw.train(recipes(family, **fields[variant]), progress=False)
+        assert_same_training(run, alone[family, variant])
+        note(processes, layout, f"{family}, {variant}".removesuffix(", "), run, alone[family, variant])
 
 
 @pytest.mark.slow

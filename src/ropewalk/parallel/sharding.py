@@ -10,9 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ropewalk.layout import Layout
 from ropewalk.model import Transformer
+from ropewalk.model.moe import MixtureOfExperts
 from ropewalk.ops import NF4Tensor
 from ropewalk.parallel.context import divide_rows
+from ropewalk.parallel.expert import divide_experts
+from ropewalk.parallel.slices import is_expert
 from ropewalk.parallel.stages import keep_stages
 from ropewalk.parallel.world import World
 
@@ -23,8 +27,9 @@ if TYPE_CHECKING:
 def shard(model: Transformer, world: World, stages: Sequence[range] = ()) -> None:
     """Divides `model` over the mesh, in place; gradients are sums over the processes, reduced in float32.
 
-    First the products (`tensor`), then the tokens of rows (`context`), then the blocks (`pipeline`, in runs
-    that `stages` names), then what each process has of the weights. UserError where those cannot be.
+    First the products (`tensor`), then the tokens of rows (`context`), the blocks (`pipeline`, in runs that
+    `stages` names) and the experts of mixtures, then what each process has of the weights. UserError where
+    those cannot be.
     """
     if world.mesh is None:
         return
@@ -34,27 +39,46 @@ def shard(model: Transformer, world: World, stages: Sequence[range] = ()) -> Non
         divide(model, world)
     if world.layout.context > 1:
         divide_rows(model, world)
-    if world.layout.pipeline > 1:
+    layout = world.layout
+    if layout.pipeline > 1:
         keep_stages(model, world, stages)
-        if world.layout.replicate * world.layout.parts == 1:
-            return
+    if layout.expert > 1:
+        divide_experts(model, world)
+    if layout.pipeline > 1 and not _shared(layout):
+        return
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     options: dict[str, Any] = {
-        "mesh": world.weights,
         "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False),
+        "ignored_params": set(_not_gathered(model, world)),
     }
-    if world.layout.shard == 1:  # fully_shard can gather a quantized weight only of several parts
-        options["ignored_params"] = {p for p in model.parameters() if isinstance(p, NF4Tensor)}
     # gradients of weights that are made apart need the very weights of the forward pass
-    gathered = world.layout.stage < 3 or world.layout.split_backward
+    again = layout.stage == 3 and not layout.split_backward
     for block in model.blocks:
-        fully_shard(block, reshard_after_forward=not gathered, **options)
+        if world.experts is not None and isinstance(block.mlp, MixtureOfExperts):
+            mesh = world.experts["expert_copies", "expert_parts"]
+            fully_shard(block.mlp.experts, mesh=mesh, reshard_after_forward=again, **options)
+        fully_shard(block, mesh=world.weights, reshard_after_forward=again, **options)
     # the head meets the hidden states after the model's own forward: what is outside the blocks stays there
-    fully_shard(model, reshard_after_forward=False, **options)
+    fully_shard(model, mesh=world.weights, reshard_after_forward=False, **options)
     for module in _units(model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
+
+
+def _shared(layout: Layout) -> bool:
+    """Whether several processes have copies or parts of the same weights."""
+    experts = layout.expert_copies * layout.expert_parts if layout.expert > 1 else 1
+    return layout.replicate * layout.parts * experts > 1
+
+
+def _not_gathered(model: Transformer, world: World) -> Iterator[nn.Parameter]:
+    """Quantized weights of one part: fully_shard can gather them only of several."""
+    for name, parameter in model.named_parameters():
+        apart = world.experts is not None and is_expert(name)
+        parts = world.layout.expert_parts if apart else world.layout.shard
+        if parts == 1 and isinstance(parameter, NF4Tensor):
+            yield parameter
 
 
 def reduce_gradients(model: Transformer, world: World, last: bool) -> None:

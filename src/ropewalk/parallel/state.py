@@ -18,8 +18,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ropewalk.errors import RopewalkError
-from ropewalk.layout import DEGREES
 from ropewalk.model.safetensors_file import NAMES, write_safetensors
+from ropewalk.parallel.places import first_with
 from ropewalk.parallel.slices import sliced_along
 from ropewalk.parallel.world import World
 
@@ -46,35 +46,27 @@ def part_of(name: str, parameter: Tensor, world: World) -> Part:
     shape, size = tuple(parameter.shape), tuple(parameter.shape)
     if world.mesh is None:
         return Part((0,) * len(shape), shape, shape)
-    start, shared = [0] * len(shape), {"replicate", "shard", "context"}
+    start = [0] * len(shape)
     if isinstance(parameter, DTensor):
         (chunk,) = parameter.__create_chunk_list__()
-        start, size, shared = list(chunk.offsets), tuple(chunk.sizes), {"replicate"}
+        start, size = list(chunk.offsets), tuple(chunk.sizes)
     sliced = sliced_along(name) if world.layout.tensor > 1 else None
-    if sliced is None:
-        shared.add("tensor")
-    else:  # what is here is (of) a slice
+    if sliced is not None:  # what is here is (of) a slice
         start[sliced] += shape[sliced] * world.index("tensor")
         shape = tuple(n * world.layout.tensor if i == sliced else n for i, n in enumerate(shape))
-    return Part(tuple(start), size, shape, _writes(name, shared, world))
-
-
-def _writes(name: str, shared: set[str], world: World) -> bool:
-    """Whether it is this process that writes what all along some axes of the mesh have."""
-    return world.answers_for(name) and not any(world.index(axis) for axis in shared)
+    return Part(tuple(start), size, shape, first_with(name, world))
 
 
 def parts_of(
     tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor], world: World
 ) -> dict[str, Part]:
     """Which part each tensor is. Those called KIND.NAME after a parameter NAME are as that is, if they have
-    its shape; else (a count of updates) all processes have the same, and the first one that has the parameter
+    its shape; else (a count of updates) all processes that have it have the same, and the first of those
     writes it. What is called after no parameter is its process's own, and whole."""
     parts = {}
-    everywhere = {axis for axis in DEGREES if axis != "pipeline"}
     for name, tensor in tensors.items():
         size, key = tuple(tensor.shape), name.partition(".")[2]
-        writes = key not in parameters or _writes(key, everywhere, world)
+        writes = key not in parameters or first_with(key, world, whole=True)
         parts[name] = Part((0,) * len(size), size, size, writes)
         if key in parameters and size == (part := part_of(key, parameters[key], world)).size and size:
             parts[name] = part

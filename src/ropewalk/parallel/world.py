@@ -27,6 +27,9 @@ def started() -> bool:
 
 
 ALONE = Layout(replicate=1, shard=1)
+EXPERT_AXES = ("expert_copies", "expert_parts", "expert")
+"""of processes with the same blocks; neighbours have different experts: what is sent between them goes the
+shortest way"""
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,8 @@ class World:
     """an axis for each of `DEGREES`"""
     weights: "DeviceMesh | None" = None
     """what weights and states lie over: copies along the first axis, parts along the second"""
+    experts: "DeviceMesh | None" = None
+    """the same for experts where processes have different ones, which lie along the last of `EXPERT_AXES`"""
 
     @staticmethod
     def join(device: str, layout: Layout, timeout: float = 1800.0) -> "World":
@@ -74,7 +79,12 @@ class World:
             }
             mesh_of_parts = init_device_mesh(device, tuple(axes.values()), mesh_dim_names=tuple(axes))
             weights = mesh_of_parts["replicate", "parts"]
-        return World(dist.get_rank(), size, local, layout, mesh, weights)
+        experts = None
+        if layout.expert > 1:
+            names = ("pipeline", *EXPERT_AXES)
+            sizes = tuple(getattr(layout, name) for name in names)
+            experts = init_device_mesh(device, sizes, mesh_dim_names=names)
+        return World(dist.get_rank(), size, local, layout, mesh, weights, experts)
 
     @property
     def first(self) -> bool:
@@ -88,17 +98,12 @@ class World:
         return self.rank % whole // (whole // self.layout.data)
 
     def index(self, axis: str) -> int:
-        """This process's place along an axis of the mesh, or among the `parts` of the weights."""
+        """This process's place along an axis of a mesh, or among the `parts` of the weights."""
+        if axis in EXPERT_AXES:
+            return 0 if self.experts is None else self.experts.get_local_rank(axis)
         if self.mesh is None or self.weights is None:
             return 0
         return self.weights.get_local_rank(1) if axis == "parts" else self.mesh.get_local_rank(axis)
-
-    def answers_for(self, name: str) -> bool:
-        """Whether this process, and no other one of its `pipeline` group, counts and writes a parameter.
-
-        Where the head is the embedding, both ends of a pipeline have that.
-        """
-        return name != "embed.weight" or self.index("pipeline") == 0
 
     def total(self, numbers: Sequence[float]) -> list[float]:
         """Sums over the parts of a batch, for what is counted in whole rows; exact up to 2^53."""
@@ -118,6 +123,12 @@ class World:
         """Sums over all processes, also those that share rows."""
         return list(numbers) if self.size == 1 else self._total(numbers, None)
 
+    def sum_everywhere(self, value: Tensor) -> Tensor:
+        """The same of a tensor, on its device, in place where there are several."""
+        if self.size > 1:
+            dist.all_reduce(value)
+        return value
+
     @staticmethod
     def _total(numbers: Sequence[float], group: Any) -> list[float]:
         sums = torch.tensor(list(numbers), dtype=torch.float64)
@@ -125,7 +136,10 @@ class World:
         return sums.tolist()
 
     def group(self, axis: str) -> Any:
-        """This process's group along an axis of the mesh, or along `rows`, `tokens` or `parts`."""
+        """This process's group along an axis of a mesh, or along `rows`, `tokens` or `parts`."""
+        if axis in EXPERT_AXES:
+            assert self.experts is not None
+            return self.experts.get_group(axis)
         assert self.mesh is not None
         assert self.weights is not None
         return self.weights.get_group(1) if axis == "parts" else self.mesh[axis].get_group()

@@ -82,6 +82,8 @@ def _of_layout(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield from _of_tensor(recipe)
     if parallel.context > 1:
         yield from _of_context(recipe)
+    if parallel.expert > 1:
+        yield from _of_expert(recipe)
     several = parallel.replicate * parallel.shard * parallel.context * parallel.pipeline > 1
     if several and method in ("prompt", "prefix"):
         why = "virtual tokens run through the blocks beside the documents"
@@ -183,6 +185,14 @@ def _of_tensor(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if recipe.data.sequence_length % degree:
         why = f"between products each of {degree} processes has a part of the tokens"
         yield "data.sequence_length", f"{why}; make it a multiple of {degree}"
+
+
+def _of_expert(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    if recipe.train.compile:
+        yield "train.compile", "not with parallel.expert: blocks exchange hidden states; set it to false"
+    if recipe.train.precision == "float8":
+        why = "float8 products take a multiple of 16 tokens, and an expert gets as many as come"
+        yield "train.precision", f"{why}; set parallel.expert: 1"
 
 
 def _of_activations(recipe: Recipe) -> Iterator[tuple[str, str]]:

@@ -150,7 +150,7 @@ def _derive_train(recipe: Recipe, machine: Machine) -> Derived:
         rows = 8
         found["train.batch_size"] = (rows, "8 rows unless told")
     layout, why = _layout(recipe, machine)
-    for name in DEGREES:
+    for name in (*DEGREES, "expert"):
         if getattr(recipe.parallel, name) == REST:
             found[f"parallel.{name}"] = (getattr(layout, name), why)
     if train.threads == 0:

@@ -35,7 +35,7 @@ class Built:
 
     model: Transformer
     whole: Transformer
-    """the same one, or, where this process keeps some of its blocks, all of it without values"""
+    """the same one, or, where this process keeps some of its blocks or experts, all of it without values"""
     tokenizer: Any
     adapted: tuple[str, ...]
     """names of what an adaptation method trains: modules, or biases; none where every weight is trained"""
@@ -97,7 +97,8 @@ def build(recipe: Recipe, device: torch.device, checkpoint: Path | None = None) 
         adapted = apply_adapter(model, config, seed=recipe.seed)
     elif adapt.freeze:
         freeze(model, adapt.freeze)
-    whole = without_values(model) if recipe.parallel.pipeline > 1 else model
+    apart = recipe.parallel.pipeline > 1 or recipe.parallel.expert > 1
+    whole = without_values(model) if apart else model
     torch.manual_seed(recipe.seed)
     model.train()
     if train.precision == "float8":

@@ -47,8 +47,8 @@ class Job:
     world: World
     pipeline: PipelinedSteps | None = None
     """computes the steps where processes have some of the blocks each"""
-    bytes_elsewhere: int = 0
-    """what `checkpoint_bytes` counts of blocks that are not here"""
+    checkpoint_bytes: int = 0
+    """about what a checkpoint of this run takes on the disk"""
     step: int = 0
     validation_losses: dict[int, float] = field(default_factory=dict)
     """by step"""
@@ -150,25 +150,11 @@ class Job:
                 }
             ),
             save_model=self.built.save,
-            needed=self.checkpoint_bytes(),
+            needed=self.checkpoint_bytes,
             validation_loss=self.validation_losses.get(self.step),
         )
         self.saved_at = time.monotonic()
         self.saved = saver.begin(contents, copy)
-
-    def checkpoint_bytes(self) -> int:
-        """About what a checkpoint of this run takes on the disk."""
-        model, saved = self.built.model, set(self.built.saved())
-        total = float(self.bytes_elsewhere)
-        for name, parameter in model.named_parameters():
-            if not self.world.answers_for(name):
-                continue
-            size = math.prod(part_of(name, parameter, self.world).shape)
-            if name in self.optimizer.parameters:
-                total += size * self.optimizer.saved_bytes(name)
-            if name in saved:
-                total += size * parameter.element_size()
-        return round(total)
 
     def check_room(self, folder: Path) -> None:
         """RopewalkError where the disk has no room for the checkpoints that will be in `folder`."""
@@ -176,7 +162,7 @@ class Job:
         saves = math.ceil((self.steps - self.step) / train.checkpoint_every) if train.checkpoint_every else 1
         check_room(
             folder,
-            self.checkpoint_bytes(),
+            self.checkpoint_bytes,
             saves=saves if train.checkpoint_minutes is None else None,
             keep=train.keep,
             best=self.validation is not None,
@@ -255,6 +241,7 @@ def open_job(
         steps,
         meter,
         world,
+        checkpoint_bytes=round(world.everywhere([_written(built, optimizer, world)])[0]),
         checked=checked,
         compile_seconds=warm_up,
         spikes=Spikes(train.spike.window),
@@ -265,12 +252,20 @@ def open_job(
         job.pipeline = PipelinedSteps(
             built.model, optimizer, world, stages, micro_batches, shape, train.loss_chunk
         )
-        mine = job.checkpoint_bytes()
-        every = torch.tensor(float(mine), dtype=torch.float64, device=device)
-        job.bytes_elsewhere = int(world.sum_along("pipeline", every)) - mine
     if checkpoint is not None:
         job.restore(checkpoint)
     return job
+
+
+def _written(built: Built, optimizer: Optimizer, world: World) -> float:
+    """Bytes that this process writes, or has written, into a checkpoint."""
+    saved, total = set(built.saved()), 0.0
+    for name, parameter in built.model.named_parameters():
+        part = part_of(name, parameter, world)
+        each = optimizer.saved_bytes(name) if name in optimizer.parameters else 0.0
+        each += parameter.element_size() if name in saved else 0
+        total += part.writes * math.prod(part.size) * each
+    return total
 
 
 def rows_of(recipe: Recipe, shards: TokenShards, tokenizer: Any) -> Loader:

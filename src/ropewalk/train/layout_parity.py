@@ -80,7 +80,8 @@ def parity(recipe: Recipe | str | Path | Mapping[str, Any], overrides: Sequence[
 
     resolved = resolve(load_recipe(recipe, overrides)).recipe
     degrees = {name: getattr(resolved.parallel, name) for name in DEGREES}
-    said = " x ".join(f"{name} {degree}" for name, degree in degrees.items() if degree > 1)
+    shown = degrees | {"expert": resolved.parallel.expert}
+    said = " x ".join(f"{name} {degree}" for name, degree in shown.items() if degree > 1)
     if not said:
         raise UserError("parity: the recipe has one process; say which layout, as in parallel.tensor=2")
     if started():
@@ -88,9 +89,7 @@ def parity(recipe: Recipe | str | Path | Mapping[str, Any], overrides: Sequence[
     with tempfile.TemporaryDirectory(prefix="ropewalk-") as folder:
         config = shallow(config_of(resolved), layout_of(resolved).stages)
         small = reduced(resolved, config, Path(folder))
-        one = small.model_copy(
-            update={"parallel": small.parallel.model_copy(update=dict.fromkeys(DEGREES, 1))}
-        )
+        one = small.model_copy(update={"parallel": small.parallel.model_copy(update=dict.fromkeys(shown, 1))})
         alone = parity_steps(one.model_dump(mode="json"))
         processes = math.prod(degrees.values())
         arguments = [small.model_dump(mode="json")]

@@ -27,7 +27,8 @@ def stages_of(config: ModelConfig, world: World) -> list[range]:
 
 
 def without_values(model: Transformer) -> Transformer:
-    """A copy without numbers: every name, shape and type of a model of which a process keeps some blocks."""
+    """A copy without numbers: every name, shape and type of a model of which a process keeps some blocks or
+    experts."""
     empty = {
         id(p): nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta"), p.requires_grad)
         for p in model.parameters()

@@ -292,9 +292,8 @@ def _values(contents: Contents, state: Stored, frozen: Stored) -> Callable[[str]
     written, kept = set(frozen.names()), set(state.names())
 
     def value(name: str) -> Tensor:
-        if f"master.{name}" in kept:
-            master = state.read(f"master.{name}")
-            return master.to(contents.trained[name].dtype) if name in contents.trained else master
+        if (key := f"master.{name}") in kept:
+            return state.read(key)
         key = f"frozen.{name}"
         return frozen.read(key) if key in written else contents.frozen[name].detach()
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ropewalk.errors import RopewalkError
-from ropewalk.parallel import World, local
+from ropewalk.parallel import World, local, replicas
 
 ADVICE = (
     "a processor or a memory there computes or keeps wrong numbers; this step was not updated with them: "
@@ -117,11 +117,10 @@ def compare_replicas(tensors: Mapping[str, Tensor], world: World, step: int) -> 
     if world.layout.replicate == 1:
         return
     notes = world.each((socket.gethostname(), check_sums(tensors)))
-    whole = world.size // world.layout.pipeline  # those that have the same blocks
-    apart = whole // world.layout.replicate
-    for first in (start + place for start in range(0, world.size, whole) for place in range(apart)):
-        ranks = range(first, first + whole, apart)
-        for name in notes[first][1]:
+    for name in dict.fromkeys(name for _, sums in notes for name in sums):
+        for ranks in replicas(name.partition(".")[2], world):
+            if name not in notes[ranks[0]][1]:  # of blocks or experts that others have
+                continue
             sums = Counter(notes[rank][1][name] for rank in ranks)
             if len(sums) == 1:
                 continue
