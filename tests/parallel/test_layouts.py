@@ -236,9 +236,7 @@ def test_pipelines_of_two_processes_train_what_one_trains(recipes, train_in) -> 
         if key not in alone:
             alone[key] = rw.train(recipes(family, **fields), progress=False)
         assert_same_training(runs[name], alone[key])
-        what = next(
-            (word for word in ("recomputed", "lora", "qlora", "frozen") if name.startswith(word)), ""
-        )
+        what = next((word for word in ("recomputed", "lora", "qlora", "frozen") if name.startswith(word)), "")
         note(2, {"pipeline": 2} | schedule, f"{family}, {what}".removesuffix(", "), runs[name], alone[key])
 
 
@@ -283,11 +281,14 @@ def test_two_processes_train_what_one_trains(recipes, train_in) -> None:  # type
 @pytest.mark.parametrize("processes", [4, 8])
 def test_more_processes_train_what_one_trains(processes, recipes, train_in):  # type: ignore[no-untyped-def]
     layouts = LAYOUTS[processes]
-    families = {name: "deep" if "pipeline" in layout else "llama" for name, layout in layouts.items()}
-    runs = train_in(
-        processes,
-        {name: ("train", [recipes(families[name], layout), [], False]) for name, layout in layouts.items()},
-    )
+    deep = {name for name, layout in layouts.items() if "pipeline" in layout}
+    families = {name: "deep" if name in deep else "llama" for name in layouts}
+    calls = {
+        # verified: each step is computed twice, and what replicas hold is compared
+        name: recipes(families[name], layout, train={"verify_every": 2} if name in deep else {})
+        for name, layout in layouts.items()
+    }
+    runs = train_in(processes, {name: ("train", [recipe, [], False]) for name, recipe in calls.items()})
     alone = {family: rw.train(recipes(family), progress=False) for family in set(families.values())}
     for name, run in runs.items():
         assert_same_training(run, alone[families[name]])

@@ -114,14 +114,16 @@ def _difference(first: Any, second: Any) -> str:
 
 def compare_replicas(tensors: Mapping[str, Tensor], world: World, step: int) -> None:
     """RopewalkError, naming process, host and tensor, where replicas do not hold the same bits."""
-    if world.layout.replicate == 1:
+    if world.layout.replicate * world.layout.pipeline == 1:
         return
     notes = world.each((socket.gethostname(), check_sums(tensors)))
     whole = world.size // world.layout.pipeline  # those that have the same blocks
     apart = whole // world.layout.replicate
-    for first in (start + place for start in range(0, world.size, whole) for place in range(apart)):
-        ranks = range(first, first + whole, apart)
-        for name in notes[first][1]:
+    for place in range(apart):
+        alike = [rank for rank in range(world.size) if rank % whole % apart == place]
+        for name in dict.fromkeys(name for rank in alike for name in notes[rank][1]):
+            # both ends of a pipeline have an embedding that is the head
+            ranks = [rank for rank in alike if name in notes[rank][1]]
             sums = Counter(notes[rank][1][name] for rank in ranks)
             if len(sums) == 1:
                 continue
