@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+import ropewalk as rw
+from ropewalk.errors import UserError
 from ropewalk.layout import Layout
 from ropewalk.model import Transformer
 from ropewalk.model.families_config import config_from_hf
@@ -96,6 +98,14 @@ def test_more_stages_than_blocks_are_refused_with_the_nearest_degree():
     found = pipeline_refusal(config, pipeline(pipeline=6, pipeline_schedule="interleaved-zb"))
     assert "6 processes with 2 stages each need 12 blocks, and the model has 8" in found
     assert "set parallel.pipeline: 4" in found
+
+
+def test_a_run_is_refused_before_a_process_is_started(make_recipe):
+    recipe = make_recipe(batch_size=4, micro_batch_size=1) | {"parallel": {"pipeline": 4}}
+    with pytest.raises(
+        UserError, match=r"parallel\.pipeline: 4 processes need 4 blocks, .* has 2"
+    ):
+        rw.train(recipe, progress=False)
 
 
 def test_a_model_without_values_has_the_names_shapes_and_types():
