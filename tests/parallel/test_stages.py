@@ -102,9 +102,7 @@ def test_more_stages_than_blocks_are_refused_with_the_nearest_degree():
 
 def test_a_run_is_refused_before_a_process_is_started(make_recipe):
     recipe = make_recipe(batch_size=4, micro_batch_size=1) | {"parallel": {"pipeline": 4}}
-    with pytest.raises(
-        UserError, match=r"parallel\.pipeline: 4 processes need 4 blocks, .* has 2"
-    ):
+    with pytest.raises(UserError, match=r"parallel\.pipeline: 4 processes need 4 blocks, .* has 2"):
         rw.train(recipe, progress=False)
 
 
