@@ -15,6 +15,7 @@ from ropewalk.model import Transformer
 from ropewalk.model.families_config import config_from_hf
 from ropewalk.parallel import pipeline_refusal, spans
 from ropewalk.parallel.pipeline import SCHEDULES
+from ropewalk.parallel.stages import keep_stages
 from ropewalk.train.pipelined import stages_of, without_values
 
 SHAPE = {
@@ -113,3 +114,25 @@ def test_a_model_without_values_has_the_names_shapes_and_types():
     assert {n: (p.shape, p.dtype, p.requires_grad) for n, p in empty.named_parameters()} == known
     assert all(p.is_meta for p in empty.parameters())
     assert not any(p.is_meta for p in model.parameters())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("schedule", ["1f1b", "zbv"])
+def test_each_process_keeps_its_blocks_and_the_ends_what_is_outside_of_them(tied, schedule):
+    config = config_from_hf(SHAPE | {"tie_word_embeddings": tied})
+    layout = pipeline(pipeline=3, pipeline_schedule=schedule)
+    kept = []
+    for index in range(3):
+        world = SimpleNamespace(layout=layout, index=lambda _, i=index: i, group=lambda _: None)
+        model = Transformer(config)
+        keep_stages(model, world, stages_of(config, world))
+        kept.append({name for name, _ in model.named_parameters()})
+        assert model.blocks_part.head == ("norm.weight" in kept[-1])
+    whole = {name for name, _ in Transformer(config).named_parameters()}
+    assert set.union(*kept) == whole
+    twice = [name for name in whole if sum(name in names for names in kept) > 1]
+    assert twice == (["embed.weight"] if tied and schedule == "1f1b" else [])
+    last = 2 if schedule == "1f1b" else 0  # there and back
+    assert "embed.weight" in kept[0]
+    assert {"norm.weight", "embed.weight" if tied else "head.weight"} <= kept[last]
+    assert all(name.startswith("blocks.") for name in kept[1])
