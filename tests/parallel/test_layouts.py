@@ -49,10 +49,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
     | {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True, "router_aux_loss_coef": 0.01},
 }
-FAMILIES["sparse"] = FAMILIES["qwen3_moe"] | {"num_experts": 32, "num_experts_per_tok": 1}
+FAMILIES["sparse"] = (
+    FAMILIES["qwen3_moe"] | {"num_experts": 32, "num_experts_per_tok": 1} | {"num_hidden_layers": 4}
+)
 """Many of its experts get no token of a micro-batch in one process, and some in the other."""
 SPLIT = {"pipeline_schedule": "interleaved-zb"}
-SPLIT_MIXTURE = SPLIT | {"pipeline_stages": 1}
+ONE_RUN = SPLIT | {"pipeline_stages": 1}
 INTERLEAVED, ZBV = {"pipeline_schedule": "interleaved-1f1b"}, {"pipeline_schedule": "zbv"}
 LAYOUTS = {
     2: {
@@ -115,16 +117,17 @@ EXPERTS: dict[int, list[tuple[str, dict[str, Any], str]]] = {
         ("sparse", {"shard": 4, "expert": -1}, ""),
         ("qwen3_moe", {"pipeline": 2, "shard": 2, "expert": 2}, ""),
         ("qwen3_moe", {"pipeline": 2, "shard": 2, "expert": 2}, "qlora"),
-        ("qwen3_moe", {"pipeline": 2, "replicate": 2, "shard": 1, "expert": 2} | SPLIT_MIXTURE, ""),
-        ("sparse", {"pipeline": 2, "tensor": 2, "expert": -1} | SPLIT_MIXTURE, "recomputed"),
+        ("qwen3_moe", {"pipeline": 2, "replicate": 2, "shard": 1, "expert": 2} | ONE_RUN, ""),
+        ("sparse", {"pipeline": 2, "tensor": 2, "expert": -1} | ZBV, "recomputed"),
     ],
     8: [
         ("qwen3_moe", {"pipeline": 2, "context": 2, "tensor": 2, "expert": 2}, ""),
         ("qwen3_moe", {"pipeline": 2, "replicate": 2, "shard": 2, "expert": 2}, ""),
-        ("sparse", {"pipeline": 2, "shard": 4, "expert": 2, "stage": 1} | SPLIT_MIXTURE, ""),
+        ("sparse", {"pipeline": 2, "shard": 4, "expert": 2, "stage": 1} | SPLIT, ""),
     ],
 }
-"""Family, layout and variant: experts divided inside of, and over, what shares the rest of a model."""
+"""Family, layout and variant: experts divided inside of, and over, what shares the rest of a model; and, of
+the blocks that each process of a pipeline has, inside of its stages."""
 ALL_BEFORE = ("embed.*", "blocks.0.attention*", "blocks.0.mlp_norm.*", "blocks.0.mlp.router.*")
 VARIANTS: dict[str, dict[str, Any]] = {
     "recomputed": {"train": {"checkpointing": "full"}},
@@ -337,11 +340,14 @@ def test_divided_experts_are_trained_as_one_process_trains_them(processes, recip
 @pytest.mark.parametrize("processes", [4, 8])
 def test_more_processes_train_what_one_trains(processes, recipes, train_in):  # type: ignore[no-untyped-def]
     layouts = LAYOUTS[processes]
-    families = {name: "deep" if "pipeline" in layout else "llama" for name, layout in layouts.items()}
-    runs = train_in(
-        processes,
-        {name: ("train", [recipes(families[name], layout), [], False]) for name, layout in layouts.items()},
-    )
+    deep = {name for name, layout in layouts.items() if "pipeline" in layout}
+    families = {name: "deep" if name in deep else "llama" for name in layouts}
+    calls = {
+        # verified: each step is computed twice, and what replicas hold is compared
+        name: recipes(families[name], layout, train={"verify_every": 2} if name in deep else {})
+        for name, layout in layouts.items()
+    }
+    runs = train_in(processes, {name: ("train", [recipe, [], False]) for name, recipe in calls.items()})
     alone = {family: rw.train(recipes(family), progress=False) for family in set(families.values())}
     for name, run in runs.items():
         assert_same_training(run, alone[families[name]])

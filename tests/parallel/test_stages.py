@@ -8,11 +8,14 @@ import pytest
 import torch
 from torch import nn
 
+import ropewalk as rw
+from ropewalk.errors import UserError
 from ropewalk.layout import Layout
 from ropewalk.model import Transformer
 from ropewalk.model.families_config import config_from_hf
 from ropewalk.parallel import pipeline_refusal, spans
 from ropewalk.parallel.pipeline import SCHEDULES
+from ropewalk.parallel.stages import keep_stages
 from ropewalk.train.pipelined import stages_of, without_values
 
 SHAPE = {
@@ -98,6 +101,12 @@ def test_more_stages_than_blocks_are_refused_with_the_nearest_degree():
     assert "set parallel.pipeline: 4" in found
 
 
+def test_a_run_is_refused_before_a_process_is_started(make_recipe):
+    recipe = make_recipe(batch_size=4, micro_batch_size=1) | {"parallel": {"pipeline": 4}}
+    with pytest.raises(UserError, match=r"parallel\.pipeline: 4 processes need 4 blocks, .* has 2"):
+        rw.train(recipe, progress=False)
+
+
 def test_a_model_without_values_has_the_names_shapes_and_types():
     model = Transformer(config_from_hf(SHAPE))
     empty = without_values(model)
@@ -105,3 +114,25 @@ def test_a_model_without_values_has_the_names_shapes_and_types():
     assert {n: (p.shape, p.dtype, p.requires_grad) for n, p in empty.named_parameters()} == known
     assert all(p.is_meta for p in empty.parameters())
     assert not any(p.is_meta for p in model.parameters())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("schedule", ["1f1b", "zbv"])
+def test_each_process_keeps_its_blocks_and_the_ends_what_is_outside_of_them(tied, schedule):
+    config = config_from_hf(SHAPE | {"tie_word_embeddings": tied})
+    layout = pipeline(pipeline=3, pipeline_schedule=schedule)
+    kept = []
+    for index in range(3):
+        world = SimpleNamespace(layout=layout, index=lambda _, i=index: i, group=lambda _: None)
+        model = Transformer(config)
+        keep_stages(model, world, stages_of(config, world))
+        kept.append({name for name, _ in model.named_parameters()})
+        assert model.blocks_part.head == ("norm.weight" in kept[-1])
+    whole = {name for name, _ in Transformer(config).named_parameters()}
+    assert set.union(*kept) == whole
+    twice = [name for name in whole if sum(name in names for names in kept) > 1]
+    assert twice == (["embed.weight"] if tied and schedule == "1f1b" else [])
+    last = 2 if schedule == "1f1b" else 0  # there and back
+    assert "embed.weight" in kept[0]
+    assert {"norm.weight", "embed.weight" if tied else "head.weight"} <= kept[last]
+    assert all(name.startswith("blocks.") for name in kept[1])

@@ -54,7 +54,11 @@ class Pipeline:
         receive: Callable[[str], None],
     ) -> None:
         self.model, self.world, self.objective = model, world, objective
-        self.layout, self.stages = world.layout, stages
+        self.layout, self.stages, self.micro_batches = world.layout, stages, micro_batches
+        self.parts: list[tuple[Tensor, ...]] = []
+        """tokens, positions, segments and labels of each micro-batch of the step"""
+        self.micro_batch = 0
+        """the one whose forward pass is done now: torch's schedules hand on hidden states only"""
         self.split = self.layout.split_backward
         self.receive = receive
         index = world.index("pipeline")
@@ -73,18 +77,17 @@ class Pipeline:
         if self.model.row_part is not None:  # other processes have the other tokens
             here = self.model.row_part.columns(tokens.shape[1])
             tokens, positions, labels = tokens[:, here], positions[:, here], labels[:, here]
-        self._ended = 0
+        self._ended, rows = 0, len(tokens) // self.micro_batches
+        whole = (tokens, positions, segments, labels)
+        self.parts = list(zip(*(x.split(rows) for x in whole), strict=True))
         if self.split and is_sharded(self.model):
             self._hold(True)
         self.schedule.step(
             *([tokens] if self.first else []),
             target=torch.zeros(len(tokens)) if self.last else None,
             return_outputs=False,
-            tokens=tokens,
-            positions=positions,
-            segments=segments,
-            labels=labels,
         )
+        self.parts = []
 
     def before_backward(self, last: bool) -> None:
         """`last`: of a step, in a stage."""
@@ -142,6 +145,10 @@ class _Runner(PipelineStage):
         super().__init__(*arguments, **options)
         self.pipeline = pipeline
 
+    def forward_one_chunk(self, fwd_chunk_id: int, *arguments: Any, **options: Any) -> Any:
+        self.pipeline.micro_batch = fwd_chunk_id
+        return super().forward_one_chunk(fwd_chunk_id, *arguments, **options)
+
     def backward_one_chunk(self, bwd_chunk_id: int, *arguments: Any, **options: Any) -> Any:
         self.pipeline.before_backward(bool(options.get("last_backward")))
         return super().backward_one_chunk(bwd_chunk_id, *arguments, **options)
@@ -180,32 +187,18 @@ class Stage(nn.Module):
             modules += [model.norm, model.head]
         return (parameter for module in modules for parameter in module.parameters())
 
-    def forward(
-        self,
-        given: Tensor,
-        routed: Tensor | None = None,
-        *,
-        tokens: Tensor,
-        positions: Tensor,
-        segments: Tensor,
-        labels: Tensor,
-    ) -> Any:
+    def forward(self, given: Tensor, routed: Tensor | None = None) -> Any:
         """Hidden states (and statistics of the routers) for the next stage; of the last the loss, `[1]`."""
         pipeline = self._pipeline[0]
         model = pipeline.model
+        tokens, positions, segments, labels = pipeline.parts[pipeline.micro_batch]
         hidden = model(tokens, positions, segments, span=self.span, hidden=None if self.first else given)
         statistics, real = model.router
         results = [hidden]
         if model.config.moe_layers:
-            own = [torch.stack(pair) for pair in statistics]
-            results.append(
-                sum(
-                    own,
-                    torch.zeros(2, model.config.num_experts, device=hidden.device)
-                    if routed is None
-                    else routed,
-                )
-            )
+            before = hidden.new_zeros(2, model.config.num_experts, dtype=torch.float32)
+            own = (torch.stack(pair) for pair in statistics)
+            results.append(sum(own, before if routed is None else routed))
         if self.last:
             return self._loss(results, labels, real)
         # so that torch sends a gradient back, also where all weights until here are frozen

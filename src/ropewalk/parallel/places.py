@@ -24,9 +24,9 @@ def first_with(name: str, world: World, whole: bool = False) -> bool:
     return not any(world.index(axis) for axis in (copies + parts if whole else copies))
 
 
-def replicas(name: str, world: World) -> list[range]:
-    """The ranks that hold copies of the same part of a parameter, for each of its parts."""
+def replicas(name: str, world: World) -> list[list[int]]:
+    """The ranks that have the same part of a parameter, for each part, if they have the parameter at all."""
     size, layout = world.layout.with_same_blocks, world.layout
     (axis, *_), _ = axes_of(name, world)
     step = size // int(getattr(layout, axis))
-    return [range(start + i, start + size, step) for start in range(0, world.size, size) for i in range(step)]
+    return [[rank for rank in range(world.size) if rank % size % step == part] for part in range(step)]

@@ -266,7 +266,7 @@ class Parallel(Section):
     pipeline_stages: Positive | None = None
     """Runs of blocks in each process; unless told, 2 for interleaved-1f1b, interleaved-zb and zbv, else 1."""
     expert: Positive | Literal[-1] = 1
-    """Processes, of those above, that divide the experts of a mixture among them; -1: all processes."""
+    """Processes, of those with the same blocks, that divide the experts of a mixture; -1: all of them."""
     stage: Literal[1, 2, 3] = 3
     """Divide optimizer states (1), gradients too (2), weights too (3): ZeRO, arXiv 1910.02054."""
     hang_seconds: PositiveNumber | None = None

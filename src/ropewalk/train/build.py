@@ -54,7 +54,8 @@ class Built:
         """
 
         def typed(name: str) -> Tensor:
-            return values(name).to(self.whole.get_parameter(name).dtype)
+            value, dtype = values(name), self.whole.get_parameter(name).dtype
+            return value if value.dtype == dtype else value.to(dtype)  # a master of blocks that are not here
 
         if unmerged(self.whole):
             save_adapter(self.whole, path, self.source, revision=self.revision, values=typed)

@@ -20,8 +20,8 @@ TIED = "embed.weight"
 
 
 def stages_of(config: ModelConfig, world: World) -> list[range]:
-    """The blocks of each stage: as even as they can be made by what is multiplied with a token. (Looking up
-    an embedding is free; where no head has labels for padding, it costs less than this says.)"""
+    """The blocks of each stage: as even as they can be made by the weights that a token is multiplied with,
+    those of the head included. (Looking up an embedding is free.)"""
     costs = [float(block_parameters(config, layer)) for layer in range(config.num_hidden_layers)]
     return spans(costs, float(config.vocab_size * config.hidden_size), world.layout.stages)
 
@@ -49,7 +49,7 @@ class PipelinedSteps:
         shape: tuple[int, int],
         chunk: int,
     ) -> None:
-        from ropewalk.parallel.pipeline import Pipeline  # brings half a second of torch along
+        from ropewalk.parallel.pipeline import Pipeline  # imports much of torch that no other layout needs
 
         self.model, self.optimizer, self.world, self.chunk = model, optimizer, world, chunk
         self.stages, self.rows = stages, micro_batches * shape[0] * world.layout.data

@@ -114,12 +114,13 @@ def _difference(first: Any, second: Any) -> str:
 
 def compare_replicas(tensors: Mapping[str, Tensor], world: World, step: int) -> None:
     """RopewalkError, naming process, host and tensor, where replicas do not hold the same bits."""
-    if world.layout.replicate == 1:
+    if world.layout.replicate * world.layout.pipeline == 1:
         return
     notes = world.each((socket.gethostname(), check_sums(tensors)))
     for name in dict.fromkeys(name for _, sums in notes for name in sums):
-        for ranks in replicas(name.partition(".")[2], world):
-            if name not in notes[ranks[0]][1]:  # of blocks or experts that others have
+        for alike in replicas(name.partition(".")[2], world):
+            ranks = [rank for rank in alike if name in notes[rank][1]]
+            if not ranks:  # of experts that others have
                 continue
             sums = Counter(notes[rank][1][name] for rank in ranks)
             if len(sums) == 1:
