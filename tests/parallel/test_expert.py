@@ -46,6 +46,10 @@ def losses(run: Path) -> list[float]:
     return [record["loss"] for record in records if record["kind"] == "train"]
 
 
+def samples(run: Path) -> list[str]:
+    return [file.read_text() for file in sorted((Path(run) / "samples").iterdir())]
+
+
 def model(run: Path) -> dict[str, torch.Tensor]:
     return load_file(Path(run) / "checkpoints" / "step-00000006" / "model" / "model.safetensors")
 
@@ -54,7 +58,8 @@ def test_a_run_with_divided_experts_goes_on_in_other_layouts_and_back(
     mixture: Any, train_in: Any, until: Any
 ) -> None:
     """In the same layout the same bits; in others the same training, and transformers' names in model/."""
-    fields = {"steps": 6, "checkpoint_every": 3, "keep": 9, "clip": 0.1, "verify_every": 5}
+    fields: dict[str, Any] = {"steps": 6, "checkpoint_every": 3, "keep": 9, "clip": 0.1, "verify_every": 5}
+    fields |= {"sample_every": 3, "evaluate": {"prompts": ["rope", "walk"], "max_new_tokens": 3}}
     divided, alone = {"replicate": 2, "shard": 1, "expert": 2}, {"shard": 1}
     whole = train_in(2, {"whole": ("train", [mixture(divided, **fields), [], False])})["whole"]["run"]
     single = rw.train(mixture(alone, **fields), progress=False).run
@@ -73,6 +78,7 @@ def test_a_run_with_divided_experts_goes_on_in_other_layouts_and_back(
     for run in (whole, one, two):
         assert losses(run) == pytest.approx(losses(single), rel=1e-5)
         assert model(run).keys() == model(single).keys()
+        assert samples(run) == samples(single)
         for name, tensor in model(run).items():
             torch.testing.assert_close(tensor, model(single)[name], rtol=1e-3, atol=1e-4)
     from transformers import AutoModelForCausalLM
