@@ -13,7 +13,7 @@ from ropewalk.cli import main
 from ropewalk.errors import UserError
 from ropewalk.layout import REST, Layout
 from ropewalk.model import config_from_fields
-from ropewalk.parallel import expert_refusal, refusal
+from ropewalk.parallel import World, expert_refusal, refusal, replicas
 
 MIXTRAL = {
     "model_type": "mixtral",
@@ -116,6 +116,18 @@ def test_experts_copies_and_parts_make_the_processes(
     found = layout.over(processes)
     assert (found.expert_parts, found.expert_copies) == (parts, copies)
     assert found.expert * found.expert_parts * found.expert_copies == processes
+
+
+def test_replicas_of_an_expert_are_those_that_have_the_same_part_of_it() -> None:
+    """Against the mesh that the processes are laid on: copies, parts and experts, neighbours last."""
+    expert, dense = "blocks.0.mlp.experts.3.up_proj.weight", "blocks.0.mlp.router.weight"
+    for layout in (Layout(4, 2, expert=4), Layout(2, 4, expert=2), Layout(2, 2, 1, 2, expert=4)):
+        experts: Any = object()  # there are some
+        world = World(size=8, layout=layout, experts=experts)
+        mesh = torch.arange(8).view(layout.expert_copies, layout.expert_parts * layout.expert)
+        assert sorted(map(list, replicas(expert, world))) == sorted(mesh.t().tolist())
+        mesh = torch.arange(8).view(layout.replicate, -1)
+        assert sorted(map(list, replicas(dense, world))) == sorted(mesh.t().tolist())
 
 
 @pytest.mark.parametrize(
