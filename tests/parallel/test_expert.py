@@ -13,7 +13,7 @@ from ropewalk.cli import main
 from ropewalk.errors import UserError
 from ropewalk.layout import REST, Layout
 from ropewalk.model import config_from_fields
-from ropewalk.parallel import expert_refusal, refusal
+from ropewalk.parallel import World, expert_refusal, refusal, replicas
 
 MIXTRAL = {
     "model_type": "mixtral",
@@ -46,6 +46,10 @@ def losses(run: Path) -> list[float]:
     return [record["loss"] for record in records if record["kind"] == "train"]
 
 
+def samples(run: Path) -> list[str]:
+    return [file.read_text() for file in sorted((Path(run) / "samples").iterdir())]
+
+
 def model(run: Path) -> dict[str, torch.Tensor]:
     return load_file(Path(run) / "checkpoints" / "step-00000006" / "model" / "model.safetensors")
 
@@ -54,7 +58,8 @@ def test_a_run_with_divided_experts_goes_on_in_other_layouts_and_back(
     mixture: Any, train_in: Any, until: Any
 ) -> None:
     """In the same layout the same bits; in others the same training, and transformers' names in model/."""
-    fields = {"steps": 6, "checkpoint_every": 3, "keep": 9, "clip": 0.1, "verify_every": 5}
+    fields: dict[str, Any] = {"steps": 6, "checkpoint_every": 3, "keep": 9, "clip": 0.1, "verify_every": 5}
+    fields |= {"sample_every": 3, "evaluate": {"prompts": ["rope", "walk"], "max_new_tokens": 3}}
     divided, alone = {"replicate": 2, "shard": 1, "expert": 2}, {"shard": 1}
     whole = train_in(2, {"whole": ("train", [mixture(divided, **fields), [], False])})["whole"]["run"]
     single = rw.train(mixture(alone, **fields), progress=False).run
@@ -73,6 +78,7 @@ def test_a_run_with_divided_experts_goes_on_in_other_layouts_and_back(
     for run in (whole, one, two):
         assert losses(run) == pytest.approx(losses(single), rel=1e-5)
         assert model(run).keys() == model(single).keys()
+        assert samples(run) == samples(single)
         for name, tensor in model(run).items():
             torch.testing.assert_close(tensor, model(single)[name], rtol=1e-3, atol=1e-4)
     from transformers import AutoModelForCausalLM
@@ -102,6 +108,9 @@ def test_parity_checks_divided_experts(mixture: Any, tmp_path: Path, capsys: Any
         (Layout(replicate=2, shard=4, expert=2), 8, 2, 2),
         (Layout(shard=REST, expert=REST), 6, 1, 1),
         (Layout(shard=4), 4, 4, 1),
+        (Layout(pipeline=2, shard=4, expert=2), 8, 2, 1),
+        (Layout(pipeline=2, replicate=2, shard=2, expert=2), 8, 1, 2),
+        (Layout(pipeline=3, shard=REST, expert=REST), 12, 1, 1),
     ],
 )
 def test_experts_copies_and_parts_make_the_processes(
@@ -109,7 +118,19 @@ def test_experts_copies_and_parts_make_the_processes(
 ) -> None:
     found = layout.over(processes)
     assert (found.expert_parts, found.expert_copies) == (parts, copies)
-    assert found.expert * found.expert_parts * found.expert_copies == processes
+    assert found.pipeline * found.expert * found.expert_parts * found.expert_copies == processes
+
+
+def test_replicas_of_an_expert_are_those_that_have_the_same_part_of_it() -> None:
+    """Against the mesh that the processes are laid on: copies, parts and experts, neighbours last."""
+    expert, dense = "blocks.0.mlp.experts.3.up_proj.weight", "blocks.0.mlp.router.weight"
+    for layout in (Layout(4, 2, expert=4), Layout(2, 4, expert=2), Layout(2, 2, 1, 2, expert=4)):
+        experts: Any = object()  # there are some
+        world = World(size=8, layout=layout, experts=experts)
+        mesh = torch.arange(8).view(layout.expert_copies, layout.expert_parts * layout.expert)
+        assert sorted(map(list, replicas(expert, world))) == sorted(mesh.t().tolist())
+        mesh = torch.arange(8).view(layout.replicate, -1)
+        assert sorted(map(list, replicas(dense, world))) == sorted(mesh.t().tolist())
 
 
 @pytest.mark.parametrize(
@@ -120,6 +141,7 @@ def test_experts_copies_and_parts_make_the_processes(
         (Layout(expert=6), 4, "set it to 4"),
         (Layout(replicate=2, expert=3), 12, None),
         (Layout(replicate=3, shard=2, expert=3), 6, "set it to 2"),
+        (Layout(pipeline=2, shard=2, expert=4), 4, "set it to 2"),  # the other two have other blocks
     ],
 )
 def test_a_degree_that_the_others_leave_no_place_for_is_refused(

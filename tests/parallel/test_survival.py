@@ -94,8 +94,13 @@ def test_a_pipeline_goes_on_in_one_process_and_back(make_recipe: Any, train_in: 
 
 
 def test_a_run_goes_on_in_any_number_of_processes(make_recipe: Any, train_in: Any, tmp_path: Path) -> None:
-    """In as many: the same bits. In others, more and fewer: the same training but for the order of sums."""
-    recipe = make_recipe(steps=6, batch_size=4, micro_batch_size=1, checkpoint_every=3, keep=9)
+    """In as many: the same bits. In others, more and fewer: the same training but for the order of sums.
+
+    Also where samples are the first thing that is to do.
+    """
+    fields = {"steps": 6, "batch_size": 4, "micro_batch_size": 1, "checkpoint_every": 3, "keep": 9}
+    panel = {"prompts": ["rope"], "max_new_tokens": 2}
+    recipe = make_recipe(**fields, sample_every=3, evaluate=panel)
     divided = recipe | {"parallel": {"shard": 2}}
     whole = Path(train_in(2, {"whole": ("train", [divided, [], False])})["whole"]["run"])
     copies = {name: until(whole, 3, tmp_path / name) for name in ("same", "fewer", "more")}

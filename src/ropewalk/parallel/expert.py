@@ -4,9 +4,9 @@ Every process routes its own tokens. Their hidden states go to the processes tha
 what those made of them comes back: two all-to-all exchanges forward, two backward. However many rows a
 process gets, it computes them all: there is no capacity, and no token is dropped.
 
-The degree takes no processes of its own. It divides experts among those that share the rows, the tokens and
-the products of everything else, and a process without neighbours in that sense has all of them. Processes
-with the same experts share these as `shard` shares other weights, or hold copies of them.
+The degree takes no processes of its own: neighbours among those that share the rows, tokens and products of
+everything else divide the experts. Processes with the same experts share these as `shard` shares other
+weights, or hold copies of them.
 """
 
 from typing import Any

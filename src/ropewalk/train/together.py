@@ -37,7 +37,8 @@ def together(
             if answer.is_file() and (status == 0 or -status in FORWARDED):
                 values: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
                 return values
-            # the first is the cause, and the others have only noticed: of a user's mistake, too, however
+            # a user's mistake explains what else went wrong; else the first is the cause, and the others have
+            # only noticed
             mistakes, errors, crashes = (
                 sorted(Path(folder).glob(f"job.{kind}-*"), key=lambda file: file.stat().st_mtime_ns)
                 for kind in ("mistake", "error", "crash")

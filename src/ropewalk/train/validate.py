@@ -67,6 +67,10 @@ def write_samples(
 ) -> None:
     """Greedy answers to the prompt panel, one JSON line `{prompt, answer}` each; None: not written."""
     with evaluating(model, compiled):
+        # fully_shard keeps what it first gathers weights into: made while generating, in inference mode, it
+        # could not be trained with
+        with torch.no_grad():
+            model(torch.zeros(1, 1, dtype=torch.int64, device=model.embed.weight.device))
         samples = run_panel(model, tokenizer, prompts, max_new_tokens, batch_size)
     if path is not None:
         atomic_write(
