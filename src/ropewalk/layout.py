@@ -18,7 +18,7 @@ ZERO_BUBBLE = ("interleaved-zb", "zbv")
 """schedules that make the gradients of a stage's weights apart from those of its input (arXiv 2401.10241)"""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Layout:
     """Into how many parts each thing is divided; the product is the number of processes."""
 

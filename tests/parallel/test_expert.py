@@ -124,7 +124,11 @@ def test_experts_copies_and_parts_make_the_processes(
 def test_replicas_of_an_expert_are_those_that_have_the_same_part_of_it() -> None:
     """Against the mesh that the processes are laid on: copies, parts and experts, neighbours last."""
     expert, dense = "blocks.0.mlp.experts.3.up_proj.weight", "blocks.0.mlp.router.weight"
-    for layout in (Layout(4, 2, expert=4), Layout(2, 4, expert=2), Layout(2, 2, 1, 2, expert=4)):
+    for layout in (
+        Layout(replicate=4, shard=2, expert=4),
+        Layout(replicate=2, shard=4, expert=2),
+        Layout(replicate=2, shard=2, tensor=2, expert=4),
+    ):
         experts: Any = object()  # there are some
         world = World(size=8, layout=layout, experts=experts)
         mesh = torch.arange(8).view(layout.expert_copies, layout.expert_parts * layout.expert)
