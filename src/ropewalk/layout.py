@@ -22,8 +22,6 @@ ZERO_BUBBLE = ("interleaved-zb", "zbv")
 class Layout:
     """Into how many parts each thing is divided; the product is the number of processes."""
 
-    pipeline: int = 1
-    """groups of processes that each have some of the blocks: hidden states go from one to the next"""
     replicate: int = 1
     """groups of processes with a whole model each, which add up their gradients"""
     shard: int = REST
@@ -38,6 +36,8 @@ class Layout:
     """how attention reaches the tokens that other processes of a `context` group have"""
     stage: Literal[1, 2, 3] = 3
     """what is divided (ZeRO, arXiv 1910.02054): 1 optimizer states, 2 gradients too, 3 weights too"""
+    pipeline: int = 1
+    """groups of processes that each have some of the blocks: hidden states go from one to the next"""
     pipeline_schedule: Schedule = "1f1b"
     """in which order a process of a `pipeline` group does the forward and backward passes of micro-batches"""
     pipeline_stages: int | None = None

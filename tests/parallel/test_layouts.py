@@ -82,6 +82,8 @@ LAYOUTS = {
         "pipeline 2 x shard 2": {"pipeline": 2, "shard": 2},
         "pipeline 2 x shard 2, stage 2": {"pipeline": 2, "shard": 2, "stage": 2},
         "pipeline 2 x shard 2, stage 1": {"pipeline": 2, "shard": 2, "stage": 1} | ZBV,
+        "pipeline 2 x shard 2, interleaved": {"pipeline": 2, "shard": 2, "stage": 1} | INTERLEAVED,
+        "pipeline 2 x shard 2, gpipe": {"pipeline": 2, "shard": 2, "pipeline_schedule": "gpipe"},
         "pipeline 2 x replicate 2": {"pipeline": 2, "replicate": 2, "shard": 1} | INTERLEAVED,
         "pipeline 2 x replicate 2, split": {"pipeline": 2, "replicate": 2, "shard": 1} | SPLIT,
         "pipeline 2 x tensor 2": {"pipeline": 2, "tensor": 2},
