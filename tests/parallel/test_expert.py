@@ -54,25 +54,32 @@ def model(run: Path) -> dict[str, torch.Tensor]:
     return load_file(Path(run) / "checkpoints" / "step-00000006" / "model" / "model.safetensors")
 
 
+@pytest.mark.parametrize(
+    ("processes", "more", "other"),
+    [
+        (2, {}, ["parallel.shard=2"]),
+        pytest.param(4, {"pipeline": 2}, ["parallel.shard=4"], marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_with_divided_experts_goes_on_in_other_layouts_and_back(
-    mixture: Any, train_in: Any, until: Any
+    processes: int, more: dict[str, Any], other: list[str], mixture: Any, train_in: Any, until: Any
 ) -> None:
     """In the same layout the same bits; in others the same training, and transformers' names in model/."""
     fields: dict[str, Any] = {"steps": 6, "checkpoint_every": 3, "keep": 9, "clip": 0.1, "verify_every": 5}
     fields |= {"sample_every": 3, "evaluate": {"prompts": ["rope", "walk"], "max_new_tokens": 3}}
-    divided, alone = {"replicate": 2, "shard": 1, "expert": 2}, {"shard": 1}
-    whole = train_in(2, {"whole": ("train", [mixture(divided, **fields), [], False])})["whole"]["run"]
+    divided, alone = {"replicate": 2, "shard": 1, "expert": 2} | more, {"shard": 1}
+    whole = train_in(processes, {"whole": ("train", [mixture(divided, **fields), [], False])})["whole"]["run"]
     single = rw.train(mixture(alone, **fields), progress=False).run
     same, one, two = until(whole, "same"), until(whole, "one"), until(single, "two")
-    other = ["parallel.replicate=1", "parallel.shard=2", "parallel.expert=2"]
     train_in(
-        2,
+        processes,
         {
             "same": ("resume", [str(same), [], False]),
-            "two": ("resume", [str(two), other, False]),
+            "two": ("resume", [str(two), [*other, "parallel.expert=2"], False]),
         },
     )
-    rw.resume(one, ["parallel.replicate=1", "parallel.expert=1"], progress=False)
+    ones = [f"parallel.{degree}=1" for degree in divided]
+    rw.resume(one, ones, progress=False)
     assert losses(same) == losses(whole)
     assert all(torch.equal(tensor, model(whole)[name]) for name, tensor in model(same).items())
     for run in (whole, one, two):
