@@ -71,7 +71,10 @@ def test_a_pipeline_goes_on_in_one_process_and_back(make_recipe: Any, train_in: 
         steps=6, batch_size=4, micro_batch_size=1, checkpoint_every=3, keep=9, evaluate=panel
     )
     divided = recipe | {"parallel": {"pipeline": 2}}
-    whole = Path(train_in(2, {"whole": ("train", [divided, [], False])})["whole"]["run"])
+    low = ["train.precision=bfloat16", "train.steps=1", "train.self_check=false"]
+    calls = {"whole": ("train", [divided, [], False]), "low": ("train", [divided, low, False])}
+    runs = {name: Path(found["run"]) for name, found in train_in(2, calls).items()}
+    whole = runs["whole"]
     copies = {name: until(whole, 3, tmp_path / name) for name in ("same", "one", "shard")}
     single = rw.train(recipe, progress=False).run
     copies["two"] = until(single, 3, tmp_path / "two")
@@ -86,6 +89,7 @@ def test_a_pipeline_goes_on_in_one_process_and_back(make_recipe: Any, train_in: 
     assert all(torch.equal(t, model(whole)[key]) for key, t in model(copies["same"]).items())
     answers = (single / "samples" / "step-00000006.jsonl").read_text()
     assert (whole / "samples" / "step-00000006.jsonl").read_text() == answers
+    assert {t.dtype for t in model(runs["low"], 1).values()} == {torch.bfloat16}  # of all stages
     for run in (whole, copies["one"], copies["shard"], copies["two"]):
         assert losses(run) == pytest.approx(losses(single), rel=1e-5)
         assert model(run).keys() == model(single).keys()
