@@ -1,6 +1,7 @@
 """Many runs in one set of processes: starting processes takes longer than what they do here."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,3 +26,17 @@ def train_in(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, dict[st
         return {name: json.loads((folder / f"{name}.result").read_text()) for name in calls}
 
     return run
+
+
+@pytest.fixture
+def until(tmp_path: Path) -> Callable[..., Path]:
+    """`until(run, "copy")`: a copy of a run of 6 steps as it was at its checkpoint of step 3."""
+
+    def copy(run: str | Path, name: str) -> Path:
+        target = tmp_path / name
+        shutil.copytree(run, target)
+        (target / "report.md").unlink()
+        shutil.rmtree(target / "checkpoints" / "step-00000006")
+        return target
+
+    return copy

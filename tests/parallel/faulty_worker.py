@@ -18,7 +18,7 @@ from ropewalk.data import Loader
 from ropewalk.errors import RopewalkError
 from ropewalk.model import transformer
 from ropewalk.parallel import local
-from ropewalk.train import entry, loop
+from ropewalk.train import entry, loop, pipelined
 
 
 @contextmanager
@@ -48,25 +48,31 @@ def slow_blocks() -> Iterator[None]:
 @contextmanager
 def wrong_loss(call: int, factor: float) -> Iterator[None]:
     """That of one forward pass in training, counted from 1."""
-    known, calls = loop.loss_sum, 0
+    calls = 0
 
-    def loss_sum(*arguments: Any) -> torch.Tensor:
-        nonlocal calls
-        calls += 1
-        return known(*arguments) * (factor if calls == call else 1.0)
+    def wrong(known: Any) -> Any:
+        def loss_sum(*arguments: Any) -> torch.Tensor:
+            nonlocal calls
+            calls += 1
+            return known(*arguments) * (factor if calls == call else 1.0)
 
-    with mock.patch.object(loop, "loss_sum", loss_sum):
+        return loss_sum
+
+    with (
+        mock.patch.object(loop, "loss_sum", wrong(loop.loss_sum)),
+        mock.patch.object(pipelined, "head_loss_sum", wrong(pipelined.head_loss_sum)),
+    ):
         yield
 
 
 @contextmanager
-def flipped_bit(step: int) -> Iterator[None]:
+def flipped_bit(step: int, name: str = "blocks.1.mlp.down_proj.weight") -> Iterator[None]:
     """The lowest bit of one number of one weight, before a step."""
     known = loop.train_step
 
     def train_step(job: Any, batches: Any) -> Any:
         if job.step == step:
-            weight = job.optimizer.parameters["blocks.1.mlp.down_proj.weight"]
+            weight = job.optimizer.parameters[name]
             local(weight).view(-1)[7:8].view(torch.int32).bitwise_xor_(1)
         return known(job, batches)
 
@@ -80,6 +86,7 @@ FAULTS: dict[str, Any] = {
     "nan": lambda: wrong_loss(3, math.nan),
     "other loss": lambda: wrong_loss(3, 1 + 1e-6),
     "flipped bit": lambda: flipped_bit(3),
+    "flipped bit of the head": lambda: flipped_bit(3, "embed.weight"),
 }
 
 if __name__ == "__main__":

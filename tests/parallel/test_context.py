@@ -103,14 +103,14 @@ def test_a_part_has_the_positions_and_frequencies_of_the_whole_rows() -> None:
 
 def test_ulysses_wants_heads_to_share_out() -> None:
     config = from_config(SIZES | {"num_attention_heads": 8, "num_key_value_heads": 4}, seed=0).config
-    assert context_refusal(config, Layout(1, 1, 4, context_exchange="ulysses")) is None
-    assert context_refusal(config, Layout(1, 1, 3)) is None  # the other kinds do not
-    why = context_refusal(config, Layout(1, 1, 3, context_exchange="ulysses"))
+    assert context_refusal(config, Layout(shard=1, context=4, context_exchange="ulysses")) is None
+    assert context_refusal(config, Layout(shard=1, context=3)) is None  # the other kinds do not
+    why = context_refusal(config, Layout(shard=1, context=3, context_exchange="ulysses"))
     assert why == (
         "ulysses shares out the key-value heads, and 3 does not divide 4; "
         "set parallel.context: 2, or parallel.context_exchange: all_gather"
     )
-    why = context_refusal(config, Layout(1, 1, 4, 2, context_exchange="ulysses"))
+    why = context_refusal(config, Layout(shard=1, context=4, tensor=2, context_exchange="ulysses"))
     assert why is not None
     assert "4 does not divide 4 over parallel.tensor 2; set parallel.context: 2" in why
 

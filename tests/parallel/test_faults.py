@@ -32,7 +32,7 @@ def records(result: dict[str, Any], kind: str) -> list[dict[str, Any]]:
 def test_faults_of_one_process(make_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def recipe(layout: str = "shard", steps: int = 4, **train: Any) -> dict[str, Any]:
         fields = {"batch_size": 2, "micro_batch_size": 1, "checkpoint_every": 1, "keep": 9, **train}
-        parallel = {"shard": 2} if layout == "shard" else {"shard": 1, "replicate": 2}
+        parallel = {"shard": 2} if layout == "shard" else {"shard": 1, layout: 2}
         return make_recipe(steps=steps, data={"validation_fraction": 0}, **fields) | {"parallel": parallel}
 
     slow = {"checkpoint_every": 0, "steps": 20}
@@ -43,6 +43,8 @@ def test_faults_of_one_process(make_recipe: Make, tmp_path: Path, monkeypatch: p
             "sharded rollback": ("nan", recipe(spike={"policy": "rollback"})),
             "loss": ("other loss", recipe(verify_every=2)),
             "weight": ("flipped bit", recipe("replicate", verify_every=4)),
+            "pipeline skip": ("nan", recipe("pipeline", spike={"policy": "skip"})),
+            "head": ("flipped bit of the head", recipe("pipeline", verify_every=4)),
             "data": ("slow data", recipe(**slow)),
             "blocks": ("slow blocks", recipe(**slow)),
         },
@@ -53,6 +55,8 @@ def test_faults_of_one_process(make_recipe: Make, tmp_path: Path, monkeypatch: p
     # a NaN that one process has seen: both drop the update, or both go back
     assert [record["step"] for record in records(found["skip"], "skip")] == [3]
     assert [record["step"] for record in records(found["skip"], "train")] == [1, 2, 4]
+    assert [record["step"] for record in records(found["pipeline skip"], "skip")] == [2]
+    assert [record["step"] for record in records(found["pipeline skip"], "train")] == [1, 3, 4]
     before, after = (weights(found["skip"], step) for step in (2, 3))
     assert all(bool((before[name] == after[name]).all()) for name in before)
     with monkeypatch.context() as patch:  # one process, in whose data the third batch is not
@@ -70,6 +74,10 @@ def test_faults_of_one_process(make_recipe: Make, tmp_path: Path, monkeypatch: p
     assert said.startswith(f"step 2: process 1 on {host} computed another loss (")
     said = found["weight"]["error"]
     assert said.startswith(f"step 4: process 0 on {host} and process 1 on {host} hold different bits of ")
+
+    said = found["head"]["error"]  # the embedding of a pipeline's other end
+    assert said.startswith(f"step 4: process 0 on {host} and process 1 on {host} hold different bits of ")
+    assert "embed.weight" in said
 
     # a process that is slow: named with what takes it so long
     for name in ("data", "blocks"):

@@ -40,6 +40,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "eos_token_id": 2,
     },
     "qwen3": SIZES | {"model_type": "qwen3", "attention_bias": True},
+    "deep": SIZES | {"model_type": "llama", "tie_word_embeddings": True, "num_hidden_layers": 5},
+    "deep-untied": SIZES | {"model_type": "qwen3", "num_hidden_layers": 5},
     "wide": SIZES
     | {"model_type": "llama", "hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 8}
     | {"head_dim": 16},
@@ -47,6 +49,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
     | {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True, "router_aux_loss_coef": 0.01},
 }
+FAMILIES["sparse"] = (
+    FAMILIES["qwen3_moe"] | {"num_experts": 32, "num_experts_per_tok": 1} | {"num_hidden_layers": 4}
+)
+"""Many of its experts get no token of a micro-batch in one process, and some in the other."""
+SPLIT = {"pipeline_schedule": "interleaved-zb"}
+ONE_RUN = SPLIT | {"pipeline_stages": 1}
+INTERLEAVED, ZBV = {"pipeline_schedule": "interleaved-1f1b"}, {"pipeline_schedule": "zbv"}
 LAYOUTS = {
     2: {
         "stage 3": {"shard": 2},
@@ -57,6 +66,7 @@ LAYOUTS = {
         "context": {"context": 2},
         "context, ring": {"context": 2, "context_exchange": "ring"},
         "context, ulysses": {"context": 2, "context_exchange": "ulysses"},
+        "pipeline": {"pipeline": 2},
     },
     4: {
         "tensor 2 x shard 2": {"tensor": 2, "shard": 2},
@@ -68,25 +78,83 @@ LAYOUTS = {
         "stage 3": {"shard": 4},
         "hybrid": {"replicate": 2, "shard": 2},
         "replicated": {"replicate": 4, "shard": 1},
+        "pipeline 4": {"pipeline": 4},
+        "pipeline 2 x shard 2": {"pipeline": 2, "shard": 2},
+        "pipeline 2 x shard 2, stage 2": {"pipeline": 2, "shard": 2, "stage": 2},
+        "pipeline 2 x shard 2, stage 1": {"pipeline": 2, "shard": 2, "stage": 1} | ZBV,
+        "pipeline 2 x shard 2, interleaved": {"pipeline": 2, "shard": 2, "stage": 1} | INTERLEAVED,
+        "pipeline 2 x shard 2, gpipe": {"pipeline": 2, "shard": 2, "pipeline_schedule": "gpipe"},
+        "pipeline 2 x replicate 2": {"pipeline": 2, "replicate": 2, "shard": 1} | INTERLEAVED,
+        "pipeline 2 x replicate 2, split": {"pipeline": 2, "replicate": 2, "shard": 1} | SPLIT,
+        "pipeline 2 x tensor 2": {"pipeline": 2, "tensor": 2},
+        "pipeline 2 x tensor 2, zbv": {"pipeline": 2, "tensor": 2} | ZBV,
+        "pipeline 2 x context 2": {"pipeline": 2, "context": 2, "context_exchange": "ring"},
     },
-    8: {"shard 2 x context 2 x tensor 2": {"shard": 2, "context": 2, "tensor": 2}},
+    8: {
+        "pipeline 2 x shard 2 x tensor 2": {"pipeline": 2, "shard": 2, "tensor": 2},
+        "shard 2 x context 2 x tensor 2": {"shard": 2, "context": 2, "tensor": 2},
+    },
 }
+FIRST_BLOCKS = ["embed.*", "blocks.0.*", "blocks.1.*"]
+EXPERTS: dict[int, list[tuple[str, dict[str, Any], str]]] = {
+    2: [
+        ("qwen3_moe", {"shard": 2, "expert": 2}, ""),
+        ("qwen3_moe", {"replicate": 2, "shard": 1, "expert": 2}, ""),
+        ("qwen3_moe", {"context": 2, "expert": 2}, ""),
+        ("qwen3_moe", {"tensor": 2, "expert": 2}, ""),
+        ("qwen3_moe", {"shard": 2, "expert": 2, "stage": 1}, "recomputed"),
+        ("qwen3_moe", {"shard": 2, "expert": 2}, "qlora"),
+        ("qwen3_moe", {"shard": 2, "expert": 2}, "experts frozen"),
+        ("sparse", {"shard": 2, "expert": 2}, ""),
+    ],
+    4: [
+        ("qwen3_moe", {"replicate": 2, "shard": 2, "expert": 2}, ""),
+        ("qwen3_moe", {"replicate": 2, "shard": 2, "expert": 4}, ""),
+        ("qwen3_moe", {"replicate": 4, "shard": 1, "expert": 2}, ""),
+        ("qwen3_moe", {"shard": 4, "expert": 2}, ""),
+        ("qwen3_moe", {"shard": 4, "expert": 2}, "qlora"),
+        ("qwen3_moe", {"shard": 2, "context": 2, "expert": 2, "stage": 2}, ""),
+        ("qwen3_moe", {"shard": 2, "tensor": 2, "expert": 2}, ""),
+        ("qwen3_moe", {"shard": 2, "tensor": 2, "expert": 4}, ""),
+        ("sparse", {"shard": 4, "expert": -1}, ""),
+        ("qwen3_moe", {"pipeline": 2, "shard": 2, "expert": 2}, ""),
+        ("qwen3_moe", {"pipeline": 2, "shard": 2, "expert": 2}, "qlora"),
+        ("qwen3_moe", {"pipeline": 2, "replicate": 2, "shard": 1, "expert": 2} | ONE_RUN, ""),
+        ("sparse", {"pipeline": 2, "tensor": 2, "expert": -1} | ZBV, "recomputed"),
+    ],
+    8: [
+        ("qwen3_moe", {"pipeline": 2, "context": 2, "tensor": 2, "expert": 2}, ""),
+        ("qwen3_moe", {"pipeline": 2, "replicate": 2, "shard": 2, "expert": 2}, ""),
+        ("sparse", {"pipeline": 2, "shard": 4, "expert": 2, "stage": 1} | SPLIT, ""),
+    ],
+}
+"""Family, layout and variant: experts divided inside of, and over, what shares the rest of a model; and, of
+the blocks that each process of a pipeline has, inside of its stages."""
+ALL_BEFORE = ("embed.*", "blocks.0.attention*", "blocks.0.mlp_norm.*", "blocks.0.mlp.router.*")
 VARIANTS: dict[str, dict[str, Any]] = {
     "recomputed": {"train": {"checkpointing": "full"}},
     "in backward": {"train": {"micro_batch_size": None, "clip": 0.0, "optimizer.in_backward": True}},
     "lora": {"adapt": {"method": "lora", "rank": 4}},
     "qlora": {"adapt": {"method": "lora", "rank": 4, "quantize": "nf4"}},
     "frozen": {"adapt": {"freeze": ["embed.*", "blocks.0.*"]}},
+    # nothing is trained before the experts of block 0, nor the half of the experts that one process has
+    "experts frozen": {
+        "adapt": {"freeze": [*ALL_BEFORE, "blocks.*.mlp.experts.0.*", "blocks.*.mlp.experts.1.*"]}
+    },
     "lion": {"train": {"optimizer.name": "lion"}},
 }
 """Of llama at stage 3, over two processes; and, but for lion, of a wider one with divided products."""
+DENSE = [name for name in VARIANTS if name != "experts frozen"]
 
 
 ALSO = {
-    "gemma2": ("stage 3", "replicated", "tensor", "context", "context, ring"),
-    "gpt2": ("stage 3", "replicated", "tensor", "context"),
-    "qwen3": ("tensor",),
-    "qwen3_moe": ("stage 3", "replicated", "context"),
+    "gemma2": ("stage 3", "replicated", "tensor", "context", "context, ring", "pipeline"),
+    "gpt2": ("stage 3", "replicated", "tensor", "context", "pipeline"),
+    "qwen3": ("tensor", "pipeline"),
+    "qwen3_moe": ("stage 3", "replicated", "tensor", "context", "pipeline"),
+    "sparse": ("stage 3", "replicated"),
+    "deep": (),
+    "deep-untied": (),
     "wide": (),
 }
 """Layouts of the families beside llama, which is trained in all of them."""
@@ -187,6 +255,39 @@ def note(processes: int, layout: dict[str, Any], what: str, found: dict[str, Any
             file.write(json.dumps([processes, layout, what, *worst]) + "\n")
 
 
+PIPELINES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "gpipe": ("deep", {"pipeline_schedule": "gpipe"}, {}),
+    "interleaved-1f1b": ("deep", INTERLEAVED, {}),
+    "interleaved-zb": ("deep", {"pipeline_schedule": "interleaved-zb"}, {}),
+    "zbv": ("deep", ZBV, {}),
+    "zbv, untied": ("deep-untied", ZBV, {}),
+    "moe, interleaved-zb": ("qwen3_moe", {"pipeline_schedule": "interleaved-zb", "pipeline_stages": 1}, {}),
+    "recomputed": ("deep", {}, {"train": {"checkpointing": "full", "verify_every": 2}}),
+    "recomputed, zbv": ("deep", ZBV, VARIANTS["recomputed"]),
+    "selective": ("deep", {}, {"train": {"checkpointing": "selective"}}),
+    "lora, zbv": ("deep", ZBV, VARIANTS["lora"]),
+    "qlora": ("deep", {}, VARIANTS["qlora"]),
+    "frozen": ("deep", {"pipeline_schedule": "interleaved-zb"}, {"adapt": {"freeze": FIRST_BLOCKS}}),
+}
+"""Over two processes: family, schedule, what is trained how."""
+
+
+def test_pipelines_of_two_processes_train_what_one_trains(recipes, train_in) -> None:  # type: ignore[no-untyped-def]
+    calls = {
+        name: ("train", [recipes(family, {"pipeline": 2} | schedule, **fields), [], False])
+        for name, (family, schedule, fields) in PIPELINES.items()
+    }
+    runs = train_in(2, calls)
+    alone: dict[str, Any] = {}
+    for name, (family, schedule, fields) in PIPELINES.items():
+        key = json.dumps([family, fields])
+        if key not in alone:
+            alone[key] = rw.train(recipes(family, **fields), progress=False)
+        assert_same_training(runs[name], alone[key])
+        what = next((word for word in ("recomputed", "lora", "qlora", "frozen") if name.startswith(word)), "")
+        note(2, {"pipeline": 2} | schedule, f"{family}, {what}".removesuffix(", "), runs[name], alone[key])
+
+
 def test_two_processes_train_what_one_trains(recipes, train_in) -> None:  # type: ignore[no-untyped-def]
     layout_names = LAYOUTS[2].keys()
     cases = {
@@ -195,14 +296,12 @@ def test_two_processes_train_what_one_trains(recipes, train_in) -> None:  # type
         for name, layout in LAYOUTS[2].items()
         if name in ALSO.get(family, layout_names)
     }
-    cases |= {f"llama, {name}": ("llama", {"shard": 2}, fields) for name, fields in VARIANTS.items()}
+    cases |= {f"llama, {name}": ("llama", {"shard": 2}, VARIANTS[name]) for name in DENSE}
     in_part = {"method": "dora", "rank": 2, "targets": ["q_proj"]}  # of a matrix that gpt2 stores as one
     cases["gpt2, dora in part"] = ("gpt2", {"shard": 2}, {"adapt": in_part})
     cases["llama, qlora, replicated"] = ("llama", {"replicate": 2, "shard": 1}, VARIANTS["qlora"])
     cases |= {
-        f"wide, {name}, tensor": ("wide", {"tensor": 2}, fields)
-        for name, fields in VARIANTS.items()
-        if name != "lion"
+        f"wide, {name}, tensor": ("wide", {"tensor": 2}, VARIANTS[name]) for name in DENSE if name != "lion"
     }
     ring = {"context": 2, "context_exchange": "ring"}
     cases |= {
@@ -215,24 +314,45 @@ def test_two_processes_train_what_one_trains(recipes, train_in) -> None:  # type
     }
     runs = train_in(2, calls)
     alone: dict[str, Any] = {}
-    for name, (family, _, fields) in cases.items():
+    for name, (family, layout, fields) in cases.items():
         key = json.dumps([family, fields])
         if key not in alone:
             alone[key] = rw.train(recipes(family, **fields), progress=False)
         assert_same_training(runs[name], alone[key])
         variant = next((v for v, its in VARIANTS.items() if its == fields), "")
-        note(2, cases[name][1], f"{family}, {variant}".removesuffix(", "), runs[name], alone[key])
+        note(2, layout, f"{family}, {variant}".removesuffix(", "), runs[name], alone[key])
+
+
+@pytest.mark.parametrize("processes", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 8))])
+def test_divided_experts_are_trained_as_one_process_trains_them(processes, recipes, train_in):  # type: ignore[no-untyped-def]
+    cases = EXPERTS[processes]
+    fields = {name: VARIANTS.get(name, {}) for _, _, name in cases}
+    calls = {
+        f"case {number}": ("train", [recipes(family, layout, **fields[variant]), [], False])
+        for number, (family, layout, variant) in enumerate(cases)
+    }
+    runs = train_in(processes, calls)
+    alone: dict[tuple[str, str], Any] = {}
+    for run, (family, layout, variant) in zip(runs.values(), cases, strict=True):
+        if (family, variant) not in alone:
+            alone[family, variant] = rw.train(recipes(family, **fields[variant]), progress=False)
+        assert_same_training(run, alone[family, variant])
+        note(processes, layout, f"{family}, {variant}".removesuffix(", "), run, alone[family, variant])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [4, 8])
 def test_more_processes_train_what_one_trains(processes, recipes, train_in):  # type: ignore[no-untyped-def]
     layouts = LAYOUTS[processes]
-    runs = train_in(
-        processes,
-        {name: ("train", [recipes("llama", layout), [], False]) for name, layout in layouts.items()},
-    )
-    alone = rw.train(recipes("llama"), progress=False)
+    deep = {name for name, layout in layouts.items() if "pipeline" in layout}
+    families = {name: "deep" if name in deep else "llama" for name in layouts}
+    calls = {
+        # verified: each step is computed twice, and what replicas hold is compared
+        name: recipes(families[name], layout, train={"verify_every": 2} if name in deep else {})
+        for name, layout in layouts.items()
+    }
+    runs = train_in(processes, {name: ("train", [recipe, [], False]) for name, recipe in calls.items()})
+    alone = {family: rw.train(recipes(family), progress=False) for family in set(families.values())}
     for name, run in runs.items():
-        assert_same_training(run, alone)
-        note(processes, layouts[name], "llama", run, alone)
+        assert_same_training(run, alone[families[name]])
+        note(processes, layouts[name], families[name], run, alone[families[name]])

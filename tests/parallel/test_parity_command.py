@@ -34,7 +34,7 @@ if os.environ["RANK"] == "0":
 """
 
 
-@pytest.mark.parametrize("degree", ["tensor", "context"])
+@pytest.mark.parametrize("degree", ["tensor", "context", "pipeline"])
 def test_a_right_layout_is_found_to_be_right(make_recipe, capsys, tmp_path, degree):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(json.dumps(make_recipe(steps=3, checkpointing="full", precision="bfloat16")))

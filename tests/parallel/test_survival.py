@@ -64,9 +64,47 @@ def test_a_run_with_divided_rows_goes_on_in_one_process_and_back(
             torch.testing.assert_close(tensor, model(single)[key], rtol=1e-3, atol=1e-4)
 
 
+def test_a_pipeline_goes_on_in_one_process_and_back(make_recipe: Any, train_in: Any, tmp_path: Path) -> None:
+    """In as many: the same bits. In one, from one, and divided otherwise: the same training, answers too."""
+    panel = {"prompts": ["The ropewalk is", "Many"], "max_new_tokens": 8}
+    recipe = make_recipe(
+        steps=6, batch_size=4, micro_batch_size=1, checkpoint_every=3, keep=9, evaluate=panel
+    )
+    divided = recipe | {"parallel": {"pipeline": 2}}
+    low = ["train.precision=bfloat16", "train.steps=1", "train.self_check=false"]
+    calls = {"whole": ("train", [divided, [], False]), "low": ("train", [divided, low, False])}
+    runs = {name: Path(found["run"]) for name, found in train_in(2, calls).items()}
+    whole = runs["whole"]
+    copies = {name: until(whole, 3, tmp_path / name) for name in ("same", "one", "shard")}
+    single = rw.train(recipe, progress=False).run
+    copies["two"] = until(single, 3, tmp_path / "two")
+    changes = {
+        "same": [],
+        "shard": ["parallel.pipeline=1", "parallel.shard=2"],
+        "two": ["parallel.pipeline=2"],
+    }
+    train_in(2, {name: ("resume", [str(copies[name]), words, False]) for name, words in changes.items()})
+    rw.resume(copies["one"], ["parallel.pipeline=1"], progress=False)
+    assert losses(copies["same"]) == losses(whole)
+    assert all(torch.equal(t, model(whole)[key]) for key, t in model(copies["same"]).items())
+    answers = (single / "samples" / "step-00000006.jsonl").read_text()
+    assert (whole / "samples" / "step-00000006.jsonl").read_text() == answers
+    assert {t.dtype for t in model(runs["low"], 1).values()} == {torch.bfloat16}  # of all stages
+    for run in (whole, copies["one"], copies["shard"], copies["two"]):
+        assert losses(run) == pytest.approx(losses(single), rel=1e-5)
+        assert model(run).keys() == model(single).keys()
+        for key, tensor in model(run).items():
+            torch.testing.assert_close(tensor, model(single)[key], rtol=1e-3, atol=1e-4)
+
+
 def test_a_run_goes_on_in_any_number_of_processes(make_recipe: Any, train_in: Any, tmp_path: Path) -> None:
-    """In as many: the same bits. In others, more and fewer: the same training but for the order of sums."""
-    recipe = make_recipe(steps=6, batch_size=4, micro_batch_size=1, checkpoint_every=3, keep=9)
+    """In as many: the same bits. In others, more and fewer: the same training but for the order of sums.
+
+    Also where samples are the first thing that is to do.
+    """
+    fields = {"steps": 6, "batch_size": 4, "micro_batch_size": 1, "checkpoint_every": 3, "keep": 9}
+    panel = {"prompts": ["rope"], "max_new_tokens": 2}
+    recipe = make_recipe(**fields, sample_every=3, evaluate=panel)
     divided = recipe | {"parallel": {"shard": 2}}
     whole = Path(train_in(2, {"whole": ("train", [divided, [], False])})["whole"]["run"])
     copies = {name: until(whole, 3, tmp_path / name) for name in ("same", "fewer", "more")}

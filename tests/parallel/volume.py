@@ -13,10 +13,11 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ropewalk.data import prepare
+from ropewalk.model.moe import MixtureOfExperts
 from ropewalk.parallel import World
 from ropewalk.recipe import load_recipe, resolve
 from ropewalk.train.entry import layout_of
-from ropewalk.train.job import open_job
+from ropewalk.train.job import Job, open_job
 from ropewalk.train.loop import ahead, train_step
 
 SMALL = 4096
@@ -24,7 +25,7 @@ SMALL = 4096
 
 
 class Sent(TorchDispatchMode):
-    """Bytes that this process sends, by a ring's count, by kind of collective."""
+    """Bytes that this process sends, by a ring's count, by kind of operation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,11 +41,38 @@ class Sent(TorchDispatchMode):
         elif name == "allreduce_":
             for tensor in args[0]:
                 self.add("all-reduce", tensor.nbytes, dist.get_world_size(), 2)
+        elif name == "send":
+            for tensor in args[0]:
+                self.bytes["send"] += tensor.nbytes * (tensor.nbytes > SMALL)
+        elif name == "alltoall_base_" and args[1].nbytes > SMALL:
+            _, given, _, _, sent = args[:5]
+            self.bytes["rows"] += given.nbytes
+            own = sent[dist.get_rank()] * given[0].nbytes
+            self.bytes["all-to-all"] += given.nbytes - own
         return function(*args, **(kwargs or {}))
 
     def add(self, kind: str, whole: int, parts: int, times: int) -> None:
         if whole > SMALL:
             self.bytes[kind] += times * whole * (parts - 1) // parts
+
+
+class Routed:
+    """How many experts were chosen for this process's tokens, in all and of those that others have."""
+
+    def __init__(self, job: Job) -> None:
+        self.all = self.elsewhere = 0
+        self._degree, self._index = job.world.layout.expert, job.world.index("expert")
+        for module in job.built.model.modules():
+            if isinstance(module, MixtureOfExperts) and self._degree > 1:
+                module.router.register_forward_hook(self._count(module.top_k))
+
+    def _count(self, top_k: int) -> Any:
+        def count(router: torch.nn.Linear, _: Any, output: torch.Tensor) -> None:
+            group = output.topk(top_k, dim=-1).indices // (output.shape[-1] // self._degree)
+            self.all += group.numel()
+            self.elsewhere += int((group != self._index).sum())
+
+        return count
 
 
 def main() -> None:
@@ -54,12 +82,17 @@ def main() -> None:
         checked = resolve(load_recipe(recipe)).recipe
         world = World.join("cpu", layout_of(checked))
         job = open_job(checked, prepare(checked).train, None, world=world)
+        routed = Routed(job)
         with closing(ahead(job)) as batches:
             for job.step in (1, 2):
+                routed.all = routed.elsewhere = 0
                 with Sent() as sent:
                     train_step(job, batches)
         weights = sum(p.numel() * p.element_size() for p in job.built.model.parameters())
-        found[name] = {**sent.bytes, "weights": weights}
+        found[name] = {**sent.bytes, "weights": weights, "sent": world.everywhere([sent.bytes["send"]])[0]}
+        if world.layout.expert > 1:
+            numbers = [sent.bytes["rows"], sent.bytes["all-to-all"], routed.all, routed.elsewhere]
+            found[name]["everywhere"] = world.everywhere(numbers)
         torch.manual_seed(0)
     if os.environ["RANK"] == "0":
         Path(sys.argv[1]).with_suffix(".result").write_text(json.dumps(found))

@@ -24,6 +24,8 @@ def recipe(adapt=None, optimizer=None, model=None, parallel=None, **train):
     )
 
 
+PIPELINE, ZBV = {"pipeline": 2}, {"pipeline": 2, "pipeline_schedule": "zbv"}
+MICRO: dict[str, int] = {"micro_batch_size": 1}
 SCRATCH = {"config": {"model_type": "llama"}, "tokenizer": "somewhere"}
 REFUSED = [
     (dict(optimizer={"in_backward": True}, clip=1.0), "train.optimizer.in_backward", "train.clip: 0"),
@@ -48,7 +50,37 @@ REFUSED = [
     (dict(optimizer={"name": "muon"}, parallel={"context": 2}), "train.optimizer.name", "parallel.context"),
     (dict(parallel={"context": 3}), "parallel.context", "set it to 2, or data.sequence_length: 1026"),
     (dict(parallel={"context": 3, "tensor": 2}), "parallel.context", "12 equal pieces"),
+    (dict(parallel={"context": 2, "expert": 2}, compile=True), "train.compile", "parallel.expert"),
     (dict(adapt={"method": "lora"}, model=SCRATCH), "adapt.method", "model.source"),
+    (dict(parallel={"pipeline": 2}), "train.micro_batch_size", "set it to 2, or parallel.pipeline: 1"),
+    (dict(parallel={"pipeline": 3}, micro_batch_size=2), "micro-batches of 2", "set it to 1"),
+    (dict(parallel={"pipeline": 8}, micro_batch_size=1), "8 processes", "set parallel.pipeline: 4"),
+    (
+        dict(
+            parallel={"pipeline": 2, "pipeline_schedule": "interleaved-1f1b"},
+            micro_batch_size=1,
+            batch_size=5,
+        ),
+        "rounds of equal length",
+        "set it to 5",
+    ),
+    (dict(parallel=PIPELINE | {"pipeline_stages": 2}, **MICRO), "pipeline_stages", "interleaved-1f1b"),
+    (dict(parallel=ZBV | {"pipeline_stages": 3}, **MICRO), "pipeline_stages", "interleaved-zb"),
+    (dict(parallel=PIPELINE, optimizer={"in_backward": True}), "in_backward", "parallel.pipeline: 1"),
+    (dict(parallel=PIPELINE, adapt={"method": "prefix"}, **MICRO), "adapt.method", "parallel.pipeline: 1"),
+    (
+        dict(parallel=PIPELINE, checkpointing="full", activation_offload=True, **MICRO),
+        "activation_offload",
+        "set it to false",
+    ),
+    (dict(parallel=ZBV, checkpointing="selective", **MICRO), "train.checkpointing", "checkpointing: full"),
+    (
+        dict(parallel=ZBV, checkpointing_budget=0.5, **MICRO),
+        "checkpointing_budget",
+        "pipeline_schedule: 1f1b",
+    ),
+    (dict(parallel=ZBV, compile=True, **MICRO), "train.compile", "pipeline_schedule: 1f1b"),
+    (dict(parallel=ZBV | {"shard": 2}, micro_batch_size=1), "parallel.stage", "set it to 1"),
 ]
 
 
@@ -67,6 +99,8 @@ ACCEPTED = [
     dict(checkpointing="full", checkpointing_every=2, activation_offload=True, compile=True),
     dict(checkpointing_budget=0.3, optimizer={"name": "lion", "state_bits": 4}),
     dict(adapt={"freeze": ["embed.*"]}, checkpointing="selective"),
+    dict(parallel=PIPELINE, optimizer={"name": "muon", "offload": True}, compile=True, **MICRO),
+    dict(parallel=ZBV | {"shard": 2, "stage": 1}, checkpointing="full", batch_size=8, **MICRO),
 ]
 
 

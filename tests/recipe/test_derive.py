@@ -212,3 +212,17 @@ def test_an_automatic_layout_is_pure_sharding():
     assert (found.replicate, found.shard, found.context, found.tensor, found.stage) == (1, 4, 1, 1, 3)
     with pytest.raises(UserError, match="parallel"):
         load_recipe({**BASE, "parallel": "automatic"})
+
+
+def test_a_pipeline_gets_the_rest_of_the_processes_and_micro_batches_enough():
+    machine = Machine(cores=8, cpu_bfloat16=True, processes=4)
+    words = ["parallel.pipeline=-1", "parallel.shard=1", "data.sequence_length=64"]
+    found = resolve(load_recipe(BASE, [*words, "train.batch_size=32"]), machine=machine)
+    assert found.recipe.parallel.pipeline == 4
+    assert found.recipe.train.micro_batch_size == 2  # 16 micro-batches: four for each process
+    few = resolve(load_recipe(BASE, [*words, "train.batch_size=6"]), machine=machine).recipe.train
+    assert few.micro_batch_size == 1  # 1f1b wants 4 at least
+    interleaved = [*words, "parallel.pipeline_schedule=interleaved-1f1b", "train.batch_size=10"]
+    assert resolve(load_recipe(BASE, interleaved), machine=machine).recipe.train.micro_batch_size == 1
+    with pytest.raises(UserError, match="pipeline and shard are both -1"):
+        resolve(load_recipe(BASE, ["parallel.pipeline=-1"]), machine=machine)

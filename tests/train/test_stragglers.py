@@ -5,6 +5,7 @@ import time
 import pytest
 import torch
 
+from ropewalk.layout import Layout
 from ropewalk.train.stragglers import BlockTimer, Paces, sentence, slow
 
 
@@ -31,7 +32,7 @@ def test_slow_is_what_takes_much_longer_than_the_median(
 class Others:
     """A world of three, in which the process asked about is the first."""
 
-    size = 3
+    size, layout = 3, Layout(replicate=3, shard=1)
 
     def __init__(self) -> None:
         self.others = [[1.0, 0.1, 0.2, 0.0], [1.0, 0.1, 0.2, 0.0]]
@@ -57,6 +58,22 @@ def test_a_process_is_named_when_it_stays_slow_and_not_for_one_bad_moment() -> N
         return [record["rank"] for record in found]
 
     assert [look(waits) for waits in (0.8, 0.1, 0.8, 0.8, 0.8, 0.1, 0.8)] == [[], [], [], [2], [2], [], []]
+
+
+def test_the_stages_of_a_pipeline_are_compared_by_the_time_of_a_block() -> None:
+    """One with three times the blocks takes three times as long, and is not slow."""
+    world = Others()
+    world.layout = Layout(pipeline=3, shard=1)
+    blocks = [torch.nn.Identity() for _ in range(3)]
+    paces = Paces(world, blocks)  # type: ignore[arg-type]
+    paces._timer.take = lambda: 0.06  # type: ignore[method-assign]
+    world.others = [[1.0, 0.0, 0.2, 0.0], [1.0, 0.0, 0.2, 0.0]]
+    for _ in range(2):
+        for _ in range(10):
+            paces.begin()
+            paces.add(0.1, 0.0, 0.0)
+        assert paces._sums[2] == pytest.approx(0.2)
+        assert paces.look(7) == []
 
 
 @pytest.mark.gpu

@@ -1,5 +1,7 @@
 """Mixture of experts: top-k routing, and the load-balancing loss of Switch Transformer (arXiv 2101.03961)."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -11,16 +13,36 @@ RouterStatistics = tuple[Tensor, Tensor]
 how often the expert was chosen."""
 
 
+class Experts(nn.ModuleList):
+    """MLPs of one layer: all of them, or those that are here, under the names that they have among all."""
+
+    def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """rows `[N, hidden_size]` in the order of the experts, of which each takes its `counts` `[experts]`
+        -> the same shape."""
+        # in training also those that nobody chose, whose gradients are so zeros in every process, not missing
+        every = torch.is_grad_enabled()
+        slices = rows.split(counts.tolist())
+        outputs = [expert(part) for expert, part in zip(self, slices, strict=True) if every or len(part)]
+        return torch.cat(outputs) if outputs else rows
+
+
+RunExperts = Callable[[Experts, Tensor, Tensor], Tensor]
+
+
 class MixtureOfExperts(nn.Module):
-    """Each token goes to the experts that the router likes best; their outputs are weighted and added."""
+    """Each token goes to the experts that the router likes best; their outputs are weighted and added.
+
+    `run_experts(experts, rows, counts)`, where it is set, calls the experts: the place for what sends rows to
+    where their experts are.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.top_k, self.normalize = config.num_experts_per_tok, config.norm_topk_prob
+        self.num_experts = config.num_experts
         self.router = nn.Linear(config.hidden_size, config.num_experts, bias=False)
-        self.experts = nn.ModuleList(
-            MLP(config, config.moe_intermediate_size) for _ in range(config.num_experts)
-        )
+        self.experts = Experts(MLP(config, config.moe_intermediate_size) for _ in range(config.num_experts))
+        self.run_experts: RunExperts = _here
 
     def forward(self, hidden: Tensor, real: Tensor | None) -> tuple[Tensor, RouterStatistics]:
         """hidden `[B, S, hidden_size]` -> (the same shape, statistics).
@@ -34,11 +56,10 @@ class MixtureOfExperts(nn.Module):
             weights = weights / weights.sum(-1, keepdim=True)
         # Sort the (token, expert) pairs by expert, so that each expert reads one contiguous slice.
         order = chosen.flatten().argsort(stable=True)
-        counts = torch.bincount(chosen.flatten(), minlength=len(self.experts))
+        counts = torch.bincount(chosen.flatten(), minlength=self.num_experts)
         token = order // self.top_k
-        slices = x[token].split(counts.tolist())
-        outputs = [expert(part) for expert, part in zip(self.experts, slices, strict=True) if len(part)]
-        weighted = torch.cat(outputs) * weights.flatten()[order].to(x.dtype).unsqueeze(-1)
+        outputs = self.run_experts(self.experts, x[token], counts)
+        weighted = outputs * weights.flatten()[order].to(x.dtype).unsqueeze(-1)
         result = torch.zeros_like(x).index_add(0, token, weighted)
         return result.view(hidden.shape), self._statistics(probabilities, chosen, counts, real)
 
@@ -47,8 +68,12 @@ class MixtureOfExperts(nn.Module):
     ) -> RouterStatistics:
         if real is None:
             return probabilities.sum(0), counts.float()
-        counts = torch.bincount(chosen[real].flatten(), minlength=len(self.experts))
+        counts = torch.bincount(chosen[real].flatten(), minlength=self.num_experts)
         return (probabilities * real.unsqueeze(-1)).sum(0), counts.float()
+
+
+def _here(experts: Experts, rows: Tensor, counts: Tensor) -> Tensor:
+    return experts(rows, counts)
 
 
 def load_balancing_loss(statistics: list[RouterStatistics], tokens: int | Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """The one decoder-only transformer: every family is this module with another ModelConfig."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -69,6 +70,23 @@ def _by_tiles(mlp: nn.Module, x: Tensor, size: int) -> Tensor:
 RunBlock = Callable[[Any, Tensor, Context], tuple[Tensor, RouterStatistics | None]]
 
 
+RunSpan = Callable[[range, Tensor | None], Tensor]
+"""(blocks, hidden states that come to them; None: to the first) -> hidden states."""
+
+
+@dataclass(frozen=True)
+class BlocksPart:
+    """Some blocks are here, and other processes have the others."""
+
+    through: Callable[[RunSpan, tuple[int, ...]], Tensor]
+    """Hidden states of tokens of a shape `[B, S]` after all blocks, without gradients; where the head is not
+    here, some numbers of the same shape."""
+    head: bool
+    """whether the norm after the last block and the head are here"""
+    shared: Callable[[Tensor], Tensor]
+    """what the process with the head has in such a tensor"""
+
+
 class Transformer(nn.Module):
     """`model.logits(model(tokens))`. It knows nothing of ranks and has no dropout.
 
@@ -84,6 +102,8 @@ class Transformer(nn.Module):
         """What of the output head is here, where processes share it; None: all of it."""
         self.row_part: RowPart | None = None
         """What of packed rows is here, where processes share their tokens; None: all of it."""
+        self.blocks_part: BlocksPart | None = None
+        """What of the blocks is here, where processes share them; None: all of them."""
         self.embed = _embedding(config.vocab_size, config.hidden_size)
         if config.position == "learned":
             self.embed_positions = _embedding(config.max_position_embeddings, config.hidden_size)
@@ -93,7 +113,8 @@ class Transformer(nn.Module):
         self.tie_head()
         self._frequencies: dict[Any, tuple[Tensor, float]] = {}
         self.virtual_tokens: VirtualTokens | None = None
-        self._router: tuple[list[RouterStatistics], int | Tensor] = ([], 0)
+        self.router: tuple[list[RouterStatistics], int | Tensor] = ([], 0)
+        """Of the last forward in training: statistics of its mixtures of experts, and its real tokens."""
 
     def tie_head(self) -> None:
         """Let head and embedding be one Parameter again, where the config says so."""
@@ -112,9 +133,9 @@ class Transformer(nn.Module):
         return self.config.max_position_embeddings - taken
 
     @property
-    def output_weight(self) -> nn.Parameter:
+    def output_weight(self) -> Tensor:
         """`[vocab_size, hidden_size]`: what turns hidden states into logits."""
-        return self.head.get_parameter("weight")
+        return self.head.weight
 
     @property
     def output_bias(self) -> Tensor | None:
@@ -127,6 +148,8 @@ class Transformer(nn.Module):
         positions: Tensor | None = None,
         segments: Tensor | None = None,
         cache: KVCache | None = None,
+        span: range | None = None,
+        hidden: Tensor | None = None,
     ) -> Tensor:
         """Hidden states after the final norm, `[B, S, hidden_size]`.
 
@@ -137,6 +160,8 @@ class Transformer(nn.Module):
                   (best on the host: its documents are counted there); with a `row_part`, `[B, S * degree]`:
                   of the whole rows, of which tokens and positions (to be given) are that part
         cache     appended to; not together with segments
+        span      only these blocks, to which `hidden` comes (with the first one: the embeddings); the final
+                  norm is with the last one
         """
         if cache is not None and segments is not None:
             raise ValueError("segments and a cache cannot be used together")
@@ -146,21 +171,46 @@ class Transformer(nn.Module):
         reach = positions
         if segments is not None and self.row_part is not None:  # frequencies are those of the whole rows
             reach = torch.where(segments >= 0, _restarting(segments), 0)
-        hidden = self._placed(self.embedded(tokens), context, positions, reach)
+
+        def run(span: range, hidden: Tensor | None) -> Tensor:
+            return self._run(span, hidden, tokens, context, positions, reach)
+
+        if span is None and self.blocks_part is not None:
+            hidden = self.blocks_part.through(run, tuple(tokens.shape))
+        else:
+            hidden = run(range(self.config.num_hidden_layers) if span is None else span, hidden)
+        if cache is not None:
+            cache.length += tokens.shape[1]
+        return hidden
+
+    def _run(
+        self,
+        span: range,
+        hidden: Tensor | None,
+        tokens: Tensor,
+        context: Context,
+        positions: Tensor,
+        reach: Tensor,
+    ) -> Tensor:
+        if hidden is None:
+            hidden = self.embedded(tokens)
+            if self.config.position == "learned":
+                hidden = hidden + self.embed_positions(positions)
+        self._turn(context, positions, reach, hidden.dtype)
         virtual, before = self._virtual(context, positions)
         statistics = []
         run = self.run_block if self.training and torch.is_grad_enabled() else None
-        for block in self.blocks:
+        for index in span:
+            block = self.blocks.get_submodule(str(index))
             if virtual is not None:  # leaves its keys and values to the documents, by way of the contexts
                 virtual, _ = block(virtual, before)
             hidden, routed = block(hidden, context) if run is None else run(block, hidden, context)
             if routed is not None:
                 statistics.append(routed)
-        if cache is not None:
-            cache.length += tokens.shape[1]
         real = tokens.numel() if context.real is None else context.real.sum()
-        self._router = (statistics if self.training else [], real)
-        return self.norm(hidden)
+        self.router = (statistics if self.training else [], real)
+        assert hidden is not None
+        return self.norm(hidden) if span.stop == self.config.num_hidden_layers else hidden
 
     def embedded(self, tokens: Tensor) -> Tensor:
         """Embeddings of tokens `[B, S]`, without positions: `[B, S, hidden_size]`."""
@@ -171,7 +221,12 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden `[..., hidden_size]` -> `[..., vocab_size]`, soft-capped where the config says so."""
-        logits = self.head(hidden)
+        part = self.blocks_part
+        if part is None:
+            logits = self.head(hidden)
+        else:
+            shape = (*hidden.shape[:-1], self.config.vocab_size)
+            logits = part.shared(self.head(hidden) if part.head else hidden.new_empty(shape))
         cap = self.config.final_logit_softcapping
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
@@ -180,7 +235,7 @@ class Transformer(nn.Module):
 
         None without experts. Its gradient needs the graph of that forward: backward both in one call.
         """
-        statistics, tokens = self._router
+        statistics, tokens = self.router
         if not statistics:
             return None
         if self.row_part is not None:
@@ -236,21 +291,23 @@ class Transformer(nn.Module):
             return None, None
         context.virtual = []
         first = Context(AttentionLayout.rows(1, tokens.count), virtual=context.virtual, reads_virtual=True)
-        return self._placed(tokens.embedding.weight[None], first, tokens.positions(), positions), first
+        hidden, own = tokens.embedding.weight[None], tokens.positions()
+        if self.config.position == "learned":
+            hidden = hidden + self.embed_positions(own)
+        self._turn(first, own, positions, hidden.dtype)
+        return hidden, first
 
-    def _placed(self, hidden: Tensor, context: Context, positions: Tensor, reach: Tensor) -> Tensor:
-        """Gives tokens their positions: learned ones are added, rotary ones put into the context.
+    def _turn(self, context: Context, positions: Tensor, reach: Tensor, dtype: torch.dtype) -> None:
+        """Puts rotary positions into the context. (Learned ones are added to the embeddings.)
 
         reach: positions whose greatest one says how long a context is in use.
         """
         config = self.config
-        if config.position == "learned":
-            return hidden + self.embed_positions(positions)
-        dtype = hidden.dtype
+        if config.position == "learned" or context.rope is not None:
+            return
         context.rope = self._tables(config.rope_theta, config.rope_scaling, positions, reach, dtype)
         if config.rope_local_theta is not None:
             context.local_rope = self._tables(config.rope_local_theta, None, positions, reach, dtype)
-        return hidden
 
     def _tables(
         self,

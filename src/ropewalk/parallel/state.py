@@ -7,7 +7,7 @@ not, and copies every tensor on the way. Here each process knows alone what it h
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ropewalk.errors import RopewalkError
 from ropewalk.model.safetensors_file import NAMES, write_safetensors
+from ropewalk.parallel.places import first_with
 from ropewalk.parallel.slices import sliced_along
 from ropewalk.parallel.world import World
 
@@ -42,31 +43,31 @@ def part_of(name: str, parameter: Tensor, world: World) -> Part:
     """What this process has of a parameter."""
     from torch.distributed.tensor import DTensor
 
-    shape = tuple(parameter.shape)
-    if not isinstance(parameter, DTensor) or world.mesh is None:
+    shape, size = tuple(parameter.shape), tuple(parameter.shape)
+    if world.mesh is None:
         return Part((0,) * len(shape), shape, shape)
-    (chunk,) = parameter.__create_chunk_list__()
-    start, shared = list(chunk.offsets), {"replicate"}
+    start = [0] * len(shape)
+    if isinstance(parameter, DTensor):
+        (chunk,) = parameter.__create_chunk_list__()
+        start, size = list(chunk.offsets), tuple(chunk.sizes)
     sliced = sliced_along(name) if world.layout.tensor > 1 else None
-    if sliced is None:
-        shared.add("tensor")
-    else:  # the DTensor is a slice itself
-        start[sliced] += shape[sliced] * world.mesh.get_local_rank("tensor")
+    if sliced is not None:  # what is here is (of) a slice
+        start[sliced] += shape[sliced] * world.index("tensor")
         shape = tuple(n * world.layout.tensor if i == sliced else n for i, n in enumerate(shape))
-    first = not any(world.mesh.get_local_rank(axis) for axis in shared)
-    return Part(tuple(start), tuple(chunk.sizes), shape, first)
+    return Part(tuple(start), size, shape, first_with(name, world))
 
 
 def parts_of(
     tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor], world: World
 ) -> dict[str, Part]:
     """Which part each tensor is. Those called KIND.NAME after a parameter NAME are as that is, if they have
-    its shape; else (a count of updates) all processes have the same, and the first one writes it. What is
-    called after no parameter is its process's own, and whole."""
+    its shape; else (a count of updates) all processes that have it have the same, and the first of those
+    writes it. What is called after no parameter is its process's own, and whole."""
     parts = {}
     for name, tensor in tensors.items():
         size, key = tuple(tensor.shape), name.partition(".")[2]
-        parts[name] = Part((0,) * len(size), size, size, world.first or key not in parameters)
+        writes = key not in parameters or first_with(key, world, whole=True)
+        parts[name] = Part((0,) * len(size), size, size, writes)
         if key in parameters and size == (part := part_of(key, parameters[key], world)).size and size:
             parts[name] = part
     return parts
@@ -137,12 +138,17 @@ class Stored:
         return result
 
 
-def load_tensors(folder: Path, parameters: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
-    """What `write_parts` wrote, whoever wrote it: of divided parameters the parts for this process."""
+def load_tensors(
+    folder: Path, parameters: Mapping[str, Tensor], world: World, elsewhere: Collection[str] = ()
+) -> dict[str, Tensor]:
+    """What `write_parts` wrote, whoever wrote it: of divided parameters the parts for this process, of those
+    that are `elsewhere` nothing."""
     found = {}
     with Stored(folder) as stored:
         for name in stored.names():
             key = name.partition(".")[2]
+            if key in elsewhere:
+                continue
             part = part_of(key, parameters[key], world) if key in parameters else None
             found[name] = stored.read(name, part if part and part.shape == stored.shape(name) else None)
     return found

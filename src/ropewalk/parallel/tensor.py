@@ -3,7 +3,8 @@
 A block's matrices come in pairs. Of the first (q, k, v; gate and up) each process has some columns of the
 transposed weight: some heads, some inner channels. Of the second (o; down) it has the rows that belong to
 them. So a pair needs one exchange where the hidden states enter it and one where they leave it. Between the
-pairs each process keeps some tokens of each row only. The vocabulary of embedding and head is divided, too.
+pairs each process keeps some tokens of each row only; these it gives to whole experts, where an MLP is a
+mixture. The vocabulary of embedding and head is divided, too.
 
 A process has plain tensors, its slices, under the names of the whole ones: every operation, adapter and
 optimizer works on them as on a smaller model's. (With DTensor parameters none of our own operations would.)
@@ -19,6 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from ropewalk.errors import RopewalkError
 from ropewalk.model import Transformer
+from ropewalk.model.moe import MixtureOfExperts, RouterStatistics
 from ropewalk.ops import NF4Tensor, VocabularyPart
 from ropewalk.parallel.sharding import replace
 from ropewalk.parallel.slices import sliced_along
@@ -101,6 +103,7 @@ class _Exchange:
         return out.transpose(0, 1).contiguous()
 
     def own(self, x: Tensor) -> Tensor:
+        """`[B, S, ...]` -> `[B, S / degree, ...]`."""
         size = x.shape[1] // self.degree
         return x[:, self.index * size : (self.index + 1) * size].contiguous()
 
@@ -185,8 +188,27 @@ def _connect(model: Transformer, exchange: _Exchange) -> None:
 
     model.register_forward_pre_hook(begin)
     next(model.blocks.children()).register_forward_pre_hook(first)
+
+    def routed(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden, real = inputs
+        if exchange.apart and real is not None:
+            real = exchange.own(real.view(hidden.shape[0], -1)).flatten()
+        return hidden, real
+
+    def counted(_: nn.Module, __: Any, output: tuple[Tensor, RouterStatistics]) -> Any:
+        hidden, statistics = output
+        if not exchange.apart:
+            return output
+        sums = _Sum.apply(torch.stack(statistics), exchange)
+        return hidden, (sums[0].clone(), sums[1].clone())  # fully_shard warns of results that are views
+
     for block in model.blocks.children():
-        for pair, last in (("attention", "o_proj"), ("mlp", "down_proj")):
+        pairs = [("attention", "o_proj"), ("mlp", "down_proj")]
+        if isinstance(block.mlp, MixtureOfExperts):  # a process's own tokens, and experts that are not sliced
+            block.mlp.register_forward_pre_hook(routed)
+            block.mlp.register_forward_hook(counted)
+            pairs.pop()
+        for pair, last in pairs:
             block.get_submodule(pair).register_forward_pre_hook(enter)
             block.get_submodule(pair).register_forward_hook(leave(last))
     model.norm.register_forward_hook(lambda _, __, output: exchange.enter(output))

@@ -34,6 +34,9 @@ def started() -> bool:
 
 
 ALONE = Layout(replicate=1, shard=1)
+EXPERT_AXES = ("expert_copies", "expert_parts", "expert")
+"""of processes with the same blocks; neighbours have different experts: what is sent between them goes the
+shortest way"""
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,8 @@ class World:
     """an axis for each of `DEGREES`"""
     weights: "DeviceMesh | None" = None
     """what weights and states lie over: copies along the first axis, parts along the second"""
+    experts: "DeviceMesh | None" = None
+    """the same for experts where processes have different ones, which lie along the last of `EXPERT_AXES`"""
 
     @staticmethod
     def join(device: str, layout: Layout, timeout: float = 1800.0) -> "World":
@@ -73,12 +78,22 @@ class World:
             mesh["replicate", "shard"]._flatten("rows")
         weights = mesh["replicate", "shard"]
         if layout.context > 1:
-            if layout.tensor > 1:
+            if layout.data * layout.context != size:
                 mesh["replicate", "shard", "context"]._flatten("tokens")
-            axes = {"replicate": layout.replicate, "parts": layout.parts, "tensor": layout.tensor}
+            axes = {
+                "pipeline": layout.pipeline,
+                "replicate": layout.replicate,
+                "parts": layout.parts,
+                "tensor": layout.tensor,
+            }
             mesh_of_parts = init_device_mesh(device, tuple(axes.values()), mesh_dim_names=tuple(axes))
             weights = mesh_of_parts["replicate", "parts"]
-        return World(dist.get_rank(), size, local, layout, mesh, weights)
+        experts = None
+        if layout.expert > 1:
+            names = ("pipeline", *EXPERT_AXES)
+            sizes = tuple(getattr(layout, name) for name in names)
+            experts = init_device_mesh(device, sizes, mesh_dim_names=names)
+        return World(dist.get_rank(), size, local, layout, mesh, weights, experts)
 
     @property
     def first(self) -> bool:
@@ -88,10 +103,13 @@ class World:
     @property
     def part(self) -> int:
         """Which of `layout.data` parts of the rows is this process's."""
-        return self.rank // (self.size // self.layout.data)
+        whole = self.size // self.layout.pipeline  # those that have the same stages
+        return self.rank % whole // (whole // self.layout.data)
 
     def index(self, axis: str) -> int:
-        """This process's place along an axis of the mesh, or among the `parts` of the weights."""
+        """This process's place along an axis of a mesh, or among the `parts` of the weights."""
+        if axis in EXPERT_AXES:
+            return 0 if self.experts is None else self.experts.get_local_rank(axis)
         if self.mesh is None or self.weights is None:
             return 0
         return self.weights.get_local_rank(1) if axis == "parts" else self.mesh.get_local_rank(axis)
@@ -114,6 +132,12 @@ class World:
         """Sums over all processes, also those that share rows."""
         return list(numbers) if self.size == 1 else self._total(numbers, None)
 
+    def sum_everywhere(self, value: Tensor) -> Tensor:
+        """The same of a tensor, on its device, in place where there are several."""
+        if self.size > 1:
+            dist.all_reduce(value)
+        return value
+
     @staticmethod
     def _total(numbers: Sequence[float], group: Any) -> list[float]:
         sums = torch.tensor(list(numbers), dtype=torch.float64)
@@ -121,7 +145,10 @@ class World:
         return sums.tolist()
 
     def group(self, axis: str) -> Any:
-        """This process's group along an axis of the mesh, or along `rows`, `tokens` or `parts`."""
+        """This process's group along an axis of a mesh, or along `rows`, `tokens` or `parts`."""
+        if axis in EXPERT_AXES:
+            assert self.experts is not None
+            return self.experts.get_group(axis)
         assert self.mesh is not None
         assert self.weights is not None
         return self.weights.get_group(1) if axis == "parts" else self.mesh[axis].get_group()
@@ -130,6 +157,13 @@ class World:
         """The sum over the processes along an axis, in place where there are several."""
         if self.mesh is not None and getattr(self.layout, axis) > 1:
             dist.all_reduce(value, group=self.group(axis))
+        return value
+
+    def broadcast_along_pipeline(self, value: Tensor, stage: int) -> Tensor:
+        """What the process with a stage has, in place in all of its `pipeline` group."""
+        if self.layout.pipeline > 1:
+            group = self.group("pipeline")
+            dist.broadcast(value, dist.get_global_rank(group, self.layout.place(stage)), group=group)
         return value
 
     def share(self, value: Any) -> Any:

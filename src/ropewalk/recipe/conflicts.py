@@ -1,8 +1,10 @@
 """Pairs of settings that cannot go together, each with the reason and the way out."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from ropewalk.errors import UserError
+from ropewalk.layout import ONE_STAGE, ZERO_BUBBLE, Layout
 from ropewalk.recipe.schema import Recipe
 
 
@@ -74,14 +76,80 @@ def _of_layout(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if parallel.shard * parallel.context > 1 and optimizer.state_bits < 32:
         why = "blocks of low-bit states lie across the borders of the parts"
         yield "train.optimizer.state_bits", f"not with {divided}: {why}; set it to 32"
+    if parallel.pipeline > 1:
+        yield from _of_pipeline(recipe)
     if parallel.tensor > 1:
         yield from _of_tensor(recipe)
     if parallel.context > 1:
         yield from _of_context(recipe)
-    if parallel.replicate * parallel.shard * parallel.context > 1 and method in ("prompt", "prefix"):
+    if parallel.expert > 1:
+        yield from _of_expert(recipe)
+    several = parallel.replicate * parallel.shard * parallel.context * parallel.pipeline > 1
+    if several and method in ("prompt", "prefix"):
         why = "virtual tokens run through the blocks beside the documents"
-        others = "" if parallel.context == 1 else " and parallel.context: 1"
-        yield "adapt.method", f"{method} trains in one process only: {why}; set parallel.shard: 1{others}"
+        others = [
+            f" and parallel.{name}: 1" for name in ("context", "pipeline") if getattr(parallel, name) > 1
+        ]
+        end = "".join(others)
+        yield "adapt.method", f"{method} trains in one process only: {why}; set parallel.shard: 1{end}"
+
+
+def _of_pipeline(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """What the schedule cannot do, and what needs one micro-batch to end before the next begins."""
+    train, parallel = recipe.train, recipe.parallel
+    schedule, stages = parallel.pipeline_schedule, parallel.pipeline_stages
+    if schedule in ONE_STAGE and stages not in (None, 1):
+        way = "set it to 1, or parallel.pipeline_schedule: interleaved-1f1b"
+        yield "parallel.pipeline_stages", f"with {schedule} a process has one run of blocks; {way}"
+    if schedule == "zbv" and stages not in (None, 2):
+        way = "set it to 2, or parallel.pipeline_schedule: interleaved-zb"
+        yield "parallel.pipeline_stages", f"zbv goes through the processes there and back; {way}"
+    if train.optimizer.in_backward:
+        why = "it has one micro-batch in a step, and a pipeline is idle without several"
+        yield "train.optimizer.in_backward", f"{why}; set it to false, or parallel.pipeline: 1"
+    else:
+        yield from _of_micro_batches(recipe)
+    if train.cuda_graphs:
+        why = (
+            "a replay overwrites what the one before has kept, and a pipeline has several micro-batches open"
+        )
+        yield "train.cuda_graphs", f"{why}; set it to false"
+    if train.activation_offload:
+        why = "inputs come back in the reverse order of a single micro-batch, and a pipeline has several open"
+        yield "train.activation_offload", f"{why}; set it to false"
+    if schedule in ZERO_BUBBLE:
+        if train.compile:
+            why = f"{schedule} makes gradients of weights apart, which compiled blocks make in one go"
+            yield "train.compile", f"{why}; set it to false, or parallel.pipeline_schedule: 1f1b"
+        if train.checkpointing == "selective" or train.checkpointing_budget is not None:
+            key = "checkpointing" if train.checkpointing_budget is None else "checkpointing_budget"
+            why = f"{schedule} goes back through a block twice, and selective checkpointing allows that once"
+            yield f"train.{key}", f"{why}; set train.checkpointing: full, or parallel.pipeline_schedule: 1f1b"
+        if parallel.shard * parallel.context > 1 and parallel.stage != 1:
+            why = f"{schedule} makes gradients of weights late, and keeps them whole until then"
+            yield "parallel.stage", f"{why}; set it to 1, or parallel.pipeline_schedule: 1f1b"
+
+
+def _of_micro_batches(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """A number of micro-batches in a step that the schedule cannot do."""
+    train, parallel = recipe.train, recipe.parallel
+    layout = Layout(pipeline=parallel.pipeline, shard=1, pipeline_schedule=parallel.pipeline_schedule)
+    rows = (train.batch_size or 1) // (parallel.replicate * parallel.shard)
+    size = train.micro_batch_size or rows
+    if layout.takes(rows // size):
+        return
+    fits = [n for n in range(1, rows + 1) if rows % n == 0 and layout.takes(rows // n)]
+    degrees = [
+        d for d in range(parallel.pipeline - 1, 1, -1) if replace(layout, pipeline=d).takes(rows // size)
+    ]
+    way = f"set parallel.pipeline: {degrees[0] if degrees else 1}"
+    if fits:
+        way = f"set it to {min(fits, key=lambda n: (abs(n - size), n))}, or {way.removeprefix('set ')}"
+    needs = (
+        "at least as many as processes" if layout.pipeline_schedule == "1f1b" else "rounds of equal length"
+    )
+    why = f"{rows} rows make {rows // size} micro-batches of {size} for {parallel.pipeline} processes, and "
+    yield "train.micro_batch_size", f"{why}{parallel.pipeline_schedule} needs {needs}; {way}"
 
 
 def _of_context(recipe: Recipe) -> Iterator[tuple[str, str]]:
@@ -117,6 +185,14 @@ def _of_tensor(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if recipe.data.sequence_length % degree:
         why = f"between products each of {degree} processes has a part of the tokens"
         yield "data.sequence_length", f"{why}; make it a multiple of {degree}"
+
+
+def _of_expert(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    if recipe.train.compile:
+        yield "train.compile", "not with parallel.expert: blocks exchange hidden states; set it to false"
+    if recipe.train.precision == "float8":
+        why = "float8 products take a multiple of 16 tokens, and an expert gets as many as come"
+        yield "train.precision", f"{why}; set parallel.expert: 1"
 
 
 def _of_activations(recipe: Recipe) -> Iterator[tuple[str, str]]:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import PurePath
 from typing import Any
 
@@ -150,7 +150,7 @@ def _derive_train(recipe: Recipe, machine: Machine) -> Derived:
         rows = 8
         found["train.batch_size"] = (rows, "8 rows unless told")
     layout, why = _layout(recipe, machine)
-    for name in DEGREES:
+    for name in (*DEGREES, "expert"):
         if getattr(recipe.parallel, name) == REST:
             found[f"parallel.{name}"] = (getattr(layout, name), why)
     if train.threads == 0:
@@ -162,7 +162,7 @@ def _derive_train(recipe: Recipe, machine: Machine) -> Derived:
             f"choose a multiple of {layout.data}"
         )
     if train.micro_batch_size is None:
-        found["train.micro_batch_size"] = _micro_batch(mine, recipe.data.sequence_length, device)
+        found["train.micro_batch_size"] = _micro_batch(mine, recipe.data.sequence_length, device, layout)
     elif mine % train.micro_batch_size:
         each = f", {mine} for each process" if layout.data > 1 else ""
         raise UserError(
@@ -182,8 +182,7 @@ def _derive_train(recipe: Recipe, machine: Machine) -> Derived:
 
 def _layout(recipe: Recipe, machine: Machine) -> tuple[Layout, str]:
     """What the processes that there are make of the recipe's degrees, or how many those ask for."""
-    degrees = {name: getattr(recipe.parallel, name) for name in DEGREES}
-    layout = Layout(**degrees, stage=recipe.parallel.stage)
+    layout = Layout(**{field.name: getattr(recipe.parallel, field.name) for field in fields(Layout)})
     if machine.processes is None:
         return layout.over(layout.processes), "no more processes than the other degrees ask for"
     return layout.over(machine.processes), f"the rest of {machine.processes} processes"
@@ -207,12 +206,18 @@ def _learning_rate(recipe: Recipe) -> tuple[float, str]:
     return rate * factor, why
 
 
-def _micro_batch(rows: int, sequence_length: int, device: str) -> tuple[int, str]:
+def _micro_batch(rows: int, sequence_length: int, device: str, layout: Layout) -> tuple[int, str]:
     limit = 8192 if device == "cuda" else 2048
     most = max(1, limit // sequence_length)
-    micro = max(n for n in range(1, min(rows, most) + 1) if rows % n == 0)
+    fits = [n for n in range(1, min(rows, most) + 1) if rows % n == 0]
     where = "a GPU" if device == "cuda" else "a CPU"
-    return micro, f"largest divisor of the batch up to {limit:,} tokens on {where}"
+    why = f"largest divisor of the batch up to {limit:,} tokens on {where}"
+    if layout.pipeline > 1:
+        why += f" that makes micro-batches enough for {layout.pipeline_schedule}"
+        # four micro-batches for each process, so that they wait for each other a fifth of the time at most
+        enough = [n for n in fits if layout.takes(rows // n)] or fits
+        fits = [n for n in enough if rows // n >= 4 * layout.pipeline] or enough[:1]
+    return max(fits), why
 
 
 def _later(name: str, value: Any) -> str:
@@ -223,6 +228,8 @@ def _later(name: str, value: Any) -> str:
         return "decided for each document"
     if name == "train.schedule.warmup_steps" and value is None:
         return "train.schedule.warmup_fraction of the steps that train.epochs comes to"
+    if name == "parallel.pipeline_stages":
+        return "as few as the schedule allows"
     if name == "evaluate.base" and not value:
         return "the same as evaluate.tasks"
     return ""

@@ -259,6 +259,14 @@ class Parallel(Section):
     """How attention reaches the others' tokens: all keys at once, keys in turn, or tokens for heads."""
     tensor: Positive = 1
     """Processes that share every matrix product (arXiv 1909.08053), and the tokens between them."""
+    pipeline: Positive | Literal[-1] = 1
+    """Groups of processes that each have some blocks, for one micro-batch after the other; -1: the rest."""
+    pipeline_schedule: Literal["gpipe", "1f1b", "interleaved-1f1b", "interleaved-zb", "zbv"] = "1f1b"
+    """Order of passes (arXiv 1811.06965, 1806.03377, 2104.04473, and without bubbles 2401.10241)."""
+    pipeline_stages: Positive | None = None
+    """Runs of blocks in each process; unless told, 2 for interleaved-1f1b, interleaved-zb and zbv, else 1."""
+    expert: Positive | Literal[-1] = 1
+    """Processes, of those with the same blocks, that divide the experts of a mixture; -1: all of them."""
     stage: Literal[1, 2, 3] = 3
     """Divide optimizer states (1), gradients too (2), weights too (3): ZeRO, arXiv 1910.02054."""
     hang_seconds: PositiveNumber | None = None

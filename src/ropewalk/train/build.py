@@ -24,6 +24,7 @@ from ropewalk.model import (
 from ropewalk.recipe import Recipe
 from ropewalk.train.activations import save_activations
 from ropewalk.train.compiling import compile_blocks, use_float8
+from ropewalk.train.pipelined import without_values
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float8": torch.bfloat16}
 
@@ -33,6 +34,8 @@ class Built:
     """A model ready for training, and how to write what was trained of it."""
 
     model: Transformer
+    whole: Transformer
+    """the same one, or, where this process keeps some of its blocks or experts, all of it without values"""
     tokenizer: Any
     adapted: tuple[str, ...]
     """names of what an adaptation method trains: modules, or biases; none where every weight is trained"""
@@ -49,16 +52,28 @@ class Built:
 
         `values` gives the parameters of `saved` by name, whole.
         """
-        if unmerged(self.model):
-            save_adapter(self.model, path, self.source, revision=self.revision, values=values)
+
+        def typed(name: str) -> Tensor:
+            value, dtype = values(name), self.whole.get_parameter(name).dtype
+            return value if value.dtype == dtype else value.to(dtype)  # a master of blocks that are not here
+
+        if unmerged(self.whole):
+            save_adapter(self.whole, path, self.source, revision=self.revision, values=typed)
             self.tokenizer.save_pretrained(path)
         else:
-            save_model(self.model, self.tokenizer, path, values=values)
+            save_model(self.whole, self.tokenizer, path, values=typed)
 
     def saved(self) -> list[str]:
         """Names of the parameters that `save` writes or reads."""
-        names = [name for name, _ in self.model.named_parameters()]
-        return read_parameters(self.model) if unmerged(self.model) else names
+        here = [name for name, _ in self.model.named_parameters()]
+        return (
+            [name for name in read_parameters(self.model) if name in here] if unmerged(self.whole) else here
+        )
+
+    def elsewhere(self) -> set[str]:
+        """Names of the parameters that only other processes have."""
+        here = {name for name, _ in self.model.named_parameters()}
+        return {name for name, _ in self.whole.named_parameters()} - here
 
 
 def build(recipe: Recipe, device: torch.device, checkpoint: Path | None = None) -> Built:
@@ -83,6 +98,8 @@ def build(recipe: Recipe, device: torch.device, checkpoint: Path | None = None) 
         adapted = apply_adapter(model, config, seed=recipe.seed)
     elif adapt.freeze:
         freeze(model, adapt.freeze)
+    apart = recipe.parallel.pipeline > 1 or recipe.parallel.expert > 1
+    whole = without_values(model) if apart else model
     torch.manual_seed(recipe.seed)
     model.train()
     if train.precision == "float8":
@@ -100,6 +117,7 @@ def build(recipe: Recipe, device: torch.device, checkpoint: Path | None = None) 
     source = recipe.model.source if recipe.model.source is not None else "from scratch"
     return Built(
         model,
+        whole,
         _fitting(load_run_tokenizer(recipe), recipe, model),
         tuple(adapted),
         source,

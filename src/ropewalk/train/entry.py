@@ -13,7 +13,7 @@ from ropewalk.data import DamagedDataError, TokenShards, prepare
 from ropewalk.errors import UserError
 from ropewalk.files import cache_directory, remove_leftovers
 from ropewalk.layout import Layout
-from ropewalk.parallel import World, context_refusal, refusal, started
+from ropewalk.parallel import World, context_refusal, expert_refusal, pipeline_refusal, refusal, started
 from ropewalk.parallel.preflight import meet
 from ropewalk.recipe import Recipe, load_recipe, resolve, to_yaml
 from ropewalk.track import RunDirectory, environment
@@ -156,6 +156,10 @@ def layout_of(recipe: Recipe) -> Layout:
         raise UserError(f"parallel.tensor: {why}")
     if layout.context > 1 and (why := context_refusal(config_of(recipe), layout)):
         raise UserError(f"parallel.context: {why}")
+    if layout.pipeline > 1 and (why := pipeline_refusal(config_of(recipe), layout)):
+        raise UserError(f"parallel.pipeline: {why}")
+    if layout.expert > 1 and (why := expert_refusal(config_of(recipe), layout)):
+        raise UserError(f"parallel.expert: {why}")
     return layout
 
 
@@ -178,7 +182,7 @@ def finish(job: Job, run: RunDirectory, reporter: Reporter) -> TrainResult:
         f"{run.path}: {job.steps} steps of {job.rows} rows ({epochs:.3g} epochs) on {job.device}, "
         f"training {what}" + (f", going on after step {job.step}" if job.step else "")
     )
-    if adapted and (sentence := left_out(job.built.model)):
+    if adapted and (sentence := left_out(job.built.whole)):
         reporter.say(sentence)
     if job.compile_seconds is not None:
         reporter.say(

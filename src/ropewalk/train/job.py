@@ -24,6 +24,7 @@ from ropewalk.train.checkpoint import load_state, random_state, set_random_state
 from ropewalk.train.host_memory import give_back_large_blocks
 from ropewalk.train.metrics import Meter
 from ropewalk.train.optim import Optimizer, OptimizerConfig
+from ropewalk.train.pipelined import PipelinedSteps, stages_of
 from ropewalk.train.saving import Contents, Saver, check_room
 from ropewalk.train.schedule import learning_rate
 from ropewalk.train.self_check import SelfCheck, check_compiled, self_check
@@ -44,6 +45,10 @@ class Job:
     steps: int
     meter: Meter
     world: World
+    pipeline: PipelinedSteps | None = None
+    """computes the steps where processes have some of the blocks each"""
+    checkpoint_bytes: int = 0
+    """about what a checkpoint of this run takes on the disk"""
     step: int = 0
     validation_losses: dict[int, float] = field(default_factory=dict)
     """by step"""
@@ -145,21 +150,11 @@ class Job:
                 }
             ),
             save_model=self.built.save,
-            needed=self.checkpoint_bytes(),
+            needed=self.checkpoint_bytes,
             validation_loss=self.validation_losses.get(self.step),
         )
         self.saved_at = time.monotonic()
         self.saved = saver.begin(contents, copy)
-
-    def checkpoint_bytes(self) -> int:
-        """About what a checkpoint of this run takes on the disk."""
-        model, trained = self.built.model, self.optimizer.parameters
-        sizes = {name: math.prod(part_of(name, p, self.world).shape) for name, p in trained.items()}
-        state = sum(size * self.optimizer.saved_bytes(name) for name, size in sizes.items())
-        weights = [(name, model.get_parameter(name)) for name in self.built.saved()]
-        return round(state) + sum(
-            math.prod(part_of(name, p, self.world).shape) * p.element_size() for name, p in weights
-        )
 
     def check_room(self, folder: Path) -> None:
         """RopewalkError where the disk has no room for the checkpoints that will be in `folder`."""
@@ -167,7 +162,7 @@ class Job:
         saves = math.ceil((self.steps - self.step) / train.checkpoint_every) if train.checkpoint_every else 1
         check_room(
             folder,
-            self.checkpoint_bytes(),
+            self.checkpoint_bytes,
             saves=saves if train.checkpoint_minutes is None else None,
             keep=train.keep,
             best=self.validation is not None,
@@ -177,7 +172,8 @@ class Job:
         """Goes on from a verified checkpoint. UserError where it belongs to other data or another model."""
         state = load_state(checkpoint)
         divided(self.built.model, self.world)  # back from a step, weights may still be gathered
-        tensors = load_tensors(checkpoint / "state", self.optimizer.parameters, self.world)
+        elsewhere = self.built.elsewhere()
+        tensors = load_tensors(checkpoint / "state", self.optimizer.parameters, self.world, elsewhere)
         self.step, self.saved = state["step"], checkpoint
         self.spikes.load(state.get("spikes", {}))
         if state["loader"] != self._position():
@@ -223,7 +219,8 @@ def open_job(
     # before the optimizer, which takes gradients away
     checked = check(recipe, built, loader, steps) if train.self_check and not checkpoint else None
     warm_up = warm(recipe, built, loader) if train.compile else None
-    shard(built.model, world)
+    stages = stages_of(built.model.config, world)
+    shard(built.model, world, stages)
     optimizer = Optimizer(
         built.model,
         optimizer_config(recipe),
@@ -244,14 +241,31 @@ def open_job(
         steps,
         meter,
         world,
+        checkpoint_bytes=round(world.everywhere([_written(built, optimizer, world)])[0]),
         checked=checked,
         compile_seconds=warm_up,
         spikes=Spikes(train.spike.window),
         paces=Paces(world, () if train.compile else built.model.blocks.children(), device.type),
     )
+    if world.layout.pipeline > 1:
+        micro_batches, shape = job.own_rows // job.micro_rows, (job.micro_rows, recipe.data.sequence_length)
+        job.pipeline = PipelinedSteps(
+            built.model, optimizer, world, stages, micro_batches, shape, train.loss_chunk
+        )
     if checkpoint is not None:
         job.restore(checkpoint)
     return job
+
+
+def _written(built: Built, optimizer: Optimizer, world: World) -> float:
+    """Bytes that this process writes, or has written, into a checkpoint."""
+    saved, total = set(built.saved()), 0.0
+    for name, parameter in built.model.named_parameters():
+        part = part_of(name, parameter, world)
+        each = optimizer.saved_bytes(name) if name in optimizer.parameters else 0.0
+        each += parameter.element_size() if name in saved else 0
+        total += part.writes * math.prod(part.size) * each
+    return total
 
 
 def rows_of(recipe: Recipe, shards: TokenShards, tokenizer: Any) -> Loader:

@@ -76,19 +76,20 @@ def parity(recipe: Recipe | str | Path | Mapping[str, Any], overrides: Sequence[
 
     The layout's processes are started here, on this machine. UserError for a recipe with one process only.
     """
+    from ropewalk.train.entry import layout_of
+
     resolved = resolve(load_recipe(recipe, overrides)).recipe
     degrees = {name: getattr(resolved.parallel, name) for name in DEGREES}
-    said = " x ".join(f"{name} {degree}" for name, degree in degrees.items() if degree > 1)
+    shown = degrees | {"expert": resolved.parallel.expert}
+    said = " x ".join(f"{name} {degree}" for name, degree in shown.items() if degree > 1)
     if not said:
         raise UserError("parity: the recipe has one process; say which layout, as in parallel.tensor=2")
     if started():
         raise UserError("parity: starts the processes itself; do not start it by torchrun")
     with tempfile.TemporaryDirectory(prefix="ropewalk-") as folder:
-        config = shallow(config_of(resolved))
+        config = shallow(config_of(resolved), layout_of(resolved).stages)
         small = reduced(resolved, config, Path(folder))
-        one = small.model_copy(
-            update={"parallel": small.parallel.model_copy(update=dict.fromkeys(DEGREES, 1))}
-        )
+        one = small.model_copy(update={"parallel": small.parallel.model_copy(update=dict.fromkeys(shown, 1))})
         alone = parity_steps(one.model_dump(mode="json"))
         processes = math.prod(degrees.values())
         arguments = [small.model_dump(mode="json")]
@@ -96,10 +97,10 @@ def parity(recipe: Recipe | str | Path | Mapping[str, Any], overrides: Sequence[
     return compared(said, config.num_hidden_layers, alone, Steps(**found))
 
 
-def shallow(config: ModelConfig) -> ModelConfig:
-    """The fewest blocks, two at least, among which each kind of them is."""
+def shallow(config: ModelConfig, least: int = LEAST_BLOCKS) -> ModelConfig:
+    """The fewest blocks, two or `least` at least, among which each kind of them is."""
     kinds = [(config.window(i), i in config.moe_layers) for i in range(config.num_hidden_layers)]
-    count = min(LEAST_BLOCKS, len(kinds))
+    count = min(max(least, LEAST_BLOCKS), len(kinds))
     while set(kinds[:count]) != set(kinds):
         count += 1
     experts = tuple(layer for layer in config.moe_layers if layer < count)
@@ -116,6 +117,7 @@ def reduced(recipe: Recipe, config: ModelConfig, folder: Path) -> Recipe:
     save_model(from_config(config, recipe.seed), tokenizer, folder / "model")
     parts = recipe.parallel.replicate * recipe.parallel.shard
     optimizer = recipe.train.optimizer.model_copy(update={"masters": True})
+    micro_batches = max(2, recipe.parallel.pipeline)
     whole = 2 * recipe.parallel.context * recipe.parallel.tensor
     length = min(recipe.data.sequence_length, MOST_TOKENS // whole * whole)
     train = {
@@ -125,7 +127,7 @@ def reduced(recipe: Recipe, config: ModelConfig, folder: Path) -> Recipe:
         "self_check": False,
         "epochs": None,
     }
-    train |= {"steps": STEPS, "tokens": None, "batch_size": 2 * parts, "optimizer": optimizer}
+    train |= {"steps": STEPS, "tokens": None, "batch_size": micro_batches * parts, "optimizer": optimizer}
     train["micro_batch_size"] = 2 if optimizer.in_backward else 1
     return recipe.model_copy(
         update={
@@ -148,7 +150,7 @@ def parity_steps(recipe: Mapping[str, Any]) -> Steps:
     world.wait()
     job = open_job(checked, (prepared or prepare(checked)).train, None, world=world)
     found = Steps()
-    watched = Watched(job.built.model)
+    watched = Watched(job.built.model, job.built.whole)
     for job.step in range(1, STEPS + 1):
         loss, norm = _step(job)
         found.losses.append(loss)
@@ -166,6 +168,10 @@ def _step(job: Job) -> tuple[float, float]:
     rate = job.learning_rate()
     job.optimizer.begin(rate)
     total = 0.0
+    if job.pipeline is not None:
+        parts = [batch.rows(row, row + job.micro_rows) for row in range(0, job.own_rows, job.micro_rows)]
+        total = sum(loss.item() for loss in job.pipeline.compute(parts, int(scored))) / scored
+        return _updated(job, total, rate)
     for row in range(0, job.own_rows, job.micro_rows):
         part = batch.rows(row, row + job.micro_rows)
         reduce_gradients(job.built.model, job.world, last=row + job.micro_rows == job.own_rows)
@@ -173,6 +179,10 @@ def _step(job: Job) -> tuple[float, float]:
         balance = job.built.model.auxiliary_loss()
         (loss if balance is None else loss + balance * (job.micro_rows / job.rows)).backward()
         total += loss.item()
+    return _updated(job, total, rate)
+
+
+def _updated(job: Job, total: float, rate: float) -> tuple[float, float]:
     norm = job.optimizer.gradient_norm().item()
     job.optimizer.step(rate)
     return job.world.total_of_tokens([total])[0], norm
@@ -181,14 +191,16 @@ def _step(job: Job) -> tuple[float, float]:
 class Watched:
     """Sums over the tokens that a process has, of what each block and each part of it gives to the next."""
 
-    def __init__(self, model: Transformer) -> None:
+    def __init__(self, model: Transformer, whole: Transformer) -> None:
         self.values: dict[str, Tensor] = {}
         self.gradients: dict[str, Tensor] = {}
         self._handles = []
-        for number, block in model.blocks.named_children():
-            parts = {f"blocks.{number}.{name}": part for name, part in block.named_children()}
-            for name, part in {**parts, f"blocks.{number}": block}.items():
+        for number, block in whole.blocks.named_children():
+            parts = [f"blocks.{number}.{name}" for name, _ in block.named_children()]
+            for name in (*parts, f"blocks.{number}"):
                 self.values[name], self.gradients[name] = torch.zeros(2, 2, dtype=torch.float64)
+        for name, part in model.named_modules():
+            if name in self.values:
                 self._handles.append(part.register_forward_hook(self._seen(name)))
 
     def _seen(self, name: str) -> Any:
@@ -198,8 +210,12 @@ class Watched:
                 return
             self.values[name] += _sums(value)
 
+            seen_before: list[bool] = []  # gradients of weights may be made apart, and pass here once more
+
             def gradient(slope: Tensor) -> None:
-                self.gradients[name] += _sums(slope)
+                if not seen_before:
+                    self.gradients[name] += _sums(slope)
+                seen_before.append(True)
 
             value.register_hook(gradient)
 

@@ -170,10 +170,13 @@ def compute(job: Job, parts: list[Batch], scored: int) -> list[float]:
     """Gradients of a step: the summed loss of each micro-batch, and the norm of all gradients."""
     if job.recipe.train.cuda_graphs:
         torch.compiler.cudagraph_mark_step_begin()  # the gradients that the last replays made are used up
-    sums = []
-    for part in parts:
-        reduce_gradients(job.built.model, job.world, last=part is parts[-1])
-        sums.append(backward(job, part, scored))
+    if job.pipeline is not None:
+        sums = job.pipeline.compute(parts, scored)
+    else:
+        sums = []
+        for part in parts:
+            reduce_gradients(job.built.model, job.world, last=part is parts[-1])
+            sums.append(backward(job, part, scored))
     measured = torch.stack([*sums, job.optimizer.gradient_norm().to(job.device)])
     return measured.tolist()  # the step's one wait for the device
 

@@ -1,5 +1,6 @@
 """What is minimized: next-token cross-entropy, through the one loss core."""
 
+import torch
 from torch import Tensor
 
 from ropewalk.data import Batch
@@ -20,6 +21,13 @@ def loss_sum(model: Transformer, batch: Batch, chunk: int) -> Tensor:
         tokens, positions, labels = tokens[:, here], positions[:, here], labels[:, here]
     tokens, positions = (part.to(device, non_blocking=True) for part in (tokens, positions))
     hidden = model(tokens, positions=positions, segments=batch.segments)
+    if model.blocks_part is not None and not model.blocks_part.head:
+        return torch.zeros((), device=device)  # another process has it
+    return head_loss_sum(model, hidden, labels, chunk)
+
+
+def head_loss_sum(model: Transformer, hidden: Tensor, labels: Tensor, chunk: int) -> Tensor:
+    """The same from hidden states `[B, S, H]` after all blocks, and labels `[B, S]`."""
     return linear_cross_entropy(
         hidden.flatten(0, 1),
         model.output_weight,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ropewalk.errors import UserError
-from ropewalk.parallel import World, has_partial_gradient, sliced_along
+from ropewalk.parallel import World, axes_of, first_with, has_partial_gradient
 from ropewalk.train.optim_rules import Rule, Update, adafactor, adamw, first_state, lion, muon
 from ropewalk.train.optim_slot import Host, Slot
 
@@ -93,6 +93,7 @@ class Optimizer:
         matrices = {name for name in self._decayed if model.get_parameter(name).ndim == 2}
         self._hidden = matrices - {"head.weight", "lm_head.weight"}
         devices = {p.device for p in self.parameters.values()}
+        self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
         offloaded = [d for d in devices if config.offload and d.type in self._OFFLOADED]
         self._hosts = {device: Host(device) for device in offloaded}
         self._slots = {
@@ -130,27 +131,26 @@ class Optimizer:
             host.finish()
         return {name: slot.gradient for name, slot in self._slots.items() if slot.gradient is not None}
 
+    def change_gradient(self, name: str, change: Callable[[Tensor], Tensor]) -> None:
+        """Puts another gradient, made of it, in the place of the one at hand."""
+        gradient = self.gradients()[name]
+        self._slots[name].gradient = change(gradient)
+
     def gradient_norm(self) -> Tensor:
         """Global 2-norm of all gradients, used up ones too: 0-d float32, 0 where there are none."""
-        at_hand = self.gradients()
-        mine: dict[bool, list[Tensor]] = {True: [], False: []}
+        at_hand, world = self.gradients(), self._world
+        mine: list[Tensor] = []
         for name, slot in self._slots.items():
-            divided = self._world.layout.tensor > 1 and sliced_along(name) is not None
-            mine[divided] += self._norms.get(name, []) + (_norms(slot) if name in at_hand else [])
-        squares = [
-            torch.linalg.vector_norm(torch.stack(norms)).square() if norms else None
-            for norms in (mine[False], mine[True])
-        ]
-        if squares[1] is not None:
-            squares[1] = self._world.sum_along("tensor", squares[1])
-        found = [square for square in squares if square is not None]
-        if not found:
-            return torch.zeros(())
-        return self._world.sum_along("parts", torch.stack(found).sum()).sqrt() * self._scale
+            if first_with(name, world):
+                mine += self._norms.get(name, []) + (_norms(slot) if name in at_hand else [])
+        square = torch.linalg.vector_norm(torch.stack(mine)).square() if mine else torch.zeros(())
+        # each part is counted by one process: all sums are one
+        return world.sum_everywhere(square.to(self._device)).sqrt() * self._scale
 
     def _combine(self, name: str) -> Callable[[Tensor], Tensor] | None:
         """What adds up the parts of a gradient that the processes of a tensor group make of it."""
-        if self._world.layout.tensor == 1 or not has_partial_gradient(name):
+        copies, _ = axes_of(name, self._world)
+        if self._world.layout.tensor == 1 or "tensor" not in copies or not has_partial_gradient(name):
             return None
         return partial(self._world.sum_along, "tensor")
 

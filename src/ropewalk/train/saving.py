@@ -289,11 +289,11 @@ def check_room(folder: Path, one: int, *, saves: int | None, keep: int, best: bo
 
 def _values(contents: Contents, state: Stored, frozen: Stored) -> Callable[[str], Tensor]:
     """Whole parameters by name, from the parts in an unfinished checkpoint."""
-    written = set(frozen.names())
+    written, kept = set(frozen.names()), set(state.names())
 
     def value(name: str) -> Tensor:
-        if name in contents.trained:
-            return state.read(f"master.{name}").to(contents.trained[name].dtype)
+        if (key := f"master.{name}") in kept:
+            return state.read(key)
         key = f"frozen.{name}"
         return frozen.read(key) if key in written else contents.frozen[name].detach()
 

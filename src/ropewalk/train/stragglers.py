@@ -83,7 +83,10 @@ class Paces:
         self, world: World | None = None, blocks: Iterable[nn.Module] = (), device: str = "cpu"
     ) -> None:
         self.world = world or World()
-        self._timer = BlockTimer(blocks if self.world.size > 1 else (), device)
+        blocks = list(blocks) if self.world.size > 1 else []
+        # the stages of a pipeline have more and fewer blocks: what is compared is the time of one
+        self._blocks = len(blocks) if self.world.layout.pipeline > 1 else 1
+        self._timer = BlockTimer(blocks, device)
         self._steps = 0
         self._sums = [0.0, 0.0, 0.0, 0.0]
         self._slow_for: dict[int, int] = {}
@@ -95,7 +98,7 @@ class Paces:
     def add(self, seconds: float, data_wait: float, waiting: float) -> None:
         """A step, of which so much was spent waiting for data, and for the others in totals on the host."""
         if self.world.size > 1:
-            times = (seconds, data_wait, self._timer.take(), waiting)
+            times = (seconds, data_wait, self._timer.take() / max(1, self._blocks), waiting)
             self._sums = [total + more for total, more in zip(self._sums, times, strict=True)]
             self._steps += 1
 

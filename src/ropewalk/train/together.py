@@ -37,13 +37,16 @@ def together(
             if answer.is_file() and (status == 0 or -status in FORWARDED):
                 values: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
                 return values
-            # the first is the cause, and the others have only noticed
-            errors, crashes = (
+            # a user's mistake explains what else went wrong; else the first is the cause, and the others have
+            # only noticed
+            mistakes, errors, crashes = (
                 sorted(Path(folder).glob(f"job.{kind}-*"), key=lambda file: file.stat().st_mtime_ns)
-                for kind in ("error", "crash")
+                for kind in ("mistake", "error", "crash")
             )
+            if mistakes:
+                raise UserError(mistakes[0].read_text(encoding="utf-8"))
             if errors:
-                raise (UserError if status == 2 else RopewalkError)(errors[0].read_text(encoding="utf-8"))
+                raise RopewalkError(errors[0].read_text(encoding="utf-8"))
             how = f"by {signal.Signals(-status).name}" if status < 0 else f"with status {status}"
             why = crashes[0].read_text(encoding="utf-8").rstrip() if crashes and status > 0 else ""
         run = run_of(f"{JOB}={key}", runs, name)

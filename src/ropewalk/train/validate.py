@@ -50,6 +50,7 @@ def validation_loss(
             if start < rows:
                 scored += int((batch.labels != -100).sum())
                 total += found
+    total = world.sum_along("pipeline", total)  # the others of a pipeline have 0
     (whole,), (seen,) = world.total_of_tokens([total.item()]), world.total([scored])
     return whole / max(1, seen), int(seen)
 
@@ -66,6 +67,10 @@ def write_samples(
 ) -> None:
     """Greedy answers to the prompt panel, one JSON line `{prompt, answer}` each; None: not written."""
     with evaluating(model, compiled):
+        # fully_shard keeps what it first gathers weights into: made while generating, in inference mode, it
+        # could not be trained with
+        with torch.no_grad():
+            model(torch.zeros(1, 1, dtype=torch.int64, device=model.embed.weight.device))
         samples = run_panel(model, tokenizer, prompts, max_new_tokens, batch_size)
     if path is not None:
         atomic_write(

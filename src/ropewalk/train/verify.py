@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ropewalk.errors import RopewalkError
-from ropewalk.parallel import World, local
+from ropewalk.parallel import World, local, replicas
 
 ADVICE = (
     "a processor or a memory there computes or keeps wrong numbers; this step was not updated with them: "
@@ -114,13 +114,14 @@ def _difference(first: Any, second: Any) -> str:
 
 def compare_replicas(tensors: Mapping[str, Tensor], world: World, step: int) -> None:
     """RopewalkError, naming process, host and tensor, where replicas do not hold the same bits."""
-    if world.layout.replicate == 1:
+    if world.layout.replicate * world.layout.pipeline == 1:
         return
     notes = world.each((socket.gethostname(), check_sums(tensors)))
-    apart = world.size // world.layout.replicate
-    for first in range(apart):
-        ranks = range(first, world.size, apart)
-        for name in tensors:
+    for name in dict.fromkeys(name for _, sums in notes for name in sums):
+        for alike in replicas(name.partition(".")[2], world):
+            ranks = [rank for rank in alike if name in notes[rank][1]]
+            if not ranks:  # of experts that others have
+                continue
             sums = Counter(notes[rank][1][name] for rank in ranks)
             if len(sums) == 1:
                 continue

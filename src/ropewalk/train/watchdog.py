@@ -25,6 +25,8 @@ LEAST, FIRST, TIMES = 60.0, 1800.0, 10
 multiple of the longest so far."""
 PACKAGE = Path(__file__).resolve().parents[1]
 SAID = "hang.txt"
+WAITING = ("ring_receive", "_wait_batch_p2p")
+"""functions that wait for other processes, besides torch.distributed's own: ours, and its pipelines'"""
 
 
 class Watchdog:
@@ -92,7 +94,7 @@ class Watchdog:
         while frame is not None:
             path = Path(frame.f_code.co_filename)
             # the outermost of its functions: the one that was called
-            if path.name == "distributed_c10d.py" or frame.f_code.co_name == "ring_receive":
+            if path.name == "distributed_c10d.py" or frame.f_code.co_name in WAITING:
                 collective = frame.f_code.co_name
             if line is None and path.is_relative_to(PACKAGE):
                 line = f"{path.relative_to(PACKAGE)}:{frame.f_lineno}"

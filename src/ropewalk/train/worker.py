@@ -32,8 +32,9 @@ def main() -> int:
     try:
         result = getattr(train, job["call"])(*job["arguments"])
     except (UserError, RopewalkError) as error:
-        path.with_suffix(f".error-{os.environ['RANK']}").write_text(str(error), encoding="utf-8")
-        return 2 if isinstance(error, UserError) else 1
+        kind, status = ("mistake", 2) if isinstance(error, UserError) else ("error", 1)
+        path.with_suffix(f".{kind}-{os.environ['RANK']}").write_text(str(error), encoding="utf-8")
+        return status
     except Exception:
         path.with_suffix(f".crash-{os.environ['RANK']}").write_text(traceback.format_exc(), encoding="utf-8")
         return 3
