@@ -1,0 +1,308 @@
+"""What serving a model takes: memory of weights and cache, the largest batch, tokens per second.
+
+Two rooflines: a product takes as long as its FLOPs or its bytes, whichever is longer, once for the weights
+and once for the attention of the cache, which run after each other. With the peaks of a device these are
+upper bounds of speed; give what its kernels reach for an estimate. Nothing here knows of queues: requests are
+there, of equal length, as in an engine that keeps its batch full.
+
+S. Williams et al., Roofline, CACM 52(4), 2009; R. Pope et al., Efficiently scaling transformer inference,
+arXiv 2211.05102; T. Dettmers et al., QLoRA, arXiv 2305.14314 (the constants of 4 bits).
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ropewalk.errors import UserError
+from ropewalk.plan.inputs import at_least, one_of, positive, share, whole
+
+if TYPE_CHECKING:
+    from ropewalk.model.config import ModelConfig  # whose room imports torch
+
+WEIGHT_BITS = {
+    "float32": 32.0,
+    "bfloat16": 16.0,
+    "float16": 16.0,
+    "float8": 8.0,  # one scale a matrix
+    "int8": 8 + 16 / 128,  # a float16 scale for 128 weights
+    "q8_0": 8 + 16 / 32,  # GGUF: a float16 scale for 32
+    "int4": 4 + (16 + 4) / 128,  # GPTQ, AWQ: and a zero of 4 bits
+    "q4_0": 4 + 16 / 32,
+    "nf4": 4 + 32 / 64,  # QLoRA: a float32 constant for 64
+    "nf4-double": 4 + 8 / 64 + 32 / (64 * 256),  # whose constants are in 8 bits, for 256 of them a float32
+}
+"""Bits of a weight in a block's matrices, constants included. All others stay in 16 (or 32)."""
+CACHE_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "float8": 1.0, "int8": 1.0}
+"""Bytes of a number in the cache. int8 has a float16 scale for each head and token beside it."""
+ACTIVATION_BYTES = 2.0
+CHUNK = 8_192
+"""Tokens of prompts that an engine works on at once."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Plain numbers of one device: bytes, bytes/s, FLOP/s. UserError where one is not above 0."""
+
+    memory: float
+    bandwidth: float
+    flops: float
+    link: float = 0.0
+    """bytes/s to the others, one way; needed from two devices on"""
+    latency: float = 0.0
+    """seconds of a message to them"""
+    usable: float = 0.9
+    """share of the memory that the engine may take"""
+
+    def __post_init__(self) -> None:
+        positive(memory=self.memory, bandwidth=self.bandwidth, flops=self.flops)
+        at_least(0.0, link=self.link, latency=self.latency)
+        share(usable=self.usable)
+
+
+@dataclass(frozen=True)
+class Serving:
+    """Of one replica on `devices`: bytes per device, seconds, tokens per second of all its requests."""
+
+    devices: int
+    context: int
+    prompt: int
+    batch: int
+    """requests at once, each of `context` tokens"""
+    largest_batch: int
+    weight_bytes: float
+    request_bytes: float
+    """cache of one request at `context`"""
+    work_bytes: float
+    free_bytes: float
+    """of what is usable, at this batch"""
+    first_token: float
+    """seconds until the first token of a `prompt` alone"""
+    between_tokens: float
+    """seconds of a decode step"""
+    prefill_rate: float
+    decode_rate: float
+    bound: str
+    """what a decode step waits for: memory, arithmetic or the link"""
+
+    def lines(self) -> list[str]:
+        cache = self.request_bytes * self.batch
+        each = f"{self.decode_rate / self.devices:,.0f} a device"
+        return [
+            f"memory per device: weights {_size(self.weight_bytes)}, cache {_size(cache)} "
+            f"({_size(self.request_bytes)} a request of {self.context:,} tokens), "
+            f"activations {_size(self.work_bytes)}, {_size(self.free_bytes)} left",
+            f"batch {self.batch:,}, {self.largest_batch:,} at most",
+            f"first token of {self.prompt:,} after {self.first_token * 1e3:,.1f} ms, "
+            f"prompts at {self.prefill_rate:,.0f} tokens/s",
+            f"then a token every {self.between_tokens * 1e3:,.2f} ms, "
+            f"{self.decode_rate:,.0f} tokens/s ({each}), bound by {self.bound}",
+        ]
+
+
+def cache_bytes(config: "ModelConfig", tokens: int, kind: str = "bfloat16", tensor: int = 1) -> float:
+    """Bytes per device of the keys and values of one request of so many tokens.
+
+    A sliding layer holds its window (as engines with a hybrid cache do; ropewalk's own holds all). Under
+    `tensor` each device has its share of the heads, and never less than one: more devices than heads hold
+    copies.
+    """
+    positive(tokens=tokens)
+    number = one_of("type of cache", kind, CACHE_BYTES)
+    per_head = config.head_dim * number + (2.0 if kind == "int8" else 0.0)
+    return _held(config, tokens) * 2 * _cache_heads(config, tensor) * per_head
+
+
+def weight_bytes(config: "ModelConfig", quantization: str = "bfloat16", tensor: int = 1) -> float:
+    """Bytes per device of all weights, the matrices of blocks quantized."""
+    bits = one_of("quantization", quantization, WEIGHT_BITS)
+    _check_degree(config, tensor)
+    layers = range(config.num_hidden_layers)
+    matrices = sum(_matrices(config, layer, config.num_experts, tensor) for layer in layers)
+    return matrices * bits / 8 + (_ends(config) / tensor + _small(config)) * max(bits, 16.0) / 8
+
+
+def serving(
+    config: "ModelConfig",
+    machine: Machine,
+    context: int,
+    prompt: int | None = None,
+    batch: int | None = None,
+    quantization: str = "bfloat16",
+    cache: str = "bfloat16",
+    tensor: int = 1,
+) -> Serving:
+    """Plans one replica over `tensor` devices, for requests of `context` tokens of which `prompt` come first.
+
+    `prompt`: half of the context if None; `batch`: the largest. UserError where the weights, or so many
+    requests, have no room: the message says how much is missing.
+    """
+    prompt = max(1, context // 2) if prompt is None else prompt
+    whole(context=context, prompt=prompt, batch=1 if batch is None else batch)
+    if prompt > context:
+        raise UserError(f"prompt is {prompt:,}; it is a part of the context, {context:,} tokens")
+    if config.position == "learned" and context > config.max_position_embeddings:
+        raise UserError(f"context is {context:,}; the model has {config.max_position_embeddings:,} positions")
+    weights = weight_bytes(config, quantization, tensor)
+    if tensor > 1 and not machine.link:
+        raise UserError(f"tensor is {tensor}; the machine needs the link's bytes/s then")
+    request = cache_bytes(config, context, cache, tensor)
+    room = machine.memory * machine.usable
+    fixed = weights + _work(config, min(context, CHUNK), tensor)
+    # a request also needs its row of logits, in float32
+    each = request + 4.0 * config.vocab_size / tensor
+    largest = max(0, int((room - fixed) // each))
+    wanted = largest if batch is None else batch
+    if wanted > largest or not largest:
+        missing = _size(fixed + max(wanted, 1) * each - room)
+        what = f"{max(wanted, 1):,} request{'s' if wanted > 1 else ''} of {context:,} tokens"
+        raise UserError(
+            f"{what} lack {missing} per device: weights {_size(weights)}, cache {_size(request)} each, "
+            f"{_size(room)} usable; quantize, shorten, or spread over more devices"
+        )
+    times = _decode(config, machine, context, wanted, quantization, cache, tensor)
+    step = sum(times.values())
+    first = _prefill(config, machine, prompt, quantization, tensor)
+    return Serving(
+        devices=tensor,
+        context=context,
+        prompt=prompt,
+        batch=wanted,
+        largest_batch=largest,
+        weight_bytes=weights,
+        request_bytes=request,
+        work_bytes=fixed - weights + wanted * (each - request),
+        free_bytes=room - fixed - wanted * each,
+        first_token=first,
+        between_tokens=step,
+        prefill_rate=prompt / first,
+        decode_rate=wanted / step,
+        bound=max(times, key=lambda name: times[name]),
+    )
+
+
+def _decode(
+    config: "ModelConfig",
+    machine: Machine,
+    context: int,
+    batch: int,
+    quantization: str,
+    cache: str,
+    tensor: int,
+) -> dict[str, float]:
+    """Seconds of a step in which each of `batch` requests gets a token, by what they are spent on."""
+    number = WEIGHT_BITS[quantization] / 8
+    read, flops = _ends(config, looked_up=False) / tensor * max(number, 2.0), 0.0
+    for layer in range(config.num_hidden_layers):
+        read += number * _matrices(config, layer, _met(config, batch), tensor)
+        flops += 2.0 * batch * _matrices(config, layer, config.num_experts_per_tok, tensor)
+    flops += 2.0 * batch * config.vocab_size * config.hidden_size / tensor
+    heads = config.num_attention_heads / tensor
+    pairs = 4.0 * batch * _held(config, context) * heads * config.head_dim
+    times = {"memory": 0.0, "arithmetic": 0.0}
+    cached = batch * cache_bytes(config, context, cache, tensor)
+    for moved, computed in ((read, flops), (cached, pairs)):
+        slow, busy = moved / machine.bandwidth, computed / machine.flops
+        times["memory" if slow >= busy else "arithmetic"] += max(slow, busy)
+    times["the link"] = _reduce(config, machine, batch, tensor)
+    return times
+
+
+def _prefill(config: "ModelConfig", machine: Machine, prompt: int, quantization: str, tensor: int) -> float:
+    """Seconds until a prompt's first token, nothing else going on."""
+    layers = range(config.num_hidden_layers)
+    active = sum(_matrices(config, layer, config.num_experts_per_tok, tensor) for layer in layers)
+    flops = 2.0 * prompt * active + 2.0 * config.vocab_size * config.hidden_size / tensor
+    pairs = sum(_pairs(prompt, config.window(layer)) for layer in layers)
+    attention = 4.0 * pairs * config.num_attention_heads / tensor * config.head_dim
+    number = WEIGHT_BITS[quantization] / 8
+    met = _met(config, prompt)
+    read = sum(_matrices(config, layer, met, tensor) for layer in layers) * number
+    read += _ends(config, looked_up=False) / tensor * max(number, 2.0)
+    products = max(flops / machine.flops, read / machine.bandwidth)
+    return products + attention / machine.flops + _reduce(config, machine, prompt, tensor)
+
+
+def _reduce(config: "ModelConfig", machine: Machine, tokens: int, tensor: int) -> float:
+    """Seconds of the two ring all-reduces of each layer: 2 (t-1) messages of a t-th of the activations."""
+    if tensor == 1:
+        return 0.0
+    size = tokens * config.hidden_size * ACTIVATION_BYTES
+    one = 2 * (tensor - 1) * (machine.latency + size / tensor / machine.link)
+    return 2 * config.num_hidden_layers * one
+
+
+def _held(config: "ModelConfig", tokens: int) -> int:
+    """Tokens that the layers hold, summed over them."""
+    windows = [config.window(layer) for layer in range(config.num_hidden_layers)]
+    return sum(tokens if window is None else min(tokens, window) for window in windows)
+
+
+def _pairs(tokens: int, window: int | None) -> float:
+    """(query, key) pairs that a prompt attends, causal and in the window."""
+    seen = tokens if window is None else min(tokens, window)
+    return seen * (seen + 1) / 2 + (tokens - seen) * seen
+
+
+def _cache_heads(config: "ModelConfig", tensor: int) -> int:
+    _check_degree(config, tensor)
+    return max(1, config.num_key_value_heads // tensor)
+
+
+def _check_degree(config: "ModelConfig", tensor: int) -> None:
+    heads, kv = config.num_attention_heads, config.num_key_value_heads
+    whole(tensor=tensor)
+    if heads % tensor or (kv % tensor and tensor % kv):
+        raise UserError(f"tensor is {tensor}; {heads} heads and {kv} key-value heads cannot be divided so")
+
+
+def _matrices(config: "ModelConfig", layer: int, experts: float, tensor: int) -> float:
+    """Weights per device of one block's matrices, with so many of its experts if it has any."""
+    queries = config.num_attention_heads * config.head_dim / tensor
+    keys = _cache_heads(config, tensor) * config.head_dim
+    attention = config.hidden_size * 2 * (queries + keys)
+    matrices = 3 if config.mlp_gated else 2
+    if layer in config.moe_layers:
+        inner = experts * config.moe_intermediate_size / tensor
+        return attention + config.hidden_size * (matrices * inner + config.num_experts)
+    return attention + matrices * config.hidden_size * config.intermediate_size / tensor
+
+
+def _met(config: "ModelConfig", tokens: int) -> float:
+    """Experts of a layer that a batch meets on average, if it is spread evenly: E (1 - (1 - k/E)^tokens)."""
+    if not config.num_experts:
+        return 0.0
+    missed = 1.0 - config.num_experts_per_tok / config.num_experts
+    return float(config.num_experts * (1.0 - missed**tokens))
+
+
+def _ends(config: "ModelConfig", looked_up: bool = True) -> float:
+    """Numbers of embedding and head; without what is only looked up, the head alone."""
+    one = float(config.vocab_size * config.hidden_size)
+    learned = config.max_position_embeddings * config.hidden_size if config.position == "learned" else 0
+    return one * (1 if config.tie_word_embeddings else 2) + learned if looked_up else one
+
+
+def _small(config: "ModelConfig") -> float:
+    """Norms and biases, which every device has whole (the biases' shares are not worth a formula)."""
+    width = config.hidden_size * (2 if config.norm == "layer" else 1)
+    norms = 4 if config.norm_placement == "sandwich" else 2
+    heads, kv = config.num_attention_heads, config.num_key_value_heads
+    of_heads = {"head": 2, "projection": heads + kv, None: 0}[config.qk_norm] * config.head_dim
+    biases = (heads + 2 * kv) * config.head_dim * config.qkv_bias + config.hidden_size * config.o_bias
+    inner = config.intermediate_size * (2 if config.mlp_gated else 1)
+    biases += (config.hidden_size + inner) * config.mlp_bias
+    return config.num_hidden_layers * (norms * width + of_heads + biases) + width
+
+
+def _work(config: "ModelConfig", tokens: int, tensor: int) -> float:
+    """Bytes of activations while so many tokens of prompts pass a layer: residual, norm and the widest."""
+    experts = config.num_experts_per_tok * config.moe_intermediate_size
+    inner = 2 * max(config.intermediate_size, experts) / tensor
+    heads = (2 * config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim / tensor
+    return tokens * ACTIVATION_BYTES * (2 * config.hidden_size + max(inner, heads))
+
+
+def _size(count: float) -> str:
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if abs(count) >= unit:
+            return f"{count / unit:,.1f} {name}"
+    return f"{count:,.0f} bytes"
