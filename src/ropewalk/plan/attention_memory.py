@@ -1,0 +1,196 @@
+"""What attention takes: torch's kernels, and the formula written out; on sizes (see `tape`)."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from ropewalk.ops.product import float32_is_faster
+from ropewalk.plan.layer_memory import Layers
+from ropewalk.plan.tape import Tape, Value
+
+_QUERY_BLOCK = 1024  # of ops.attention
+_SHORT = 256  # of ops.attention_kernels
+
+
+class AttentionLayers(Layers):
+    """`ops.rope` and `ops.attention`."""
+
+    def rope(self, x: Value) -> Value:
+        """Tables are there anyway. Four half products and two sums before the result, and after it."""
+        share = self.shape.rotated
+        size = x.room.size
+        return self.tape.operation(
+            [x],
+            size,
+            weight=True,
+            temporary=int(size * share),
+            back=int(size * max(0.0, 2 * share - 1)),
+        )
+
+    def attend(self, q: Value, k: Value, v: Value) -> Value:
+        """Documents of many lengths are computed one by one on a CPU, and joined."""
+        shape = self.shape
+        out = self.documents(q, k, v)
+        if shape.device == "cuda" or shape.context > 1 or shape.document >= shape.tokens:
+            return out
+        return self.tape.operation([out], q.room.size, through=True)
+
+    def documents(self, q: Value, k: Value, v: Value) -> Value:
+        shape, size = self.shape, q.room.size
+        length = min(shape.document, shape.tokens * shape.context)
+        window = shape.window if shape.window is not None and shape.window < length + shape.prefix else None
+        sums = 4 * self.count * shape.heads
+        if shape.context > 1:
+            return self.shared(q, k, v)
+        if shape.softcap:
+            return self.written_out(q, k, v, length, window)
+        if window is not None and shape.device == "cpu":
+            return self.windowed(q, k, v, length, window)
+        back = temporary = 0
+        trained = 2 * shape.prefix * shape.kv_heads * shape.dim * shape.bytes if shape.prefix else 0
+        numbers, others = size // shape.bytes, k.room.size // shape.bytes
+        if shape.device == "cpu":
+            if shape.prefix:
+                temporary = 2 * size + sums
+            if shape.bytes == 2 and (length <= _SHORT or float32_is_faster()):
+                back = max(14 * numbers + 12 * others, 16 * numbers + 8 * others)
+        elif shape.bytes == 4 and shape.heads != shape.kv_heads:
+            return self.written_out(q, k, v, length, window)  # no kernel takes grouped queries in float32
+        else:
+            back = 4 * numbers + sums + (2 * size if shape.heads != shape.kv_heads else 0)
+        return self.tape.operation(
+            [q, k, v],
+            size,
+            saves=[q, k, v],
+            saves_out=True,
+            extra=sums,
+            trained=trained,
+            temporary=temporary,
+            back=back,
+            product=True,
+        )
+
+    def windowed(self, q: Value, k: Value, v: Value, length: int, window: int) -> Value:
+        """Blocks of queries, each with the keys it sees; masks are the batch's."""
+        block = min(max(window, 128), _QUERY_BLOCK)
+        size, sums = q.room.size, 4 * self.count * self.shape.heads
+        pieces = self.tape.operation(
+            [q, k, v],
+            size,
+            saves=[q, k, v],
+            saves_out=True,
+            extra=sums,
+            product=True,
+            back=k.room.size + v.room.size + size if length > block else 0,
+        )
+        return self.tape.operation([pieces], size, through=True) if length > block else pieces
+
+    def written_out(self, q: Value, k: Value, v: Value, length: int, window: int | None) -> Value:
+        """Scores of a block of queries at a time; where there is more than one block, each is made again."""
+        shape = self.shape
+        block = min(length, _QUERY_BLOCK if window is None else min(max(window, 128), _QUERY_BLOCK))
+        scores = Scores(
+            max(1, self.count // length),
+            block,
+            length if window is None else min(length, window - 1 + block),
+            shape.heads,
+            shape.kv_heads,
+            shape.dim,
+            shape.bytes,
+            shape.softcap,
+        )
+        if length <= block:
+            self.tape.most = max(self.tape.most, self.tape.alive + 11 * block * length)  # making the mask
+            return scores.run(self.tape, q, k, v)
+        forward, backward = scores.apart()
+        pair = k.room.size + v.room.size
+        out = q.room.size
+        # the inner recomputation holds what it begins from even where the block forgets it; and what
+        # selective checkpointing keeps, it keeps of what is made again as well
+        self.tape.capture(q, k, v)
+        self.tape.keep(scores.products() * -(-length // block))
+        pieces = self.tape.operation(
+            [q, k, v], out, saves=[q, k, v], temporary=forward, back=backward + out + pair
+        )
+        return self.tape.operation([pieces], out, through=True)
+
+    def shared(self, q: Value, k: Value, v: Value) -> Value:
+        """Processes share the tokens of rows: keys and values of the whole rows come, and go again."""
+        shape, size = self.shape, q.room.size
+        numbers, pair = size // shape.bytes, k.room.size + v.room.size
+        sums = 4 * self.count * shape.heads
+        return self.tape.operation(
+            [q, k, v],
+            size,
+            saves=[q, k, v],
+            saves_out=True,
+            extra=sums,
+            temporary=4 * numbers + pair * (1 + 3 * shape.context),
+            back=4 * numbers + pair * (1 + 3 * shape.context) + pair * 4 * shape.context // shape.bytes,
+        )
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Attention by its formula: `ops.attention._softcapped` of `queries` over `keys` of some documents."""
+
+    documents: int
+    queries: int
+    keys: int
+    heads: int
+    kv_heads: int
+    dim: int
+    bytes: int
+    softcap: bool
+
+    def run(self, tape: Tape, q: Value, k: Value, v: Value) -> Value:
+        """The result, as the queries."""
+        numbers = self.documents * self.heads * self.queries * self.keys
+        low, wide, mask = numbers * self.bytes, numbers * 4, self.queries * self.keys
+        seen = tape.room(mask)
+        out = self.documents * self.queries * self.heads * self.dim * self.bytes
+        folded = tape.operation([q], out)
+        turned = self._laid_out(tape, k)
+        scores = tape.operation([folded, turned], low, saves=[folded, turned], product=True)
+        if self.softcap:
+            bent = tape.operation([tape.operation([scores], low)], low, saves_out=True)
+            scores = tape.operation([bent], low)
+            del bent
+        scores = tape.operation([scores], low, extra=mask)
+        copy = tape.operation([scores], wide) if self.bytes < 4 else scores
+        weights = tape.operation([copy], wide, saves_out=True)
+        del copy
+        if self.bytes < 4:
+            weights = tape.operation([weights], low)
+        values = self._laid_out(tape, v)
+        result = tape.operation([weights, values], out, saves=[weights, values], product=True, back=out)
+        del seen, scores
+        return result
+
+    def products(self) -> int:
+        """Bytes of the results of both products."""
+        queries = self.documents * self.heads * self.queries
+        return queries * (self.keys + self.dim) * self.bytes
+
+    def _laid_out(self, tape: Tape, x: Value) -> Value:
+        """Keys or values of several documents are copied for a product of all of them."""
+        return tape.operation([x], x.room.size) if self.documents > 1 else x
+
+    @lru_cache(maxsize=1024)  # noqa: B019  (a frozen value is its own key)
+    def apart(self) -> tuple[int, int]:
+        """Most that it takes beside its inputs and its result: forward, and made again with its gradients."""
+        tape = Tape()
+        tape.forgets = True
+        each = self.documents * self.dim * self.bytes
+        q = tape.value(each * self.queries * self.heads, True)
+        k, v = (tape.value(each * self.keys * self.kv_heads, True) for _ in range(2))
+        inputs = tape.alive
+        tape.most = max(tape.most, tape.alive + 11 * self.queries * self.keys)
+        out = self.run(tape, q, k, v)
+        forward = tape.most - inputs - out.room.size
+        node = out.node
+        assert node is not None
+        tape.most = tape.alive
+        del out
+        tape.recompute(lambda: self.run(tape, q, k, v))
+        tape.backward(node, tape.room(0))
+        return forward, max(forward, tape.most - inputs)

@@ -1,0 +1,139 @@
+"""What a run asks of each device, in plain values: all that the planner needs to know of it."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from ropewalk.layout import Layout
+from ropewalk.model.config import ModelConfig
+
+if TYPE_CHECKING:
+    from ropewalk.recipe import Recipe
+
+ALONE = Layout(replicate=1, shard=1)
+"""one process"""
+
+
+@dataclass(frozen=True)
+class Work:
+    """A run on this project's own training step. Fields have the recipe's names where it has one.
+
+    Only what decides memory and time is here; `dataclasses.replace` makes the variants of a search.
+    """
+
+    config: ModelConfig
+    layout: Layout = ALONE
+    """degrees over the processes, none of them -1"""
+    sequence_length: int = 1024
+    """tokens in a row, of the whole row where processes share it"""
+    micro_batch_size: int = 1
+    """rows in one forward pass of one process"""
+    accumulation: int = 1
+    """micro-batches of an optimizer step, of one process"""
+    precision: Literal["float32", "bfloat16", "float8"] = "bfloat16"
+
+    method: Literal["full", "lora", "dora", "prompt", "prefix", "bottleneck", "ia3", "bitfit"] = "full"
+    quantize: Literal["none", "nf4"] = "none"
+    rank: int = 16
+    dropout: float = 0.0
+    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    tokens: int = 20
+    """virtual tokens of prompt and prefix tuning"""
+    freeze: tuple[str, ...] = ()
+
+    optimizer: Literal["adamw", "lion", "muon", "adafactor"] = "adamw"
+    state_bits: Literal[32, 8, 4] = 32
+    masters: bool = True
+    offload: bool = False
+    """of the optimizer's states, masters and gradients, to the host"""
+    in_backward: bool = False
+
+    checkpointing: Literal["none", "full", "selective"] = "none"
+    checkpointing_every: int = 1
+    checkpointing_budget: float | None = None
+    activation_offload: bool = False
+    compile: bool = False
+    loss_chunk: int = 1024
+
+    scored: float = 1.0
+    """share of the tokens that count in the loss"""
+    document_length: int | None = None
+    """mean tokens of a document; None: each row is one document"""
+    device: Literal["cpu", "cuda"] = "cuda"
+    fused_attention: bool = True
+    """scores are never written; False for systems from before FlashAttention (arXiv 2205.14135)"""
+    sequence_parallel: bool = True
+    """tensor-parallel processes divide what is between the products, too (arXiv 2205.05198)"""
+    reduce_bytes: int = 4
+    """of a gradient on its way to the other processes"""
+
+    @property
+    def parameter_bytes(self) -> int:
+        """Of one weight as the model holds it."""
+        return 4 if self.precision == "float32" else 2
+
+    @property
+    def own_tokens(self) -> int:
+        """Tokens of a micro-batch that one process computes."""
+        return self.micro_batch_size * self.sequence_length // self.layout.context
+
+    @property
+    def batch_size(self) -> int:
+        """Rows in an optimizer step, of all processes."""
+        return self.micro_batch_size * self.accumulation * self.layout.data
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens in an optimizer step, of all processes."""
+        return self.batch_size * self.sequence_length
+
+
+def work_of(recipe: "Recipe", config: ModelConfig, processes: int) -> Work:
+    """What a resolved recipe asks for, with a model of this shape, of each of so many processes.
+
+    UserError where the recipe's degrees do not make that many.
+    """
+    train, adapt, optimizer, parallel = recipe.train, recipe.adapt, recipe.train.optimizer, recipe.parallel
+    layout = Layout(
+        replicate=parallel.replicate,
+        shard=parallel.shard,
+        context=parallel.context,
+        tensor=parallel.tensor,
+        context_exchange=parallel.context_exchange,
+        pipeline=parallel.pipeline,
+        pipeline_schedule=parallel.pipeline_schedule,
+        pipeline_stages=parallel.pipeline_stages,
+        expert=parallel.expert,
+        stage=parallel.stage,
+    ).over(processes)
+    assert train.batch_size is not None  # resolved
+    assert train.precision != "auto"
+    assert train.device != "auto"
+    own = max(1, train.batch_size // layout.data)
+    micro = min(train.micro_batch_size or own, own)
+    return Work(
+        config,
+        layout,
+        sequence_length=recipe.data.sequence_length,
+        micro_batch_size=micro,
+        accumulation=own // micro,
+        precision=train.precision,
+        method=adapt.method,
+        quantize=adapt.quantize,
+        rank=adapt.rank,
+        dropout=adapt.dropout,
+        targets=adapt.targets,
+        tokens=adapt.tokens,
+        freeze=adapt.freeze,
+        optimizer=optimizer.name,
+        state_bits=optimizer.state_bits,
+        masters=optimizer.masters,
+        offload=optimizer.offload,
+        in_backward=optimizer.in_backward,
+        checkpointing=train.checkpointing,
+        checkpointing_every=train.checkpointing_every,
+        checkpointing_budget=train.checkpointing_budget,
+        activation_offload=train.activation_offload,
+        compile=train.compile,
+        loss_chunk=train.loss_chunk,
+        device=train.device,
+    )
