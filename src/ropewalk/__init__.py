@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from ropewalk.model import load_model as load_model
     from ropewalk.model import load_tokenizer as load_tokenizer
     from ropewalk.model import save_model as save_model
+    from ropewalk.plan import estimate as estimate
+    from ropewalk.plan import plan as plan
     from ropewalk.recipe import load_recipe as load_recipe
     from ropewalk.serve import generate as generate
     from ropewalk.train import parity as parity
@@ -42,6 +44,8 @@ _HOME = {
     "load_tokenizer": "model",
     "save_model": "model",
     "doctor": "doctor",
+    "plan": "plan",
+    "estimate": "plan",
     "run": "lane",
 }
 __all__ = sorted(_HOME)
@@ -50,8 +54,9 @@ __all__ = sorted(_HOME)
 class _CommandModule(ModuleType):
     """A module that is also the command of its name: `rw.train(...)` is `ropewalk.train.train(...)`.
 
-    Importing a submodule binds its name in the package, over any function put there; so the four
-    modules that share their name with a command (train, launch, evaluate, doctor) can be called themselves.
+    Importing a submodule binds its name in the package, over any function put there; so the five
+    modules that share their name with a command (train, launch, evaluate, doctor, plan) can be called
+    themselves.
     """
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:

@@ -6,7 +6,11 @@ from typing import Any
 
 import pytest
 
+from ropewalk.model import config_from_fields
 from ropewalk.parallel.launch import launch
+from ropewalk.plan.traffic import traffic
+from ropewalk.plan.work import work_of
+from ropewalk.recipe import load_recipe, resolve
 
 SHAPE = {
     "model_type": "llama",
@@ -47,7 +51,8 @@ def recipe_of(make_recipe: Any, shape: dict[str, Any], layout: dict[str, Any], *
 
 
 def test_what_a_step_sends_is_what_the_closed_forms_say(make_recipe, tmp_path):
-    """Ring counts (t - 1) / t; P: bytes of the weights, b: of the hidden states of all tokens."""
+    """Stage 1: 2 P, stage 2 with gradients of each micro-batch, stage 3: 3 P for each of them; four exchanges
+    in each block of shared products; hidden states and gradients from stage to stage: `plan.traffic`."""
     layouts = {
         "stage 1": {"shard": 2, "stage": 1},
         "stage 2": {"shard": 2, "stage": 2},
@@ -60,39 +65,13 @@ def test_what_a_step_sends_is_what_the_closed_forms_say(make_recipe, tmp_path):
     }
     jobs = {name: recipe_of(make_recipe, SHAPE, layout) for name, layout in layouts.items()}
     found = counted(jobs, tmp_path)
-    weights, half = found["stage 3"]["weights"], 1 / 2  # (t - 1) / t of two processes
-    embedding = 4 * SHAPE["vocab_size"] * SHAPE["hidden_size"]
-    embeddings = embedding + 4 * SHAPE["hidden_size"]
-    blocks = weights - embeddings
-    micro = ROWS // 2 // MICRO
-    hidden = 4 * ROWS * LENGTH * SHAPE["hidden_size"]
-    layers = SHAPE["num_hidden_layers"]
-    expected = {
-        # gradients once a step, and the updated weights once: 2 P
-        "stage 1": {"all-gather": half * weights, "reduce-scatter": half * weights},
-        # gradients of each micro-batch
-        "stage 2": {"all-gather": half * weights, "reduce-scatter": half * weights * micro},
-        # of each micro-batch: weights of the blocks before forward and before backward, of what is outside of
-        # them once, and gradients: 3 P
-        "stage 3": {
-            "all-gather": half * micro * (2 * blocks + embeddings),
-            "reduce-scatter": half * weights * micro,
-        },
-        "replicated": {"all-reduce": 2 * half * weights * micro},
-        # each block: two gatherings and two scatterings forward, as many backward; once more at both ends
-        "tensor": {
-            "all-gather": half * hidden * (4 * layers + 1 + 1),
-            "reduce-scatter": half * hidden * (4 * layers + 1),
-        },
-        # of all processes together: hidden states forward and their gradients backward, between one stage and
-        # the next in another process; and both ends tell each other the gradient of the embedding
-        "pipeline": {"sent": 2 * hidden + 2 * embedding},
-        "interleaved": {"sent": 2 * hidden * 3 + 2 * embedding},
-        "there and back": {"sent": 2 * hidden * 2},  # the second and the third stage are in one process
-    }
-    for name, kinds in expected.items():
-        for kind, size in kinds.items():
+    for name, layout in layouts.items():
+        work = work_of(resolve(load_recipe(jobs[name])).recipe, config_from_fields(SHAPE), 2)
+        expected = traffic(work)
+        assert expected, name
+        for kind, size in expected.items():
             assert found[name][kind] == pytest.approx(size, rel=0.01), (name, kind)
+        assert work.layout.processes == 2, layout
 
 
 def test_experts_get_each_row_once_there_and_back_in_each_direction(make_recipe, tmp_path):

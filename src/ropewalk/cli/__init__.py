@@ -15,6 +15,7 @@ from ropewalk.cli import (
     generate,
     launch,
     parity,
+    plan,
     prepare,
     recipe,
     resume,
@@ -42,6 +43,7 @@ app.command("eval")(evaluate.command)
 app.command("generate")(generate.command)
 app.command("chat")(chat.command)
 app.command("run")(run.command)
+app.add_typer(plan.app, name="plan")
 app.add_typer(runs.app, name="runs")
 app.add_typer(recipe.app, name="recipe")
 

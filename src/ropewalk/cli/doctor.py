@@ -1,6 +1,6 @@
 """`ropewalk doctor`."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -10,7 +10,14 @@ if TYPE_CHECKING:
     from ropewalk.doctor import Launch, Report
 
 
-def command(json: Json = False, debug: Debug = False) -> None:
+def command(
+    calibrate: Annotated[
+        bool,
+        typer.Option("--calibrate", help="Measure for half a minute what `ropewalk plan` needs; kept."),
+    ] = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
     """Find out by trying what this machine can really do.
 
     Small computations are launched on every device, in every type, with every attention kernel, and
@@ -20,6 +27,10 @@ def command(json: Json = False, debug: Debug = False) -> None:
 
     from ropewalk.doctor import doctor
 
+    if calibrate:
+        _calibrate(json)
+        return
+
     report = doctor()
     if json:
         print_json({**asdict(report), "healthy": report.healthy})
@@ -27,6 +38,26 @@ def command(json: Json = False, debug: Debug = False) -> None:
         print("\n".join(_lines(report)))
     if not report.healthy:
         raise typer.Exit(1)
+
+
+def _calibrate(json: bool) -> None:
+    import torch
+
+    from ropewalk.plan import calibrate
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = calibrate(device, lambda text: None if json else print(f"measuring: {text}", flush=True))
+    path = found.save()
+    if json:
+        print_json({"calibration": found, "path": path})
+        return
+    for precision, rates in found.rates.items():
+        print(
+            f"{precision}: products {rates.products / 1e9:,.0f} and attention {rates.attention / 1e9:,.0f} "
+            f"GFLOP/s, memory {rates.memory / 1e9:,.1f} and updates {rates.update / 1e9:,.1f} GB/s; "
+            f"these account for the passes to {100 * rates.error:.0f}%"
+        )
+    print(f"disk: {found.disk / 1e6:,.0f} MB/s; kept in {path}")
 
 
 def _lines(report: "Report") -> list[str]:

@@ -275,9 +275,12 @@ class Parallel(Section):
     """How often processes that Ropewalk started itself are started again when one is killed."""
 
 
+class Planned(Parallel):
+    """`parallel: auto`: the planner chooses when training begins; until then pure sharding over all."""
+
+
 def _auto_layout(value: Any) -> Any:
-    """`parallel: auto` is pure sharding over the processes that there are."""
-    return {} if value == "auto" else value
+    return Planned() if value == "auto" else value
 
 
 class Task(Section):
@@ -336,5 +339,5 @@ class Recipe(Section):
     parallel: Annotated[
         Parallel, BeforeValidator(_auto_layout, json_schema_input_type=Parallel | Literal["auto"])
     ] = Parallel()
-    """How the run is spread over processes; "auto": sharded over all there are."""
+    """How the run is spread over processes; "auto": as `ropewalk plan` finds best for those there are."""
     evaluate: Evaluate = Evaluate()

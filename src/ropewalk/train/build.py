@@ -21,6 +21,7 @@ from ropewalk.model import (
     resolve_source,
     save_model,
 )
+from ropewalk.parallel import local
 from ropewalk.recipe import Recipe
 from ropewalk.train.activations import save_activations
 from ropewalk.train.compiling import compile_blocks, use_float8
@@ -62,6 +63,14 @@ class Built:
             self.tokenizer.save_pretrained(path)
         else:
             save_model(self.whole, self.tokenizer, path, values=typed)
+
+    def weight_bytes(self) -> int:
+        """Of the parameters that this process has; a quantized one as it is kept."""
+        total = 0
+        for parameter in map(local, self.model.parameters()):
+            inner = parameter.__tensor_flatten__()[0] if hasattr(parameter, "__tensor_flatten__") else None
+            total += sum(getattr(parameter, name).nbytes for name in inner) if inner else parameter.nbytes
+        return total
 
     def saved(self) -> list[str]:
         """Names of the parameters that `save` writes or reads."""

@@ -15,7 +15,7 @@ from ropewalk.files import cache_directory, remove_leftovers
 from ropewalk.layout import Layout
 from ropewalk.parallel import World, context_refusal, expert_refusal, pipeline_refusal, refusal, started
 from ropewalk.parallel.preflight import meet
-from ropewalk.recipe import Recipe, load_recipe, resolve, to_yaml
+from ropewalk.recipe import Machine, Planned, Recipe, load_recipe, resolve, to_yaml
 from ropewalk.track import RunDirectory, environment
 from ropewalk.track.environment import versions
 from ropewalk.train.build import config_of
@@ -65,7 +65,7 @@ def train(
     Raises UserError for what the recipe has wrong and RopewalkError for what fails on the way.
     """
     began = time.time()
-    recipe = anchored(resolve(load_recipe(recipe, overrides)).recipe)
+    recipe = anchored(resolve(planned(load_recipe(recipe, overrides))).recipe)
     layout = layout_of(recipe)
     if layout.processes > 1 and not started():
         return _together("train", [recipe.model_dump(mode="json"), [], progress], recipe)
@@ -82,11 +82,15 @@ def train(
     world.wait()
     if prepared is None:
         prepared = prepare(recipe)  # the first one has done the work
+    from ropewalk.plan import PLAN, foreseen  # it knows the training step, which so comes first
+
+    ahead = foreseen(recipe, world.size) if world.first else {}
     job = open_job(recipe, prepared.train, prepared.validation, world=world)
     if world.first:
         job.check_room(Path(recipe.runs))
         run = RunDirectory.create(recipe.runs, recipe.name, to_yaml(recipe), lineage(recipe, prepared))
         run.write_json("environment.json", environment(**facts(job), job=job_key()))
+        run.write_json(PLAN, ahead)
         world.share(str(run.path))
     else:
         run = RunDirectory(Path(world.share(None)), writes=False)
@@ -149,6 +153,16 @@ def _go_on(
         return finish(job, directory, reporter)
 
 
+def planned(recipe: Recipe) -> Recipe:
+    """With `parallel: auto`, the layout that the planner finds best for the processes or GPUs here."""
+    processes = Machine.here().processes or (torch.cuda.device_count() if recipe.train.device != "cpu" else 1)
+    if not isinstance(recipe.parallel, Planned) or processes == 1:
+        return recipe
+    from ropewalk.plan import propose
+
+    return load_recipe(recipe, propose(recipe, processes))
+
+
 def layout_of(recipe: Recipe) -> Layout:
     """The layout of a resolved recipe. UserError where its model cannot be divided so."""
     layout = Layout(**{field.name: getattr(recipe.parallel, field.name) for field in fields(Layout)})
@@ -174,7 +188,13 @@ def finish(job: Job, run: RunDirectory, reporter: Reporter) -> TrainResult:
     """Runs the loop to its end or to a stop, and says how it went."""
     trainable, adapted = job.built.trainable, job.built.adapted
     run.log(
-        {"kind": "start", "step": job.step, "steps": job.steps, "trainable": trainable, "time": time.time()}
+        {
+            "kind": "start",
+            "step": job.step,
+            "steps": job.steps,
+            "trainable": trainable,
+            "time": time.time(),
+        }
     )
     what = f"{trainable:,} parameters" + (f" in {len(adapted)} places" if adapted else "")
     epochs = job.steps * job.rows / job.loader.rows_per_epoch()
@@ -199,6 +219,8 @@ def finish(job: Job, run: RunDirectory, reporter: Reporter) -> TrainResult:
         with StopRequest(world) as stop, watchdog as watch:
             job.at = watch.at
             losses = run_loop(job, run, reporter, stop)
+        held = {"weight_bytes": job.built.weight_bytes(), "state_bytes": job.optimizer.state_bytes()}
+        run.log({"kind": "memory", "step": job.step, **held})
         note_end(run)
     finally:
         reporter.stop()
@@ -211,7 +233,10 @@ def finish(job: Job, run: RunDirectory, reporter: Reporter) -> TrainResult:
         )
     else:
         if job.world.first:
-            write_report(job, run)
+            from ropewalk.plan import learn, outcomes
+
+            write_report(job, run, outcomes(run))
+            learn(run)
         reporter.say(f"{run.path}: done; see {run.path / 'report.md'}")
     return result
 

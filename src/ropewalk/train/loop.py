@@ -140,6 +140,7 @@ def train_step(job: Job, batches: Iterator[Batch]) -> dict[str, Any]:
     met = time.perf_counter()
     loss, broken = job.world.total_of_tokens([math.fsum(part_sums), not math.isfinite(gradient_norm)])
     waiting += time.perf_counter() - met
+    computed = time.perf_counter()
     loss /= counts.scored
     sound = math.isfinite(loss) and not broken
     score = job.spikes.score(loss) if sound else None
@@ -161,7 +162,9 @@ def train_step(job: Job, batches: Iterator[Batch]) -> dict[str, Any]:
     values = {"loss": loss, "gradient_norm": gradient_norm, "learning_rate": rate}
     if spike and score is not None:
         values["spike"] = score
-    seconds = time.perf_counter() - began
+    ended = time.perf_counter()
+    values |= {"compute_seconds": computed - began - waited, "update_seconds": ended - computed}
+    seconds = ended - began
     job.paces.add(seconds, waited, waiting)
     return job.meter.record(job.step, counts, seconds, waited, values)
 

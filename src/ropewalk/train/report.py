@@ -1,6 +1,8 @@
 """report.md of a finished run: what was trained, on what, with what result."""
 
 import json
+from collections.abc import Sequence
+from typing import Protocol
 
 from ropewalk.evaluate import Sample, panel_markdown
 from ropewalk.track import RunDirectory
@@ -9,9 +11,32 @@ from ropewalk.train.job import Job
 from ropewalk.train.stragglers import EVERY
 
 
-def write_report(job: Job, run: RunDirectory) -> None:
+class Foreseen(Protocol):
+    """One quantity, as planned and as measured."""
+
+    @property
+    def what(self) -> str: ...
+    @property
+    def predicted(self) -> float: ...
+    @property
+    def measured(self) -> float: ...
+
+
+def write_report(job: Job, run: RunDirectory, foreseen: Sequence[Foreseen] = ()) -> None:
     """Writes report.md; whoever finds one knows that the run is finished."""
-    run.write_text("report.md", "\n".join(_lines(job, run)) + "\n")
+    lines = [*_lines(job, run), *_foreseen(foreseen)]
+    run.write_text("report.md", "\n".join(lines) + "\n")
+
+
+def _foreseen(found: Sequence[Foreseen]) -> list[str]:
+    if not found:
+        return []
+    lines = ["", "## As planned?", "", "| | planned | measured | difference |", "|---|---|---|---|"]
+    for one in found:
+        unit, size = ("MiB", 2**20) if one.what.startswith("bytes") else ("s", 1)
+        planned, measured = (f"{value / size:,.4g} {unit}" for value in (one.predicted, one.measured))
+        lines.append(f"| {one.what} | {planned} | {measured} | {one.predicted / one.measured - 1:+.0%} |")
+    return lines
 
 
 def _lines(job: Job, run: RunDirectory) -> list[str]:

@@ -1,0 +1,169 @@
+"""What the machine at hand reaches: real training passes are timed, and the planner's rates fitted to
+them."""
+
+import os
+import socket
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from ropewalk.adapt import AdapterConfig, apply_adapter, quantize_base
+from ropewalk.data import Batch
+from ropewalk.model import Transformer
+from ropewalk.plan.calibration import NEVER, Calibration, Rates, features, fit_rates, probes
+from ropewalk.plan.hardware import cpu_kind
+from ropewalk.plan.step_time import STATE_BYTES, trained_here
+from ropewalk.plan.work import Work
+from ropewalk.train.activations import save_activations
+from ropewalk.train.objective import loss_sum
+from ropewalk.train.optim import Optimizer, OptimizerConfig
+
+LONGEST, FEWEST = 20.0, 6
+"""Seconds after which no further shape is tried in a precision, if there have been so many: a busy machine
+takes a multiple of its time, and half a minute is what a user was promised."""
+LARGEST = 1 << 28
+"""Bytes that are written to find out how fast the disk is."""
+
+
+def calibrate(device: torch.device, say: Callable[[str], None] = lambda text: None) -> Calibration:
+    """About half a minute of passes on `device`. Not saved; see `Calibration.save`."""
+    rates = {}
+    for precision in ("bfloat16", "float32"):
+        say(f"training passes in {precision}")
+        rates[precision] = _rates(device, precision)
+    say("writing to the disk")
+    return Calibration(
+        socket.gethostname(),
+        torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_kind(),
+        torch.get_num_threads(),
+        torch.__version__,
+        rates,
+        _disk(),
+        _collective(device),
+    )
+
+
+def _rates(device: torch.device, precision: str) -> Rates:
+    works: list[Work] = []
+    seconds: list[float] = []
+    updates: list[float] = []
+    began = time.perf_counter()
+    for work in probes(device.type, precision):
+        if time.perf_counter() - began > LONGEST and len(works) >= FEWEST:
+            break
+        works.append(work)
+        both, update = _measure(work, device)
+        seconds.append(both)
+        if work.method == "full":
+            updates.append(update)
+    table = np.array([features(work) for work in works])
+    found, error = fit_rates(table, np.array(seconds))
+    per_flop, per_byte, per_attended, launch = found
+    tiny = 1 / NEVER
+    return Rates(
+        products=1 / max(per_flop, tiny),
+        memory=1 / max(per_byte, tiny),
+        attention=1 / max(per_attended, tiny),
+        launch=float(launch),
+        update=statistics.median(updates),
+        error=error,
+    )
+
+
+def _measure(work: Work, device: torch.device) -> tuple[float, float]:
+    """Seconds of a forward and backward pass, and bytes/s of an update."""
+    passes, updates = measured_step(work, device)
+    trained = updated_bytes(work)
+    return statistics.median(passes), trained / statistics.median(updates)
+
+
+def updated_bytes(work: Work) -> float:
+    """What the time model says that an update of this work reads and writes."""
+    return trained_here(work) * STATE_BYTES[work.optimizer]
+
+
+def measured_step(work: Work, device: torch.device) -> tuple[list[float], list[float]]:
+    """Seconds of passes, and of updates, of a few real steps on random weights and tokens; the first is
+    left out.
+
+    On random weights of one process; what `work` says of sharing is not looked at.
+    """
+    torch.manual_seed(0)
+    dtype = torch.float32 if work.precision == "float32" else torch.bfloat16
+    model = Transformer(work.config).to(device, dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.02)
+    if work.method == "lora":
+        adapter = AdapterConfig("lora", work.rank, 2.0 * work.rank, 0.0, "all-linear", False, 0)
+        if work.quantize == "nf4":
+            quantize_base(model)
+        apply_adapter(model, adapter, seed=0)
+    model.train()
+    save_activations(model, work.checkpointing)
+    optimizer = Optimizer(model, OptimizerConfig())
+    tokens = torch.randint(0, work.config.vocab_size, (work.micro_batch_size, work.sequence_length))
+    positions = torch.arange(work.sequence_length).expand(work.micro_batch_size, -1)
+    batch = Batch(tokens, tokens.roll(-1, 1), positions, torch.zeros_like(tokens))
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    passes: list[float] = []
+    updates: list[float] = []
+    began = time.perf_counter()
+    while len(passes) < 4 or (time.perf_counter() - began < 1.0 and len(passes) < 9):
+        start = time.perf_counter()
+        (loss_sum(model, batch, work.loss_chunk) / tokens.numel()).backward()
+        wait()
+        middle = time.perf_counter()
+        optimizer.gradient_norm()
+        optimizer.step(1e-5)
+        wait()
+        passes.append(middle - start)
+        updates.append(time.perf_counter() - middle)
+    return passes[1:], updates[1:]
+
+
+def _disk() -> float:
+    """Bytes/s of a file written to the current folder and synchronized."""
+    data = os.urandom(1 << 22)
+    with tempfile.NamedTemporaryFile(dir=".", prefix=".ropewalk-") as file:
+        began = time.perf_counter()
+        for _ in range(LARGEST // len(data)):
+            file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+        return LARGEST / (time.perf_counter() - began)
+
+
+def _collective(device: torch.device) -> tuple[int, float, float] | None:
+    """Latency and seconds for a byte of an all-reduce's ring, over the processes that torchrun has
+    started."""
+    import torch.distributed as dist
+
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return None
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    p = dist.get_world_size()
+
+    def clocked(count: int) -> float:
+        values = torch.ones(count, device=device)
+        times = []
+        for _ in range(5):
+            dist.barrier()
+            began = time.perf_counter()
+            dist.all_reduce(values)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times.append(time.perf_counter() - began)
+        return statistics.median(times)
+
+    small, large = clocked(256), clocked(1 << 22)
+    return p, small / (2 * (p - 1)), large * p / (2 * (p - 1) * 4 * (1 << 22))

@@ -1,0 +1,91 @@
+"""This machine as a cluster: its devices, their memory, and what was measured of them."""
+
+import os
+from dataclasses import replace
+
+import torch
+
+from ropewalk.errors import UserError
+from ropewalk.plan.calibration import Calibration, calibration
+from ropewalk.plan.hardware import Accelerator, Cluster, accelerator, cpu_kind
+from ropewalk.recipe.machine import Machine
+from ropewalk.train.host_memory import free_memory
+
+
+def here(processes: int = 1, precision: str = "bfloat16", device: str = "auto") -> Cluster:
+    """What there is for `processes`: its GPUs, or its cores, which they share. Calibrated where it was."""
+    if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
+        return _gpus(processes, precision)
+    cores = max(1, Machine.here().cores // processes)
+    kind = accelerator(cpu_kind())
+    made = replace(
+        kind,
+        peak={name: rate * cores for name, rate in kind.peak.items()},
+        memory=free_memory() / processes,
+        memory_bandwidth=kind.memory_bandwidth * min(cores, 16),
+        per_core=False,
+    )
+    made = calibrated(made, calibration(made.name), precision)
+    label = f"this machine ({cores * processes} core{'s' * (cores * processes > 1)}, {kind.name})"
+    return Cluster(made, processes, processes, label=label)
+
+
+def plain(processes: int, device: str) -> Cluster:
+    """So many devices of the kind that is here, by what they are: the same in every process of a run."""
+    if device == "cuda":
+        name = torch.cuda.get_device_name(0)
+        kind = replace(_known(name), memory=float(torch.cuda.get_device_properties(0).total_memory))
+        return Cluster(kind, processes, int(os.environ.get("LOCAL_WORLD_SIZE", torch.cuda.device_count())))
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    return Cluster(replace(accelerator(cpu_kind()), memory=pages / per_node), processes, per_node)
+
+
+def _known(name: str) -> Accelerator:
+    """A GPU by its name; one that is not in the table has the A100's rates until it is calibrated."""
+    try:
+        return accelerator(name)
+    except UserError:
+        return replace(accelerator("A100-80GB-SXM"), name=name)
+
+
+def _gpus(processes: int, precision: str) -> Cluster:
+    name = torch.cuda.get_device_name(0)
+    kind = _known(name)
+    total = torch.cuda.get_device_properties(0).total_memory
+    kind = calibrated(replace(kind, memory=float(total)), calibration(name), precision)
+    count = torch.cuda.device_count()
+    label = f"this machine ({count} x {name})"
+    return Cluster(kind, processes, count, label=label, host_memory=float(free_memory()))
+
+
+def calibrated(device: Accelerator, found: Calibration | None, precision: str) -> Accelerator:
+    """The device with the rates that were measured here in this precision, and what runs have said since."""
+    if found is None or precision not in found.rates:
+        return device
+    rates, slower = found.rates[precision], found.corrections.get(precision, 1.0)
+    link = device.link
+    latency = device.latency
+    if found.collective is not None:
+        _, latency, per_byte = found.collective
+        link = 1 / per_byte / device.link_share
+    peak = device.peak_of(precision)
+    return replace(
+        device,
+        matmul=rates.products / peak / slower,
+        memory_share=rates.memory / device.memory_bandwidth / slower,
+        attention=rates.attention / peak / slower,
+        attention_backward=rates.attention / peak / slower,
+        launch=rates.launch * slower,
+        update=rates.update / slower,
+        link=link,
+        latency=latency,
+        calibrated=True,
+    )
+
+
+def default_processes() -> int:
+    """As many as torchrun started; one process for each GPU that there is; else one."""
+    if "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    return max(1, torch.cuda.device_count())

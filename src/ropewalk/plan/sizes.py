@@ -1,0 +1,138 @@
+"""The sizes of a model for the planner, from whatever says them; how many weights it has, and what they
+compute."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ropewalk.errors import UserError
+from ropewalk.model.config import ModelConfig
+from ropewalk.plan.step_time import attended, block_weights, layer_kinds
+from ropewalk.plan.work import Work
+
+NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+GATED = ("silu", "swish", "swiglu", "geglu", "gelu_pytorch_tanh")
+
+
+def config_from(model: ModelConfig | Mapping[str, Any]) -> ModelConfig:
+    """A ModelConfig, or one made of Hugging Face fields.
+
+    With `model_type` the fields are read as that family's. Without it only sizes are needed; the MLP is gated
+    if `mlp_gated` or `gated` says so, or its activation (silu) or an inner size other than four times the
+    width do. UserError where a field is missing, is no number above 0, or does not fit the others.
+    """
+    if isinstance(model, ModelConfig):
+        return model
+    if not isinstance(model, Mapping):
+        raise UserError("the model: give a ModelConfig or a dictionary of Hugging Face fields")
+    missing = [name for name in NEEDED if name not in model]
+    if missing:
+        raise UserError(f"the model lacks {', '.join(missing)}; a planner needs {', '.join(NEEDED)}")
+    if "model_type" in model:
+        from ropewalk.model import config_from_fields  # the families' table; it imports torch
+
+        return config_from_fields(dict(model))
+    h, layers, heads, vocabulary = (_size(model, name) for name in NEEDED)
+    inner = _size(model, "intermediate_size", 4 * h)
+    kv = _size(model, "num_key_value_heads", heads)
+    if "head_dim" not in model and h % heads:
+        raise UserError(
+            f"the model: hidden_size {h} is no multiple of num_attention_heads {heads}; give head_dim"
+        )
+    if heads % kv:
+        raise UserError(f"the model: num_attention_heads {heads} is no multiple of num_key_value_heads {kv}")
+    gated = model.get("mlp_gated", model.get("gated"))
+    if gated is None:
+        gated = model.get("hidden_act") in GATED or ("hidden_act" not in model and inner != 4 * h)
+    experts = int(model.get("num_experts") or model.get("num_local_experts") or 0)
+    return ModelConfig(
+        family="llama" if gated else "gpt2",
+        vocab_size=vocabulary,
+        hidden_size=h,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv,
+        head_dim=_size(model, "head_dim", h // heads),
+        max_position_embeddings=_size(model, "max_position_embeddings", 2048),
+        position="rope" if gated else "learned",
+        norm="rms" if gated else "layer",
+        mlp_gated=bool(gated),
+        hidden_act="silu" if gated else "gelu",
+        qkv_bias=not gated,
+        o_bias=not gated,
+        mlp_bias=not gated,
+        tie_word_embeddings=bool(model.get("tie_word_embeddings", not gated)),
+        moe_layers=tuple(range(layers)) if experts else (),
+        num_experts=experts,
+        num_experts_per_tok=_size(model, "num_experts_per_tok", 1) if experts else 0,
+        moe_intermediate_size=_size(model, "moe_intermediate_size", inner) if experts else 0,
+    )
+
+
+def _size(model: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    value = model.get(name)
+    if value is None and default is not None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int | float) or value % 1 or value < 1:
+        raise UserError(f"the model's {name}: must be a whole number above 0, not {value!r}")
+    return int(value)
+
+
+def parameters(config: ModelConfig) -> int:
+    """All weights: matrices, norms, biases, embeddings; a tied head counts once."""
+    h, d = config.hidden_size, config.head_dim
+    blocks = sum(count * block_weights(config, moe) for moe, _, count in layer_kinds(config))
+    per_norm = 2 * h if config.norm == "layer" else h
+    norms = 4 if config.norm_placement == "sandwich" else 2
+    small = norms * per_norm
+    heads, kv = config.num_attention_heads, config.num_key_value_heads
+    small += {"head": 2 * d, "projection": (heads + kv) * d, None: 0}[config.qk_norm]
+    small += (heads + 2 * kv) * d * config.qkv_bias + h * config.o_bias
+    if config.mlp_bias:
+        small += h + config.intermediate_size * (2 if config.mlp_gated else 1)
+    ends = config.vocab_size * h * (1 if config.tie_word_embeddings else 2) + per_norm
+    learned = config.max_position_embeddings * h if config.position == "learned" else 0
+    return blocks + config.num_hidden_layers * small + ends + learned
+
+
+def active_weights(config: ModelConfig) -> int:
+    """Weights of blocks that one token is multiplied with."""
+    total = 0
+    for moe, _, count in layer_kinds(config):
+        one = block_weights(config, moe)
+        if moe:
+            matrices = 3 if config.mlp_gated else 2
+            idle = config.num_experts - config.num_experts_per_tok
+            one -= idle * matrices * config.moe_intermediate_size * config.hidden_size
+        total += count * one
+    return total
+
+
+def step_flops(work: Work, *, causal: bool = True, recomputed: bool = False) -> float:
+    """FLOPs of an optimizer step over all devices: a multiply-add is 2, products only.
+
+    causal: the (query, key) pairs that are really attended; else all of a row's, as Megatron-LM counts (arXiv
+    2205.05198, equation 7). recomputed: with what checkpointing does twice (hardware FLOPs).
+    """
+    config, tokens = work.config, work.step_tokens
+    frozen = work.method != "full"
+    weights = active_weights(config) * tokens
+    rows = work.batch_size
+    span = 4 * config.num_attention_heads * config.head_dim * rows
+    pairs = sum(
+        count * attended(work.sequence_length, window, work.document_length, fused=causal)
+        for _, window, count in layer_kinds(config)
+    )
+    head = config.vocab_size * config.hidden_size * tokens * work.scored
+    total = (4 if frozen else 6) * (weights + head) + 3 * span * pairs
+    if recomputed:
+        share = (
+            1 / work.checkpointing_every
+            if work.checkpointing_budget is None
+            else 1 - work.checkpointing_budget
+        )
+        if work.checkpointing == "full":
+            total += share * (2 * weights + span * pairs)
+        elif work.checkpointing == "selective" and not work.fused_attention:
+            total += share * span * pairs
+    return total

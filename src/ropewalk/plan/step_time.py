@@ -1,0 +1,341 @@
+"""Seconds of one optimizer step, phase by phase, of a model in a layout on a cluster.
+
+The step is taken apart into what a device really does: products on a roofline (`kernels`), attention fused or
+written out, elementwise traffic, what is recomputed, collectives, and the schedule of the pipeline. What of
+the collectives can hide behind products is stated where each is counted; the rest is on the clock.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import lru_cache
+
+from ropewalk.model.config import ModelConfig
+from ropewalk.plan.hardware import Cluster
+from ropewalk.plan.kernels import Kernels
+from ropewalk.plan.pipeline_schedule import step_seconds
+from ropewalk.plan.wires import collective
+from ropewalk.plan.work import Work
+
+HIDDEN = 0.9
+"""Share of the products' time behind which a collective can hide: not behind the first and the last block."""
+CONTENTION = 0.5
+"""Of a hidden collective's time, what it takes from the products beside it: memory, power,
+multiprocessors."""
+SCHEDULES = {
+    "gpipe": "gpipe",
+    "1f1b": "1f1b",
+    "interleaved-1f1b": "1f1b",
+    "interleaved-zb": "zb_h1",
+    "zbv": "zbv",
+}
+"""A layout's schedule -> that of `pipeline_schedule`."""
+STATE_BYTES = {"adamw": 28, "lion": 20, "muon": 20, "adafactor": 20}
+"""Read and written by an update for each parameter: gradient, master, states, the 16-bit weight."""
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step by what takes them; their sum is the step."""
+
+    phases: dict[str, float]
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.phases.values())
+
+
+@dataclass(frozen=True)
+class BlockTime:
+    """Seconds of one block, or of several, for one micro-batch on one device."""
+
+    forward: float = 0.0
+    input_gradient: float = 0.0
+    weight_gradient: float = 0.0
+    recomputed: float = 0.0
+    exchanged: float = 0.0
+    """collectives between products, forward"""
+    exchanged_back: float = 0.0
+    """the same backward, with those of what is recomputed"""
+
+    @property
+    def backward(self) -> float:
+        return self.input_gradient + self.weight_gradient + self.recomputed
+
+    @property
+    def total(self) -> float:
+        return self.forward + self.backward + self.exchanged + self.exchanged_back
+
+    def times(self, count: float) -> "BlockTime":
+        return BlockTime(*(value * count for value in vars(self).values()))
+
+    def __add__(self, other: "BlockTime") -> "BlockTime":
+        return BlockTime(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+
+Product = tuple[float, float, float, float]
+"""[m, k] x [k, n], and how many of them: (m, n, k, count)"""
+
+
+def attended(sequence: int, window: int | None, document: float | None, fused: bool) -> float:
+    """(query, key) pairs that are computed in a row: of each document, causal, inside the window.
+
+    Scores that are written out are computed for all pairs.
+    """
+    if not fused:
+        return float(sequence) ** 2
+    length = min(float(sequence), document or sequence)
+    reach = min(length, window or length)
+    return sequence * (reach - (reach - 1) * reach / (2 * length))
+
+
+Kinds = tuple[tuple[bool, int | None, int], ...]
+
+
+def layer_kinds(config: ModelConfig) -> Kinds:
+    """The kinds of layers and how many there are of each: (mixture of experts?, window, count)."""
+    return _kinds(config.num_hidden_layers, config.moe_layers, config.layer_types, config.sliding_window)
+
+
+@lru_cache(maxsize=64)
+def _kinds(layers: int, moe: tuple[int, ...], types: tuple[str, ...], window: int | None) -> Kinds:
+    mixed = set(moe)
+    counted = Counter(
+        (layer in mixed, window if types and types[layer] == "sliding_attention" else None)
+        for layer in range(layers)
+    )
+    return tuple((*kind, count) for kind, count in counted.items())
+
+
+def block_weights(config: ModelConfig, moe: bool) -> int:
+    """Parameters of one block's matrices."""
+    heads = config.num_attention_heads + config.num_key_value_heads
+    attention = 2 * config.hidden_size * heads * config.head_dim
+    matrices = 3 if config.mlp_gated else 2
+    if moe:
+        experts = config.num_experts * (matrices * config.moe_intermediate_size + 1)
+        return attention + config.hidden_size * experts
+    return attention + matrices * config.hidden_size * config.intermediate_size
+
+
+def block_products(work: Work, moe: bool) -> tuple[list[Product], float]:
+    """The products of a block's forward on one device, and the activations inside its MLP."""
+    config, t = work.config, work.layout.tensor
+    tokens, h, d = work.own_tokens, config.hidden_size, config.head_dim
+    heads, kv = config.num_attention_heads / t, config.num_key_value_heads / t
+    gates = 2 if config.mlp_gated else 1
+    products: list[Product] = [(tokens, (heads + 2 * kv) * d, h, 1), (tokens, h, heads * d, 1)]
+    if not moe:
+        wide = config.intermediate_size / t
+        return [*products, (tokens, gates * wide, h, 1), (tokens, h, wide, 1)], tokens * wide
+    here = config.num_experts / work.layout.expert
+    sent = tokens * config.num_experts_per_tok / here  # as many come as go, where experts are used alike
+    wide = config.moe_intermediate_size / t
+    experts = [(sent, gates * wide, h, here), (sent, h, wide, here), (tokens, config.num_experts, h, 1)]
+    return products + experts, sent * here * wide
+
+
+def block_time(work: Work, kernels: Kernels, cluster: Cluster, moe: bool, window: int | None) -> BlockTime:
+    """One block that is not recomputed. Products are divided by the tensor degree, tokens by the context
+    degree."""
+    config, t = work.config, work.layout.tensor
+    products, active = block_products(work, moe)
+    forward = sum(kernels.product(m, n, k, c) for m, n, k, c in products)
+    to_inputs = sum(kernels.product(m, k, n, c) for m, n, k, c in products)
+    to_weights = 0.0
+    if work.method == "full":
+        to_weights = sum(kernels.product(k, n, m, c) for m, n, k, c in products)
+    elif work.method in ("lora", "dora"):
+        r = work.rank
+        low = sum(kernels.product(m, r, k, c) + kernels.product(m, n, r, c) for m, n, k, c in products)
+        forward, to_inputs, to_weights = forward + low, to_inputs + low, low
+    if work.quantize == "nf4":
+        unpacked = kernels.copied(2.5 * block_weights(config, moe) / t)  # half a byte read, two written
+        forward, to_inputs = forward + unpacked, to_inputs + unpacked
+    gates = 2 if config.mlp_gated else 1
+    near = work.own_tokens * config.hidden_size / (t if work.sequence_parallel else 1)
+    turned = (
+        2 * work.own_tokens * (config.num_attention_heads + config.num_key_value_heads) * config.head_dim / t
+    )
+    rotary = kernels.moved(turned, 2) if config.position == "rope" else 0.0
+    # values read and written: norms 2 each forward and 3 backward, residuals 3 each, the activation its own
+    apart = kernels.moved(10 * near, 4) + kernels.moved((1 + gates) * active) + rotary
+    apart_back = kernels.moved(12 * near, 4) + kernels.moved((1 + 2 * gates) * active) + rotary
+    core, core_back = _attention(work, kernels, window)
+    sent, sent_back = _exchanges(work, cluster, kernels.width, moe)
+    return BlockTime(
+        forward + apart + core, to_inputs + apart_back + core_back, to_weights, 0.0, sent, sent_back
+    )
+
+
+def _recomputed(work: Work, kernels: Kernels, block: BlockTime, moe: bool, window: int | None) -> BlockTime:
+    """The same with what the recipe's checkpointing does once more, on average over the blocks."""
+    share = 1 / work.checkpointing_every
+    if work.checkpointing_budget is not None:
+        share = 1 - work.checkpointing_budget
+    if work.checkpointing == "full" or work.checkpointing_budget is not None:
+        return block + BlockTime(recomputed=share * block.forward, exchanged_back=share * block.exchanged)
+    if work.checkpointing == "selective" and not work.fused_attention:
+        return block + BlockTime(recomputed=share * _attention(work, kernels, window)[0])
+    if work.checkpointing == "selective":
+        products, _ = block_products(work, moe)
+        kept = sum(kernels.product(*one) for one in products) + _attention(work, kernels, window)[0]
+        return block + BlockTime(recomputed=share * max(0.0, block.forward - kept))
+    return block
+
+
+def _attention(work: Work, kernels: Kernels, window: int | None) -> tuple[float, float]:
+    """Seconds forward and backward."""
+    s, heads = work.sequence_length, work.config.num_attention_heads / work.layout.tensor
+    d, rows = work.config.head_dim, work.micro_batch_size / work.layout.context
+    if work.fused_attention:
+        flops = 4 * heads * d * rows * attended(s, window, work.document_length, fused=True)
+        return kernels.fused_attention(flops), kernels.fused_attention(2.5 * flops, backward=True)
+    forward = kernels.product(s, s, d, heads * rows, small=True) + kernels.product(
+        s, d, s, heads * rows, small=True
+    )
+    scores = heads * rows * s * s  # softmax reads and writes them, dropout too, with a byte of mask
+    return forward + kernels.moved(4.5 * scores, 2), 2 * forward + kernels.moved(5.5 * scores, 2)
+
+
+def _exchanges(work: Work, cluster: Cluster, width: int, moe: bool) -> tuple[float, float]:
+    """Seconds of what a block sends, forward and backward: none of it can hide, the next product waits."""
+    layout, config, h = work.layout, work.config, work.config.hidden_size
+    forward = backward = 0.0
+    if layout.tensor > 1:
+        both = 2 * collective("all_reduce", work.own_tokens * h * width, cluster, layout.tensor, 1)
+        forward, backward = forward + both, backward + both
+    if layout.context > 1:
+        row = 2 * config.num_key_value_heads * config.head_dim / layout.tensor
+        count = work.micro_batch_size * work.sequence_length * row
+
+        def keys(operation: str, size: int) -> float:
+            return collective(operation, count * size, cluster, layout.context, layout.tensor)
+
+        gathered = keys("all_gather", width)
+        forward, backward = forward + gathered, backward + gathered + keys("reduce_scatter", 4)
+    if moe and layout.expert > 1:
+        sent = work.own_tokens * config.num_experts_per_tok * h * width
+        both = 2 * collective("all_to_all", sent, cluster, layout.expert, 1)
+        forward, backward = forward + both, backward + both
+    return forward, backward
+
+
+def head_time(work: Work, kernels: Kernels) -> BlockTime:
+    """The output head and the loss, on the last stage."""
+    vocabulary, h = work.config.vocab_size / work.layout.tensor, work.config.hidden_size
+    tokens = work.own_tokens * work.scored
+    product, back = kernels.product(tokens, vocabulary, h), kernels.product(tokens, h, vocabulary)
+    to_weight = kernels.product(h, vocabulary, tokens) if work.method == "full" else 0.0
+    return BlockTime(product + kernels.moved(4 * tokens * vocabulary, 3), back, to_weight)
+
+
+def blocks_of(work: Work, cluster: Cluster) -> BlockTime:
+    """All blocks of the model for one micro-batch, with what is recomputed."""
+    kernels = Kernels(cluster.accelerator, work.precision)
+    blocks = BlockTime()
+    for moe, window, count in layer_kinds(work.config):
+        one = _recomputed(work, kernels, block_time(work, kernels, cluster, moe, window), moe, window)
+        blocks += one.times(count)
+    return blocks
+
+
+def step_time(work: Work, cluster: Cluster, blocks: BlockTime | None = None) -> StepTime:
+    """Seconds of one optimizer step by phase. `blocks`: of `blocks_of`, where the caller has them."""
+    kernels = Kernels(cluster.accelerator, work.precision)
+    stage = (blocks or blocks_of(work, cluster)).times(1 / work.layout.pipeline)
+    head, m = head_time(work, kernels), work.accumulation
+    phases = {  # of the last stage, which has the head and is waited for
+        "forward": m * (stage.forward + head.forward),
+        "backward": m * (stage.input_gradient + stage.weight_gradient + head.backward),
+        "recomputation": m * stage.recomputed,
+        "exchange": m * (stage.exchanged + stage.exchanged_back),
+        "pipeline": _pipeline(work, cluster, stage, kernels.width),
+        "sharding": _sharding(work, cluster, stage.forward + head.forward, stage.backward + head.backward),
+        "optimizer": _optimizer(work, cluster, kernels, m * stage.total),
+    }
+    return StepTime({name: seconds for name, seconds in phases.items() if seconds})
+
+
+def weights_here(work: Work) -> float:
+    """Weights of the largest stage on one device, before they are sharded."""
+    config, p = work.config, work.layout.pipeline
+    blocks = sum(count * block_weights(config, moe) for moe, _, count in layer_kinds(config))
+    if config.moe_layers and work.layout.expert > 1:
+        matrices = 3 if config.mlp_gated else 2
+        each = matrices * config.moe_intermediate_size * config.hidden_size * config.num_experts
+        blocks -= int(len(config.moe_layers) * each * (1 - 1 / work.layout.expert))
+    ends = 1 if p > 1 or config.tie_word_embeddings else 2
+    return (blocks / p + ends * config.vocab_size * config.hidden_size) / work.layout.tensor
+
+
+def trained_here(work: Work) -> float:
+    """Those of them that get gradients; adapters as they are added."""
+    if work.method == "full":
+        return weights_here(work)
+    if work.method not in ("lora", "dora"):
+        return 0.001 * weights_here(work)
+    config, layout = work.config, work.layout
+    low = sum(
+        count * sum((n + k) * work.rank * c for _, n, k, c in block_products(work, moe)[0])
+        for moe, _, count in layer_kinds(config)
+    )
+    return low / layout.pipeline
+
+
+def _pipeline(work: Work, cluster: Cluster, stage: BlockTime, width: int) -> float:
+    """Seconds in which a pipeline's stages wait for each other. What is sent is waited for, forward and
+    back."""
+    layout, m = work.layout, work.accumulation
+    if layout.pipeline == 1:
+        return 0.0
+    v = layout.stages_each
+    sent = work.own_tokens * work.config.hidden_size * width / layout.tensor
+    message = collective("send", sent, cluster, layout.pipeline, layout.data * layout.context * layout.tensor)
+    forward = (stage.forward + stage.exchanged) / v + message
+    backward = (stage.input_gradient + stage.recomputed + stage.exchanged_back) / v + message
+    name = SCHEDULES[layout.pipeline_schedule]
+    whole = step_seconds(name, layout.pipeline, m, v, forward, backward, stage.weight_gradient / v)
+    return whole - m * stage.total
+
+
+def _sharding(work: Work, cluster: Cluster, forward: float, backward: float) -> float:
+    """Seconds that gathering weights and reducing gradients adds, beside the products of a micro-batch."""
+    layout, m = work.layout, work.accumulation
+    group, weights, trained = layout.parts, weights_here(work), trained_here(work)
+    blocks = -(-work.config.num_hidden_layers // layout.pipeline)  # each is gathered and reduced by itself
+
+    def over(operation: str, size: float, devices: int, stride: int) -> float:
+        return blocks * collective(operation, size / blocks, cluster, devices, stride)
+
+    seconds = 0.0
+    if group > 1:
+        width = 0.52 if work.quantize == "nf4" else 4 if work.precision == "float32" else 2
+        gathered = over("all_gather", weights * width, group, layout.tensor)
+        reduced = over("reduce_scatter", trained * work.reduce_bytes, group, layout.tensor)
+        if layout.stage == 3:
+            seconds += m * (_exposed(gathered, forward) + _exposed(gathered + reduced, backward))
+        else:
+            again = m if layout.stage == 2 else 1
+            seconds += _exposed(gathered, forward) + again * _exposed(reduced, backward)
+    if layout.replicate > 1:
+        reduced = over(
+            "all_reduce", trained / group * work.reduce_bytes, layout.replicate, layout.tensor * group
+        )
+        seconds += _exposed(reduced, backward)
+    return seconds
+
+
+def _exposed(collective_: float, products: float) -> float:
+    """Of a collective beside products, what is seen on the clock."""
+    hidden = min(collective_, HIDDEN * products)
+    return collective_ - hidden + CONTENTION * hidden
+
+
+def _optimizer(work: Work, cluster: Cluster, kernels: Kernels, products: float) -> float:
+    """The update; where states are in the host's memory, what crossing over adds to the step."""
+    count = trained_here(work) / work.layout.parts
+    state = STATE_BYTES[work.optimizer] * (work.state_bits / 32 if work.state_bits < 32 else 1)
+    if work.offload:
+        return max(0.0, 6 * count / cluster.accelerator.host - HIDDEN * products) + count * state / 20e9
+    rate = cluster.accelerator.update
+    return count * state / rate if rate else kernels.copied(count * state)

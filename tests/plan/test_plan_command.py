@@ -1,0 +1,167 @@
+"""`ropewalk plan`: what a user reads, what a script reads, and what a run makes of its own plan."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import ropewalk as rw
+from ropewalk.cli import main
+from ropewalk.errors import UserError
+from ropewalk.plan import accuracy, outcomes
+from ropewalk.plan.calibration import Calibration, Rates, calibration
+from ropewalk.plan.hardware import cpu_kind
+from ropewalk.track import RunDirectory
+
+
+@pytest.fixture
+def recipe_file(make_recipe: Any, tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(make_recipe(batch_size=8, micro_batch_size=1, steps=4)))
+    return path
+
+
+def said(capsys: pytest.CaptureFixture[str], *words: Any) -> str:
+    assert main(["plan", *map(str, words)]) == 0
+    return capsys.readouterr().out
+
+
+def test_a_plan_for_people(recipe_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Here, and on a cluster: whether it fits, how long it takes, where memory and time go, which layouts
+    are best."""
+    here = said(capsys, recipe_file)
+    assert "this machine" in here
+    assert "fits     yes" in here
+    assert "4 steps in" in here
+    there = said(capsys, recipe_file, "train.precision=bfloat16", "--on", "8xH100")
+    assert "8xH100" in there
+    assert "best layouts for the same step:" in there
+    assert "$" in there
+
+
+def test_a_plan_for_scripts(recipe_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = json.loads(said(capsys, recipe_file, "--on", "4xA100", "--json"))
+    assert plan["run"]["devices"] == 4
+    assert plan["seconds"] == pytest.approx(4 * plan["run"]["step_seconds"])
+    assert sum(plan["run"]["phases"].values()) == pytest.approx(plan["run"]["step_seconds"])
+    assert plan["run"]["memory"]["total_bytes"] <= sum(plan["run"]["memory"]["terms"].values())
+    assert plan == json.loads(json.dumps(rw.plan.as_json(rw.plan(recipe_file, on="4xA100"))))
+    assert json.loads(said(capsys, recipe_file, "--on", "4xA100", "--by", "cost", "--json"))["ranked"]
+
+
+def test_what_does_not_fit_says_by_how_much_and_what_would_help(
+    make_recipe: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    config = {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+    config |= {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}
+    source = str(make_recipe()["model"]["source"])
+    recipe = make_recipe(
+        model={"config": config, "tokenizer": source},
+        data={"sequence_length": 4096},
+        precision="bfloat16",
+        device="auto",
+        micro_batch_size=4,
+    )
+    path = tmp_path / "large.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    text = said(capsys, path, "--on", "1xA100-40GB-SXM")
+    assert "fits     NO" in text
+    assert "short " in text
+    assert ": it fits" in text  # adapters on a quantized base, at the least
+
+
+def test_the_real_step_traced(make_recipe: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Counted and traced side by side, the peak within 5%."""
+    source = str(make_recipe()["model"]["source"])
+    config = {"model_type": "llama", "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
+    config |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 1024}
+    path = Path(make_recipe()["runs"]).parent / "traced.yaml"
+    path.write_text(yaml.safe_dump(make_recipe(model={"config": config, "tokenizer": source})))
+    traced = json.loads(said(capsys, path, "--trace", "--json"))["traced"]
+    name, counted, found = traced[-1]
+    assert name == "peak"
+    assert counted == pytest.approx(found, rel=0.05)
+    assert "term by term" in said(capsys, path, "--trace")
+
+
+def test_two_plots(recipe_file: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    for name, head in (("plan.png", b"\x89PNG"), ("plan.svg", b"<?xml")):
+        said(capsys, recipe_file, "--plot", tmp_path / name)
+        assert (tmp_path / name).read_bytes().startswith(head)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["RECIPE", "--on", "8xH101"], "did you mean H100"),
+        (["RECIPE", "--on", "3xH100"], "choose a multiple of 3"),
+        (["RECIPE", "--by", "speed"], "--by speed"),
+        (["RECIPE", "--plot", "plan.pdf"], "a plot is a .png or .svg"),
+        (["RECIPE", "train.step=3"], "did you mean train.steps"),
+        (["nothing.yaml"], "nothing.yaml"),
+        ([], "give a recipe"),
+        (["budget"], "give one of"),
+        (["budget", "--days", "3"], "need --on"),
+        (["failures", "--devices", "8", "--days", "3", "--what-if", "restart"], "restart=290"),
+        (["--accuracy", "."], "no run here has a plan"),
+    ],
+)
+def test_a_mistake_costs_one_message(
+    words: list[str], message: str, recipe_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["plan", *(str(recipe_file) if word == "RECIPE" else word for word in words)]
+    if words == []:
+        arguments.append("--json")
+    assert main(arguments) == 2
+    found = capsys.readouterr()
+    assert message in found.err
+    assert "Traceback" not in found.err
+
+
+def test_questions(capsys: pytest.CaptureFixture[str]) -> None:
+    """A budget in FLOPs, days and money; failures and what a change buys."""
+    assert "60B tokens" in said(capsys, "budget", "--flops", "1e21")
+    days = said(capsys, "budget", "--on", "8xH100", "--days", "3", "--data", "2e9")
+    assert "8 devices" in days
+    assert "more epochs no longer help" in days
+    assert "days on 8 devices" in said(capsys, "budget", "--on", "8xH100", "--money", "5000")
+    played = said(capsys, "failures", "--devices", "1024", "--days", "5", "--what-if", "restart=60")
+    assert "goodput" in played
+    assert "days saved" in played
+
+
+def test_serving_of_a_model(tiny_llama_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = said(capsys, "serving", tiny_llama_dir, "--on", "1xL4", "--context", "128", "--batch", "4")
+    assert "batch 4" in text
+    assert "tokens/s" in text
+
+
+def test_a_run_keeps_its_plan_and_says_how_it_came_true(
+    make_recipe: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights and states to the byte; the report and `plan --accuracy` show each beside the other; and
+    where the machine was calibrated, the next plan is nearer."""
+    monkeypatch.setenv("ROPEWALK_CACHE", str(tmp_path / "cache"))
+    rates = Rates(products=1e11, memory=1e10, attention=1e11, launch=1e-5, update=1e10, error=0.1)
+    Calibration("here", cpu_kind(), 1, "2", {"float32": rates}, disk=1e9).save()
+    result = rw.train(make_recipe(steps=4), progress=False)
+    run = RunDirectory.open(result.run)
+    found = {one.what: one for one in outcomes(run)}
+    assert {"seconds a step", "bytes of weights", "bytes of states", "bytes held"} <= set(found)
+    assert found["bytes of weights"].predicted == found["bytes of weights"].measured
+    assert found["bytes of states"].error == pytest.approx(0, abs=1e-3)  # counts of updates are left out
+    report = (result.run / "report.md").read_text()
+    assert "## As planned?" in report
+    assert "seconds a step" in report
+    text = said(capsys, "--accuracy", result.run.parent)
+    assert result.run.name in text
+    assert len(accuracy(result.run.parent)) == len(found)
+    learnt = calibration(cpu_kind())
+    assert learnt is not None
+    slower = found["seconds a step"].measured > found["seconds a step"].predicted
+    assert (learnt.corrections["float32"] > 1) == slower
+    with pytest.raises(UserError, match="no run here"):
+        accuracy(tmp_path / "cache")
