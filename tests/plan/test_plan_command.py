@@ -1,6 +1,7 @@
 """`ropewalk plan`: what a user reads, what a script reads, and what a run makes of its own plan."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from ropewalk.errors import UserError
 from ropewalk.plan import accuracy, outcomes
 from ropewalk.plan.calibration import Calibration, Rates, calibration
 from ropewalk.plan.hardware import cpu_kind
+from ropewalk.recipe import Machine, load_recipe, resolve
 from ropewalk.track import RunDirectory
+from ropewalk.train.entry import layout_of, planned
 
 
 @pytest.fixture
@@ -84,6 +87,20 @@ def test_the_real_step_traced(make_recipe: Any, capsys: pytest.CaptureFixture[st
     assert name == "peak"
     assert counted == pytest.approx(found, rel=0.05)
     assert "term by term" in said(capsys, path, "--trace")
+
+
+def test_auto_takes_what_the_planner_proposes(make_recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In two processes a layout of two that the recipe can be trained in, and all processes find the same; alone
+    nothing changes."""
+    recipe = load_recipe(make_recipe() | {"parallel": "auto"})
+    assert planned(recipe) is recipe
+    two = replace(Machine.here(), processes=2)
+    monkeypatch.setattr(Machine, "here", lambda: two)
+    found = planned(recipe)
+    layout = layout_of(resolve(found).recipe)
+    assert layout.processes == 2
+    assert found == planned(recipe)
+    assert planned(load_recipe(make_recipe())).parallel == load_recipe(make_recipe()).parallel
 
 
 def test_two_plots(recipe_file: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
