@@ -90,8 +90,7 @@ def test_the_real_step_traced(make_recipe: Any, capsys: pytest.CaptureFixture[st
 
 
 def test_auto_takes_what_the_planner_proposes(make_recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In two processes a layout of two that the recipe can be trained in, and all processes find the same; alone
-    nothing changes."""
+    """In two processes a layout of two that the recipe can be trained in; all processes find the same."""
     recipe = load_recipe(make_recipe() | {"parallel": "auto"})
     assert planned(recipe) is recipe
     two = replace(Machine.here(), processes=2)
