@@ -119,8 +119,11 @@ def _lines(made: "Plan") -> list[str]:
         f"time     {_seconds(run.step_seconds)} a step, {run.tokens_per_second:,.0f} tokens/s"
         f"; {100 * run.mfu_causal:.1f}% of the peak in model FLOPs ({100 * run.mfu:.1f}% by all pairs)",
     ]
+    if (price := run.dollars_per_hour) is not None:
+        million = price / 3600 / run.tokens_per_second * 1e6
+        lines.append(f"price    ${price:,.2f} an hour, ${million:,.3f} a million tokens, at list prices")
     if made.seconds is not None:
-        cost = "" if made.dollars is None else f", ${made.dollars:,.2f} at list prices"
+        cost = "" if made.dollars is None else f", ${made.dollars:,.2f}"
         lines.append(f"run      {made.steps:,} steps in {_seconds(made.seconds)}{cost}")
     lines += ["", *_bars("memory of the device that holds most", memory.terms, _gib)]
     if memory.host_terms:
@@ -152,15 +155,12 @@ def _fixes(made: "Plan") -> list[str]:
 def _layout(run: "Estimate") -> str:
     layout, work = run.layout, run.work
     named = ("pipeline", "replicate", "shard", "context", "tensor", "expert")
-    said = [f"{name} {getattr(layout, name)}" for name in named if getattr(layout, name) > 1] or [
-        "one device"
-    ]
-    if layout.shard > 1:
-        said[-1:] = [f"{said[-1]}"]
-        said.append(f"ZeRO {layout.stage}")
+    more = {"shard": f" (ZeRO {layout.stage})"}
+    said = [f"{n} {getattr(layout, n)}{more.get(n, '')}" for n in named if getattr(layout, n) > 1]
+    spread = " x ".join(said) or "one device"
     saver = "" if work.checkpointing == "none" else f", checkpointing {work.checkpointing}"
     passes = f"{work.accumulation} micro-batch{'es' * (work.accumulation > 1)} of {work.micro_batch_size}"
-    return f"{' x '.join(said)}; {passes} x {work.sequence_length:,} tokens, {work.precision}{saver}"
+    return f"{spread}; {passes} x {work.sequence_length:,} tokens, {work.precision}{saver}"
 
 
 def _why(one: "Estimate", asked: "Estimate") -> str:
@@ -170,9 +170,12 @@ def _why(one: "Estimate", asked: "Estimate") -> str:
     shares = ", ".join(f"{name} {100 * value / one.step_seconds:.0f}%" for name, value in slowest[:4])
     faster = asked.step_seconds / one.step_seconds
     held = f"{_gib(one.memory.high)} of {_gib(one.memory.limit)}"
-    change = " ".join(as_overrides(one.work))
+    already = as_overrides(asked.work)
+    change = (
+        " ".join(word for word in as_overrides(one.work) if word not in already) or "as the recipe has it"
+    )
     speed = f"{_seconds(one.step_seconds)} a step ({faster:.2f} x the recipe's speed)"
-    return f"{_layout(one)}\n     {speed}, {held}; {shares}\n     {change}"
+    return f"{_layout(one)}\n     {speed}, {held}; {shares}\n     {change or 'as the recipe has it'}"
 
 
 def _bars(title: str, values: dict[str, Any], say: Any) -> list[str]:

@@ -3,7 +3,7 @@ true."""
 
 import os
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -76,22 +76,13 @@ def plan(
     if work.compile:
         where = replace(where, accelerator=where.accelerator.compiled())
 
-    def runs(other: Work) -> bool:
-        """Whether the recipe would be trained so, for all that it says besides."""
-        try:
-            changed = load_recipe(recipe, [*overrides, *as_overrides(other)])
-            layout_of(resolve(changed, machine=machine).recipe)
-        except UserError:
-            return False
-        return True
-
     run = point(work, where)
     return Plan(
         whole.name,
         parameters(config),
         run,
         _steps(whole, work),
-        search(work, where, by, accept=runs) if where.devices > 1 else [],
+        search(work, where, by, accept=_trainable(recipe, overrides, machine)) if where.devices > 1 else [],
         [] if run.fits else fixes(work, where),
     )
 
@@ -108,15 +99,25 @@ def propose(recipe: Recipe, processes: int) -> list[str]:
     if work.compile:
         where = replace(where, accelerator=where.accelerator.compiled())
 
-    def runs(other: Work) -> bool:
+    found = search(work, where, count=1, accept=_trainable(recipe, (), machine))
+    return as_overrides(found[0].work) if found else []
+
+
+def _trainable(
+    recipe: Recipe | str | Path | Mapping[str, Any], overrides: Sequence[str], machine: Machine
+) -> Callable[[Work], bool]:
+    """Whether the recipe would be trained in the layout of a Work, for all that it says besides."""
+
+    def trainable(work: Work) -> bool:
+        there = replace(machine, processes=work.layout.processes)
         try:
-            layout_of(resolve(load_recipe(recipe, as_overrides(other)), machine=machine).recipe)
+            changed = load_recipe(recipe, [*overrides, *as_overrides(work)])
+            layout_of(resolve(changed, machine=there).recipe)
         except UserError:
             return False
         return True
 
-    found = search(work, where, count=1, accept=runs)
-    return as_overrides(found[0].work) if found else []
+    return trainable
 
 
 def as_overrides(work: Work) -> list[str]:
@@ -127,6 +128,7 @@ def as_overrides(work: Work) -> list[str]:
         degrees |= {"pipeline_schedule": layout.pipeline_schedule, "pipeline_stages": layout.stages_each}
     return [
         *(f"parallel.{name}={value}" for name, value in degrees.items()),
+        *(["train.optimizer.offload=true"] if work.offload else []),
         f"train.micro_batch_size={work.micro_batch_size}",
         f"train.checkpointing={work.checkpointing}",
     ]

@@ -31,8 +31,10 @@ def draw(one: Estimate, path: Path) -> None:
 
 def _stack(axes: object, values: dict[str, float], unit: str) -> None:
     """One bar, the largest part first."""
-    left = 0.0
+    left, least = 0.0, 0.005 * sum(values.values())
     for name, value in sorted(values.items(), key=lambda item: -item[1]):
+        if value < least:
+            continue
         axes.barh(0, value, left=left, height=0.5, label=f"{name} {value:.3g}", edgecolor="white")  # type: ignore[attr-defined]
         left += value
     axes.set_yticks([])  # type: ignore[attr-defined]

@@ -126,6 +126,7 @@ def search(
 ) -> list[Estimate]:
     """The best ways to do the same step, best first; at most `count`, none where nothing fits.
 
+    The optimizer's states are in the hosts' memory only where nothing fits without.
     accept: says no to what must not be. by: time; cost, for which fewer devices count too; or goodput, the
     tokens of a day in which some fail. What cannot fit is left out by a sketch, the time of blocks computed
     once for each (tensor, context, expert, micro-batch, saver), and what is left counted exactly, the
@@ -147,6 +148,8 @@ def search(
             best[key] = found
             if len(best) == count:
                 break
+    if not best and not work.offload and work.device == "cuda":
+        return search(replace(work, offload=True), where, by, count, accept)
     return list(best.values())
 
 
