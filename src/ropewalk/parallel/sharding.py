@@ -54,14 +54,16 @@ def shard(model: Transformer, world: World, stages: Sequence[range] = ()) -> Non
     }
     # gradients of weights that are made apart need the very weights of the forward pass
     assert world.weights is not None
-    mesh = world.weights
-    if world.layout.replicate == 1:  # with two axes, fully_shard keeps float32 sums until the backward ends
+    mesh, experts = world.weights, world.experts
+    # with two axes, fully_shard keeps float32 sums until the backward ends: only where there are copies
+    if layout.replicate == 1:
         mesh = mesh[(mesh.mesh_dim_names or ())[1]]
+    if experts is not None:
+        experts = experts["expert_parts" if layout.expert_copies == 1 else ("expert_copies", "expert_parts")]
     again = layout.stage == 3 and not layout.split_backward
     for block in model.blocks:
-        if world.experts is not None and isinstance(block.mlp, MixtureOfExperts):
-            apart = world.experts["expert_copies", "expert_parts"]
-            fully_shard(block.mlp.experts, mesh=apart, reshard_after_forward=again, **options)
+        if experts is not None and isinstance(block.mlp, MixtureOfExperts):
+            fully_shard(block.mlp.experts, mesh=experts, reshard_after_forward=again, **options)
         fully_shard(block, mesh=mesh, reshard_after_forward=again, **options)
     # the head meets the hidden states after the model's own forward: what is outside the blocks stays there
     fully_shard(model, mesh=mesh, reshard_after_forward=False, **options)
