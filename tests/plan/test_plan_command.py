@@ -166,7 +166,7 @@ def test_a_run_keeps_its_plan_and_says_how_it_came_true(
     result = rw.train(make_recipe(steps=4), progress=False)
     run = RunDirectory.open(result.run)
     found = {one.what: one for one in outcomes(run)}
-    assert {"seconds a step", "bytes of weights", "bytes of states", "bytes held"} <= set(found)
+    assert {"seconds a step", "bytes of weights", "bytes of states"} <= set(found)
     assert found["bytes of weights"].predicted == found["bytes of weights"].measured
     assert found["bytes of states"].error == pytest.approx(0, abs=1e-3)  # counts of updates are left out
     report = (result.run / "report.md").read_text()
