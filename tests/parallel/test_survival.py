@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -20,16 +19,6 @@ import ropewalk as rw
 from ropewalk.errors import RopewalkError, UserError
 
 
-def until(run: Path, step: int, target: Path) -> Path:
-    """The run as it was at the checkpoint of `step`."""
-    shutil.copytree(run, target)
-    (target / "report.md").unlink()
-    for checkpoint in (target / "checkpoints").iterdir():
-        if int(checkpoint.name[5:]) > step:
-            shutil.rmtree(checkpoint)
-    return target
-
-
 def losses(run: Path) -> list[float]:
     records = [json.loads(line) for line in (Path(run) / "metrics-train.jsonl").read_text().splitlines()]
     return [record["loss"] for record in records if record["kind"] == "train"]
@@ -41,14 +30,14 @@ def model(run: Path, step: int = 6) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("tensor", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_with_divided_rows_goes_on_in_one_process_and_back(
-    make_recipe: Any, train_in: Any, tmp_path: Path, tensor: int
+    copy_until: Any, make_recipe: Any, train_in: Any, tmp_path: Path, tensor: int
 ) -> None:
     recipe = make_recipe(steps=6, batch_size=4, micro_batch_size=1, checkpoint_every=3, keep=9)
     divided = recipe | {"parallel": {"context": 2, "tensor": tensor, "context_exchange": "ring"}}
     whole = Path(train_in(2 * tensor, {"whole": ("train", [divided, [], False])})["whole"]["run"])
-    same, one = until(whole, 3, tmp_path / "same"), until(whole, 3, tmp_path / "one")
+    same, one = copy_until(whole, 3, tmp_path / "same"), copy_until(whole, 3, tmp_path / "one")
     single = rw.train(recipe, progress=False).run
-    two = until(single, 3, tmp_path / "two")
+    two = copy_until(single, 3, tmp_path / "two")
     train_in(
         2 * tensor,
         {
@@ -64,7 +53,9 @@ def test_a_run_with_divided_rows_goes_on_in_one_process_and_back(
             torch.testing.assert_close(tensor, model(single)[key], rtol=1e-3, atol=1e-4)
 
 
-def test_a_pipeline_goes_on_in_one_process_and_back(make_recipe: Any, train_in: Any, tmp_path: Path) -> None:
+def test_a_pipeline_goes_on_in_one_process_and_back(
+    copy_until: Any, make_recipe: Any, train_in: Any, tmp_path: Path
+) -> None:
     """In as many: the same bits. In one, from one, and divided otherwise: the same training, answers too."""
     panel = {"prompts": ["The ropewalk is", "Many"], "max_new_tokens": 8}
     recipe = make_recipe(
@@ -75,9 +66,9 @@ def test_a_pipeline_goes_on_in_one_process_and_back(make_recipe: Any, train_in: 
     calls = {"whole": ("train", [divided, [], False]), "low": ("train", [divided, low, False])}
     runs = {name: Path(found["run"]) for name, found in train_in(2, calls).items()}
     whole = runs["whole"]
-    copies = {name: until(whole, 3, tmp_path / name) for name in ("same", "one", "shard")}
+    copies = {name: copy_until(whole, 3, tmp_path / name) for name in ("same", "one", "shard")}
     single = rw.train(recipe, progress=False).run
-    copies["two"] = until(single, 3, tmp_path / "two")
+    copies["two"] = copy_until(single, 3, tmp_path / "two")
     changes = {
         "same": [],
         "shard": ["parallel.pipeline=1", "parallel.shard=2"],
@@ -97,7 +88,9 @@ def test_a_pipeline_goes_on_in_one_process_and_back(make_recipe: Any, train_in: 
             torch.testing.assert_close(tensor, model(single)[key], rtol=1e-3, atol=1e-4)
 
 
-def test_a_run_goes_on_in_any_number_of_processes(make_recipe: Any, train_in: Any, tmp_path: Path) -> None:
+def test_a_run_goes_on_in_any_number_of_processes(
+    copy_until: Any, make_recipe: Any, train_in: Any, tmp_path: Path
+) -> None:
     """In as many: the same bits. In others, more and fewer: the same training but for the order of sums.
 
     Also where samples are the first thing that is to do.
@@ -107,7 +100,7 @@ def test_a_run_goes_on_in_any_number_of_processes(make_recipe: Any, train_in: An
     recipe = make_recipe(**fields, sample_every=3, evaluate=panel)
     divided = recipe | {"parallel": {"shard": 2}}
     whole = Path(train_in(2, {"whole": ("train", [divided, [], False])})["whole"]["run"])
-    copies = {name: until(whole, 3, tmp_path / name) for name in ("same", "fewer", "more")}
+    copies = {name: copy_until(whole, 3, tmp_path / name) for name in ("same", "fewer", "more")}
     two = train_in(2, {"same": ("resume", [str(copies["same"]), [], False])})
     assert two["same"]["steps"] == 6
     assert losses(copies["same"]) == losses(whole)
@@ -121,7 +114,7 @@ def test_a_run_goes_on_in_any_number_of_processes(make_recipe: Any, train_in: An
             torch.testing.assert_close(tensor, wanted[key], rtol=1e-3, atol=1e-4)
     # and what one process began, two finish
     single = rw.train(recipe, progress=False)
-    begun = until(single.run, 3, tmp_path / "begun")
+    begun = copy_until(single.run, 3, tmp_path / "begun")
     rw.resume(begun, ["parallel.shard=2"], progress=False)
     assert losses(begun) == pytest.approx(losses(single.run), rel=1e-5)
     with pytest.raises(UserError, match=r"train\.steps=9: a run goes on as it began"):
@@ -129,13 +122,15 @@ def test_a_run_goes_on_in_any_number_of_processes(make_recipe: Any, train_in: An
 
 
 @pytest.mark.slow
-def test_two_four_one_and_three_processes_train_what_one_trains(make_recipe: Any, tmp_path: Path) -> None:
+def test_two_four_one_and_three_processes_train_what_one_trains(
+    copy_until: Any, make_recipe: Any, tmp_path: Path
+) -> None:
     """A chain of resumes, each in another number of processes: the same tokens in every step, and losses."""
     recipe = make_recipe(steps=8, batch_size=12, micro_batch_size=1, checkpoint_every=2, keep=9, clip=0.0)
     alone = rw.train(recipe, progress=False)
     run = rw.train(recipe | {"parallel": {"shard": 2}}, progress=False).run
     for step, shards in ((2, 4), (4, 1), (6, 3)):
-        run = until(run, step, tmp_path / f"in-{shards}")
+        run = copy_until(run, step, tmp_path / f"in-{shards}")
         rw.resume(run, [f"parallel.shard={shards}"], progress=False)
     assert tokens(run) == tokens(alone.run)
     assert losses(run) == pytest.approx(losses(alone.run), rel=1e-5)

@@ -17,7 +17,7 @@ from ropewalk.layout import Layout
 from ropewalk.model import config_from_fields
 from ropewalk.parallel import World, shard
 from ropewalk.plan.step_memory import step_memory
-from ropewalk.plan.trace import Seen, Traced, Tracker, _job, _micro_batches, _model, _step, watching
+from ropewalk.plan.trace import Seen, Traced, Tracker, _job, _micro_batches, _step, model_of, watching
 from ropewalk.plan.work import Work
 
 CONFIG = config_from_fields(
@@ -93,7 +93,7 @@ class Resizing(Tracker):
 
 def seen(work: Work, world: World) -> Traced:
     """The second step of this process."""
-    model = _model(work)
+    model = model_of(work)
     shard(model, world)
     job = _job(work, model, world)
     parts = _micro_batches(work)

@@ -16,7 +16,7 @@ from ropewalk.parallel.launch import launch
 from ropewalk.plan import block_memory
 from ropewalk.plan.block_memory import kept_share
 from ropewalk.plan.step_memory import _Step, step_memory
-from ropewalk.plan.trace import Tracker, _model, note_update, trace_step, watching
+from ropewalk.plan.trace import Tracker, model_of, note_update, trace_step, watching
 from ropewalk.plan.weights import nf4_bytes, parameters
 from ropewalk.plan.work import Work, work_of
 from ropewalk.recipe import load_recipe, resolve
@@ -262,7 +262,7 @@ def opened(
 
 @pytest.mark.parametrize("one", [*QUICK.values(), *SLOW.values()], ids=[*QUICK, *SLOW])
 def test_parameters_are_those_of_the_model(one: Work) -> None:
-    model, counted = _model(one), list(parameters(one))
+    model, counted = model_of(one), list(parameters(one))
     found = list(model.parameters())
     assert sum(p.size * p.count for p in counted) == sum(p.numel() for p in found)
     trained = sum(p.numel() for p in found if p.requires_grad)

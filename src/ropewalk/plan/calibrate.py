@@ -11,14 +11,12 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from ropewalk.adapt import AdapterConfig, apply_adapter, quantize_base
 from ropewalk.data import Batch
-from ropewalk.model import Transformer
 from ropewalk.plan.calibration import NEVER, Calibration, Rates, features, fit_rates, probes
 from ropewalk.plan.hardware import cpu_kind
 from ropewalk.plan.step_time import STATE_BYTES, trained_here
+from ropewalk.plan.trace import model_of
 from ropewalk.plan.work import Work
-from ropewalk.train.activations import save_activations
 from ropewalk.train.objective import loss_sum
 from ropewalk.train.optim import Optimizer, OptimizerConfig
 
@@ -93,18 +91,7 @@ def measured_step(work: Work, device: torch.device) -> tuple[list[float], list[f
     On random weights of one process; what `work` says of sharing is not looked at.
     """
     torch.manual_seed(0)
-    dtype = torch.float32 if work.precision == "float32" else torch.bfloat16
-    model = Transformer(work.config).to(device, dtype)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.02)
-    if work.method == "lora":
-        adapter = AdapterConfig("lora", work.rank, 2.0 * work.rank, 0.0, "all-linear", False, 0)
-        if work.quantize == "nf4":
-            quantize_base(model)
-        apply_adapter(model, adapter, seed=0)
-    model.train()
-    save_activations(model, work.checkpointing)
+    model = model_of(work).to(device)
     optimizer = Optimizer(model, OptimizerConfig())
     tokens = torch.randint(0, work.config.vocab_size, (work.micro_batch_size, work.sequence_length))
     positions = torch.arange(work.sequence_length).expand(work.micro_batch_size, -1)

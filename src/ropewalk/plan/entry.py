@@ -73,9 +73,7 @@ def plan(
         where = here(processes, whole.train.precision, whole.train.device)
     config = config_of(whole)
     work = work_of(whole, config, where.devices)
-    if work.compile:
-        where = replace(where, accelerator=where.accelerator.compiled())
-
+    where = _running(work, where)
     run = point(work, where)
     return Plan(
         whole.name,
@@ -95,10 +93,7 @@ def propose(recipe: Recipe, processes: int) -> list[str]:
     machine = replace(Machine.here(), processes=processes)
     whole = resolve(recipe, machine=machine).recipe
     work = work_of(whole, config_of(whole), processes)
-    where = plain(processes, work.device)
-    if work.compile:
-        where = replace(where, accelerator=where.accelerator.compiled())
-
+    where = _running(work, plain(processes, work.device))
     found = search(work, where, count=1, accept=_trainable(recipe, (), machine))
     return as_overrides(found[0].work) if found else []
 
@@ -134,6 +129,11 @@ def as_overrides(work: Work) -> list[str]:
     ]
 
 
+def _running(work: Work, where: Cluster) -> Cluster:
+    """The cluster with the rates that this project's own blocks reach there, as the work has them."""
+    return replace(where, accelerator=where.accelerator.compiled()) if work.compile else where
+
+
 def _machine(where: Cluster) -> Machine:
     """What `auto` in a recipe rests on, of a machine that is not this one."""
     gpu = not where.accelerator.name.startswith("CPU")
@@ -163,9 +163,7 @@ def _steps(recipe: Recipe, work: Work) -> int | None:
 def foreseen(recipe: Recipe, processes: int) -> dict[str, Any]:
     """What the planner says of a run that is about to start here, as it is kept in the run's directory."""
     work = work_of(recipe, config_of(recipe), processes)
-    where = here(processes, recipe.train.precision, work.device)
-    if work.compile:
-        where = replace(where, accelerator=where.accelerator.compiled())
+    where = _running(work, here(processes, recipe.train.precision, work.device))
     run = point(work, where)
     return {
         "device": where.accelerator.name,
@@ -230,14 +228,14 @@ def _median(records: list[dict[str, Any]], name: str) -> float:
     return statistics.median(record.get(name, 0.0) for record in records)
 
 
-def learn(run: RunDirectory) -> None:
-    """Lets the machine's calibration take a finished run into account."""
+def learn(run: RunDirectory, found: Sequence[Outcome]) -> None:
+    """Lets the machine's calibration take a finished run into account; `found`: its `outcomes`."""
     said = run.read_json(PLAN)
     if said is None or not said["calibrated"]:
         return
     if (known := calibration(said["device"])) is None:
         return
-    for one in outcomes(run):
+    for one in found:
         if one.what == "seconds a step":
             corrected(known, said["precision"], one.measured, one.predicted).save()
 

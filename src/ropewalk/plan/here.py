@@ -33,28 +33,26 @@ def here(processes: int = 1, precision: str = "bfloat16", device: str = "auto") 
 def plain(processes: int, device: str) -> Cluster:
     """So many devices of the kind that is here, by what they are: the same in every process of a run."""
     if device == "cuda":
-        name = torch.cuda.get_device_name(0)
-        kind = replace(_known(name), memory=float(torch.cuda.get_device_properties(0).total_memory))
-        return Cluster(kind, processes, int(os.environ.get("LOCAL_WORLD_SIZE", torch.cuda.device_count())))
+        per_node = int(os.environ.get("LOCAL_WORLD_SIZE", torch.cuda.device_count()))
+        return Cluster(_gpu(), processes, per_node)
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
     return Cluster(replace(accelerator(cpu_kind()), memory=pages / per_node), processes, per_node)
 
 
-def _known(name: str) -> Accelerator:
-    """A GPU by its name; one that is not in the table has the A100's rates until it is calibrated."""
+def _gpu() -> Accelerator:
+    """The first GPU; one that is not in the table has the A100's rates until it is calibrated."""
+    name = torch.cuda.get_device_name(0)
     try:
-        return accelerator(name)
+        kind = accelerator(name)
     except UserError:
-        return replace(accelerator("A100-80GB-SXM"), name=name)
+        kind = replace(accelerator("A100-80GB-SXM"), name=name)
+    return replace(kind, memory=float(torch.cuda.get_device_properties(0).total_memory))
 
 
 def _gpus(processes: int, precision: str) -> Cluster:
-    name = torch.cuda.get_device_name(0)
-    kind = _known(name)
-    total = torch.cuda.get_device_properties(0).total_memory
-    kind = calibrated(replace(kind, memory=float(total)), calibration(name), precision)
-    count = torch.cuda.device_count()
+    name, count = torch.cuda.get_device_name(0), torch.cuda.device_count()
+    kind = calibrated(_gpu(), calibration(name), precision)
     label = f"this machine ({count} x {name})"
     return Cluster(kind, processes, count, label=label, host_memory=float(free_memory()))
 

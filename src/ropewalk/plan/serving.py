@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 from ropewalk.errors import UserError
 from ropewalk.plan.inputs import at_least, one_of, positive, share, whole
+from ropewalk.plan.sizes import end_weights, small_weights
+from ropewalk.plan.step_time import attended
 
 if TYPE_CHECKING:
     from ropewalk.model.config import ModelConfig  # whose room imports torch
@@ -117,7 +119,7 @@ def weight_bytes(config: "ModelConfig", quantization: str = "bfloat16", tensor: 
     _check_degree(config, tensor)
     layers = range(config.num_hidden_layers)
     matrices = sum(_matrices(config, layer, config.num_experts, tensor) for layer in layers)
-    return matrices * bits / 8 + (_ends(config) / tensor + _small(config)) * max(bits, 16.0) / 8
+    return matrices * bits / 8 + (end_weights(config) / tensor + small_weights(config)) * max(bits, 16.0) / 8
 
 
 def serving(
@@ -190,7 +192,7 @@ def _decode(
 ) -> dict[str, float]:
     """Seconds of a step in which each of `batch` requests gets a token, by what they are spent on."""
     number = WEIGHT_BITS[quantization] / 8
-    read, flops = _ends(config, looked_up=False) / tensor * max(number, 2.0), 0.0
+    read, flops = _head(config) / tensor * max(number, 2.0), 0.0
     for layer in range(config.num_hidden_layers):
         read += number * _matrices(config, layer, _met(config, batch), tensor)
         flops += 2.0 * batch * _matrices(config, layer, config.num_experts_per_tok, tensor)
@@ -211,12 +213,12 @@ def _prefill(config: "ModelConfig", machine: Machine, prompt: int, quantization:
     layers = range(config.num_hidden_layers)
     active = sum(_matrices(config, layer, config.num_experts_per_tok, tensor) for layer in layers)
     flops = 2.0 * prompt * active + 2.0 * config.vocab_size * config.hidden_size / tensor
-    pairs = sum(_pairs(prompt, config.window(layer)) for layer in layers)
+    pairs = sum(attended(prompt, config.window(layer), None, fused=True) for layer in layers)
     attention = 4.0 * pairs * config.num_attention_heads / tensor * config.head_dim
     number = WEIGHT_BITS[quantization] / 8
     met = _met(config, prompt)
     read = sum(_matrices(config, layer, met, tensor) for layer in layers) * number
-    read += _ends(config, looked_up=False) / tensor * max(number, 2.0)
+    read += _head(config) / tensor * max(number, 2.0)
     products = max(flops / machine.flops, read / machine.bandwidth)
     return products + attention / machine.flops + _reduce(config, machine, prompt, tensor)
 
@@ -234,12 +236,6 @@ def _held(config: "ModelConfig", tokens: int) -> int:
     """Tokens that the layers hold, summed over them."""
     windows = [config.window(layer) for layer in range(config.num_hidden_layers)]
     return sum(tokens if window is None else min(tokens, window) for window in windows)
-
-
-def _pairs(tokens: int, window: int | None) -> float:
-    """(query, key) pairs that a prompt attends, causal and in the window."""
-    seen = tokens if window is None else min(tokens, window)
-    return seen * (seen + 1) / 2 + (tokens - seen) * seen
 
 
 def _cache_heads(config: "ModelConfig", tensor: int) -> int:
@@ -274,23 +270,9 @@ def _met(config: "ModelConfig", tokens: int) -> float:
     return float(config.num_experts * (1.0 - missed**tokens))
 
 
-def _ends(config: "ModelConfig", looked_up: bool = True) -> float:
-    """Numbers of embedding and head; without what is only looked up, the head alone."""
-    one = float(config.vocab_size * config.hidden_size)
-    learned = config.max_position_embeddings * config.hidden_size if config.position == "learned" else 0
-    return one * (1 if config.tie_word_embeddings else 2) + learned if looked_up else one
-
-
-def _small(config: "ModelConfig") -> float:
-    """Norms and biases, which every device has whole (the biases' shares are not worth a formula)."""
-    width = config.hidden_size * (2 if config.norm == "layer" else 1)
-    norms = 4 if config.norm_placement == "sandwich" else 2
-    heads, kv = config.num_attention_heads, config.num_key_value_heads
-    of_heads = {"head": 2, "projection": heads + kv, None: 0}[config.qk_norm] * config.head_dim
-    biases = (heads + 2 * kv) * config.head_dim * config.qkv_bias + config.hidden_size * config.o_bias
-    inner = config.intermediate_size * (2 if config.mlp_gated else 1)
-    biases += (config.hidden_size + inner) * config.mlp_bias
-    return config.num_hidden_layers * (norms * width + of_heads + biases) + width
+def _head(config: "ModelConfig") -> int:
+    """Weights of the output head, which a step reads; of an embedding it looks up a few."""
+    return config.vocab_size * config.hidden_size
 
 
 def _work(config: "ModelConfig", tokens: int, tensor: int) -> float:

@@ -80,19 +80,28 @@ def _size(model: Mapping[str, Any], name: str, default: int | None = None) -> in
 
 def parameters(config: ModelConfig) -> int:
     """All weights: matrices, norms, biases, embeddings; a tied head counts once."""
-    h, d = config.hidden_size, config.head_dim
     blocks = sum(count * block_weights(config, moe) for moe, _, count in layer_kinds(config))
+    return blocks + small_weights(config) + end_weights(config)
+
+
+def small_weights(config: ModelConfig) -> int:
+    """Norms and biases."""
+    h, d = config.hidden_size, config.head_dim
     per_norm = 2 * h if config.norm == "layer" else h
     norms = 4 if config.norm_placement == "sandwich" else 2
-    small = norms * per_norm
     heads, kv = config.num_attention_heads, config.num_key_value_heads
-    small += {"head": 2 * d, "projection": (heads + kv) * d, None: 0}[config.qk_norm]
-    small += (heads + 2 * kv) * d * config.qkv_bias + h * config.o_bias
+    block = norms * per_norm + {"head": 2 * d, "projection": (heads + kv) * d, None: 0}[config.qk_norm]
+    block += (heads + 2 * kv) * d * config.qkv_bias + h * config.o_bias
     if config.mlp_bias:
-        small += h + config.intermediate_size * (2 if config.mlp_gated else 1)
-    ends = config.vocab_size * h * (1 if config.tie_word_embeddings else 2) + per_norm
-    learned = config.max_position_embeddings * h if config.position == "learned" else 0
-    return blocks + config.num_hidden_layers * small + ends + learned
+        block += h + config.intermediate_size * (2 if config.mlp_gated else 1)
+    return config.num_hidden_layers * block + per_norm
+
+
+def end_weights(config: ModelConfig) -> int:
+    """Embedding, learned positions, and the head where it is not the embedding."""
+    positions = config.max_position_embeddings if config.position == "learned" else 0
+    ends = 1 if config.tie_word_embeddings else 2
+    return (ends * config.vocab_size + positions) * config.hidden_size
 
 
 def active_weights(config: ModelConfig) -> int:
@@ -126,11 +135,7 @@ def step_flops(work: Work, *, causal: bool = True, recomputed: bool = False) -> 
     head = config.vocab_size * config.hidden_size * tokens * work.scored
     total = (4 if frozen else 6) * (weights + head) + 3 * span * pairs
     if recomputed:
-        share = (
-            1 / work.checkpointing_every
-            if work.checkpointing_budget is None
-            else 1 - work.checkpointing_budget
-        )
+        share = work.recomputed_share
         if work.checkpointing == "full":
             total += share * (2 * weights + span * pairs)
         elif work.checkpointing == "selective" and not work.fused_attention:

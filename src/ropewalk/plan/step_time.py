@@ -169,9 +169,7 @@ def block_time(work: Work, kernels: Kernels, cluster: Cluster, moe: bool, window
 
 def _recomputed(work: Work, kernels: Kernels, block: BlockTime, moe: bool, window: int | None) -> BlockTime:
     """The same with what the recipe's checkpointing does once more, on average over the blocks."""
-    share = 1 / work.checkpointing_every
-    if work.checkpointing_budget is not None:
-        share = 1 - work.checkpointing_budget
+    share = work.recomputed_share
     if work.checkpointing == "full" or work.checkpointing_budget is not None:
         return block + BlockTime(recomputed=share * block.forward, exchanged_back=share * block.exchanged)
     if work.checkpointing == "selective" and not work.fused_attention:

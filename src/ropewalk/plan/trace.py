@@ -186,7 +186,7 @@ def trace_step(work: Work, fake: bool = True) -> Traced:
         )
     mode = _fake_mode() if fake else None
     with mode or nullcontext():
-        job = _job(work, _model(work))
+        job = _job(work, model_of(work))
     parts = _micro_batches(work)
     with Tracker(mode) as tracker:
         _step(job, parts, tracker)
@@ -245,7 +245,7 @@ def _fake_mode() -> Any:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
-def _model(work: Work) -> Transformer:
+def model_of(work: Work) -> Transformer:
     """The model of a run as `train.build` makes it, with random weights (fake ones in a fake mode)."""
     dtype = DTYPES[work.precision]
     pretends = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None

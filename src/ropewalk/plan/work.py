@@ -77,6 +77,13 @@ class Work:
         return self.micro_batch_size * self.sequence_length // self.layout.context
 
     @property
+    def recomputed_share(self) -> float:
+        """Of the blocks, those that checkpointing recomputes where it does at all."""
+        if self.checkpointing_budget is not None:
+            return 1 - self.checkpointing_budget
+        return 1 / self.checkpointing_every
+
+    @property
     def batch_size(self) -> int:
         """Rows in an optimizer step, of all processes."""
         return self.micro_batch_size * self.accumulation * self.layout.data

@@ -235,8 +235,9 @@ def finish(job: Job, run: RunDirectory, reporter: Reporter) -> TrainResult:
         if job.world.first:
             from ropewalk.plan import learn, outcomes
 
-            write_report(job, run, outcomes(run))
-            learn(run)
+            found = outcomes(run)
+            write_report(job, run, found)
+            learn(run, found)
         reporter.say(f"{run.path}: done; see {run.path / 'report.md'}")
     return result
 
