@@ -1,0 +1,72 @@
+"""What a cleaning step is: it looks at texts and says attributes. It never changes or drops a text.
+
+Most steps only `map`: what they say of a text depends on that text. A step that compares texts with each
+other also has `reduce`, which sees what its `map` wrote of all parts of the data. What is kept is decided
+elsewhere, by expressions over the attributes.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import pyarrow as pa
+
+from ropewalk.clean.words import Words, words_of
+
+SPANS = pa.list_(pa.struct({"start": pa.int32(), "end": pa.int32(), "kind": pa.string()}))
+"""Type of an attribute that names places: characters start to end of a text, in order, none in two."""
+
+
+class Texts:
+    """A batch of texts, with what several steps need computed once. Batches have at most some MB."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self.texts = texts
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    @cached_property
+    def words(self) -> Words:
+        return words_of(self.texts)
+
+
+class Step(Protocol):
+    """`attributes` is name -> one line that says what it is, with its unit. `settings`, JSON-able, and
+    `version` are all that the result depends on, apart from the texts."""
+
+    name: str
+    version: int
+    attributes: Mapping[str, str]
+
+    def settings(self) -> Any: ...
+
+    def map(self, texts: Texts) -> pa.Table:
+        """One row for each text, in order; the same whatever else is in the batch."""
+
+
+class Parts(Protocol):
+    """All parts of the data, in their order, as a step's `reduce` sees them. Part i has sizes[i] texts."""
+
+    sizes: Sequence[int]
+
+    def mapped(self, part: int, columns: Sequence[str] | None = None) -> pa.Table:
+        """What `map` wrote of a part. Read again each time: keep what must be kept, and little."""
+
+    def kept(self, part: int) -> np.ndarray:
+        """[sizes[part]] bool: what no rule has dropped yet."""
+
+    def preference(self, part: int) -> np.ndarray:
+        """[sizes[part]] float64: of two equals the one with the lower is kept, the earlier where they tie."""
+
+    def texts(self, part: int, rows: np.ndarray) -> list[str]:
+        """Some texts of a part: for checking candidates."""
+
+
+@runtime_checkable
+class Joined(Step, Protocol):
+    """A step that compares texts with each other."""
+
+    def reduce(self, parts: Parts) -> Iterator[pa.Table]:
+        """The attributes of each part in turn, a row for each text; memory is not that of the texts."""
