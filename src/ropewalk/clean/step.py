@@ -12,6 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import pyarrow as pa
 
+from ropewalk.clean.lines import Lines, lines_of
 from ropewalk.clean.words import Words, words_of
 
 SPANS = pa.list_(pa.struct({"start": pa.int32(), "end": pa.int32(), "kind": pa.string()}))
@@ -30,6 +31,10 @@ class Texts:
     @cached_property
     def words(self) -> Words:
         return words_of(self.texts)
+
+    @cached_property
+    def lines(self) -> Lines:
+        return lines_of(self.words)
 
 
 class Step(Protocol):

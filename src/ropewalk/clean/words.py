@@ -67,6 +67,10 @@ class Words:
         """[texts + 1] int64: the words of text i are those from offsets[i] to offsets[i + 1]."""
         return np.concatenate([[0], np.cumsum(self.counts)])
 
+    def hashes_between(self, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        """[m] uint64, of the characters `codes[starts[i]:ends[i]]` as they are, not folded."""
+        return _hashes(self.codes, starts, ends)
+
     def ngrams(self, n: int) -> tuple[np.ndarray, np.ndarray]:
         """(hashes uint64, number of the first word int64) of all runs of n words that lie in one text."""
         if len(self) < n:
