@@ -40,16 +40,24 @@ def atomic_write(path: str | Path, data: bytes | str) -> None:
 
     Raises RopewalkError when the disk is full; the old file is then untouched.
     """
-    path = Path(path)
     raw = data.encode() if isinstance(data, str) else data
+    with atomic_file(path, needed=len(raw)) as temporary:
+        temporary.write_bytes(raw)
+
+
+@contextmanager
+def atomic_file(path: str | Path, needed: int | None = None) -> Iterator[Path]:
+    """Yields a temporary name beside `path` to write to; renamed to `path` on success, removed on failure.
+
+    Raises RopewalkError when the disk is full; its message says `needed`, the bytes foreseen.
+    """
+    path = Path(path)
     temporary = _sibling(path)
-    with naming_full_disk(path, needed=len(raw)):
+    with naming_full_disk(path, needed):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with open(temporary, "xb") as file:
-                file.write(raw)
-                file.flush()
-                os.fsync(file.fileno())
+            yield temporary
+            fsync(temporary)
             os.replace(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)

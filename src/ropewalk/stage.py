@@ -18,6 +18,8 @@ class Stage:
         self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)
         self.seconds = 0.0
         self._status: Status | None = None
+        self._began: tuple[str, float, int] | None = None
+        """what is under way, since when, and how much of it was done then"""
 
     def __enter__(self) -> "Stage":
         self._start = self._said = time.perf_counter()
@@ -34,13 +36,20 @@ class Stage:
             self.console.print(f"   {self.seconds:.1f} s", style="dim")
 
     def progress(self, what: str, done: int, of: int) -> None:
-        """Say that `done` of `of` are done of `what`."""
+        """Say that `done` of `of` are done of `what`, how many a second, and when all will be."""
+        now = time.perf_counter()
+        if self._began is None or self._began[0] != what:
+            self._began = what, now, done
+        elapsed, new = now - self._began[1], done - self._began[2]
         text = f"   {what}: {done:,}/{of:,}"
+        if elapsed > 1 and new > 0:
+            left = round((of - done) * elapsed / new)
+            text += f" ({new / elapsed:,.3g} a second, {left // 60}:{left % 60:02} left)"
         if self.console.is_terminal:
             if self._status is None:
                 self._status = self.console.status(text)
                 self._status.start()
             self._status.update(text)
-        elif time.perf_counter() - self._said >= EVERY:
-            self._said = time.perf_counter()
+        elif now - self._said >= EVERY:
+            self._said = now
             self.console.print(text, markup=False)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ropewalk.data.build import Options
+from ropewalk.data.encode import Options
 from ropewalk.data.entry import name_sources, prepare, prepare_sources
 from ropewalk.errors import RopewalkError, UserError
 
@@ -52,6 +52,11 @@ def run(tokenizers, tmp_path):
     return run
 
 
+def made(folder):
+    """The data sets in a folder, and leftovers, if there are."""
+    return sorted(p.name for p in folder.iterdir() if p.name != "parts")
+
+
 def ids_of(shards):
     return [shards.document(i).id for i in range(len(shards))] if shards is not None else []
 
@@ -89,7 +94,7 @@ def test_kinds_can_be_mixed(run, write):
 
 
 def test_the_number_of_workers_changes_nothing(run, write, tmp_path, monkeypatch):
-    monkeypatch.setattr("ropewalk.data.build.BATCH_ROWS", 7)
+    monkeypatch.setattr("ropewalk.data.encode.BATCH_ROWS", 7)
     mixed = [
         item
         for pair in zip(rows(60), [talk(f"q{i}", f"a{i}") for i in range(60)], strict=True)
@@ -185,7 +190,7 @@ def test_more_bad_rows_than_allowed_are_an_error(run, write):
     path = write("a.jsonl", jsonl([talk()]) + "\n{\n{\n{")
     with pytest.raises(UserError, match=r"a\.jsonl:4: not valid JSON.*data\.max_bad_rows is 2"):
         run(path, max_bad_rows=2)
-    assert not list((path.parent / "out").glob("*")), "nothing is half made"
+    assert made(path.parent / "out") == [], "nothing is half made"
 
 
 def test_a_template_that_raises_names_the_row_and_its_message(run, write):
@@ -272,7 +277,7 @@ def test_it_is_made_once_and_found_again(run, write, tmp_path, monkeypatch):
     assert again.report == first.report
     moved = write("elsewhere/a.jsonl", jsonl(rows(30)))
     assert run(moved).directory == first.directory, "where a file lies makes no difference"
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [first.directory.name]
+    assert made(tmp_path / "out") == [first.directory.name]
 
 
 def test_whatever_matters_changes_the_folder(run, write, tokenizers):
@@ -337,7 +342,7 @@ def test_a_file_that_changes_while_it_is_read_is_noticed(run, write, monkeypatch
     monkeypatch.setattr(Build, "add", add)
     with pytest.raises(RopewalkError, match=r"a\.jsonl: changed while it was read"):
         run(path)
-    assert not [p for p in (path.parent / "out").iterdir()], "nothing is left of it"
+    assert made(path.parent / "out") == [], "nothing is left of it"
 
 
 def test_sources_of_one_name_are_told_apart(run, write):
@@ -379,16 +384,15 @@ def test_the_report_counts_and_shows(run, write):
     assert json.loads((prepared.directory / "prepared.json").read_text())["report"] == report
 
 
-def test_progress_is_said(run, write, monkeypatch):
-    monkeypatch.setattr("ropewalk.data.build.BATCH_ROWS", 8)
+def test_progress_is_said(run, write):
     said = []
-    run(
-        write("a.jsonl", jsonl([{"text": f"{i} " + "x " * 14_000} for i in range(40)])),
-        progress=lambda *a: said.append(a),
-    )
-    assert len(said) == 5
-    assert said == sorted(said, key=lambda item: item[1])
-    assert all(what == "MB" and done <= of == 1 for what, done, of in said)
+    texts = [jsonl([{"text": f"{i} {k} " + "x " * 14_000} for i in range(40)]) for k in range(5)]
+    run(*(write(f"{k}.jsonl", text) for k, text in enumerate(texts)), progress=lambda *a: said.append(a))
+    for stage in ("read, MB", "tokenize, MB"):
+        done = [at for what, at, of in said if what == stage]
+        assert len(done) == 5
+        assert done == sorted(done)
+        assert all(of == done[-1] == sum(map(len, texts)) >> 20 for what, _, of in said if what == stage)
 
 
 # The entry

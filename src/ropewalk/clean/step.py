@@ -20,10 +20,14 @@ SPANS = pa.list_(pa.struct({"start": pa.int32(), "end": pa.int32(), "kind": pa.s
 
 
 class Texts:
-    """A batch of texts, with what several steps need computed once. Batches have at most some MB."""
+    """A batch of texts, with what several steps need computed once. Batches have at most some MB.
 
-    def __init__(self, texts: Sequence[str]) -> None:
+    `names` are the documents' ids, which end in the file's name and a line: for its extension.
+    """
+
+    def __init__(self, texts: Sequence[str], names: Sequence[str] | None = None) -> None:
         self.texts = texts
+        self.names = names if names is not None else [""] * len(texts)
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -54,7 +58,8 @@ class Step(Protocol):
 class Parts(Protocol):
     """All parts of the data, in their order, as a step's `reduce` sees them. Part i has sizes[i] texts."""
 
-    sizes: Sequence[int]
+    @property
+    def sizes(self) -> Sequence[int]: ...
 
     def mapped(self, part: int, columns: Sequence[str] | None = None) -> pa.Table:
         """What `map` wrote of a part. Read again each time: keep what must be kept, and little."""

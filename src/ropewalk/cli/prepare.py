@@ -1,5 +1,9 @@
 """`ropewalk prepare`."""
 
+from typing import Annotated
+
+import typer
+
 from ropewalk.cli.options import Debug, Json, Overrides, Overwrite, RecipeFile, print_json
 
 
@@ -7,6 +11,10 @@ def command(
     recipe: RecipeFile,
     overrides: Overrides = None,
     overwrite: Overwrite = False,
+    on: Annotated[
+        str | None,
+        typer.Option("--on", help="dask: a Dask cluster on this machine; dask:ADDRESS: a Dask scheduler."),
+    ] = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -19,7 +27,7 @@ def command(
     from ropewalk.stage import Stage
 
     with Stage(f"prepare {recipe}") as stage:
-        prepared = prepare(checked, overwrite=overwrite, progress=stage.progress)
+        prepared = prepare(checked, overwrite=overwrite, on=on, progress=stage.progress)
     if json:
         print_json(
             {

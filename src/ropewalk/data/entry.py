@@ -2,29 +2,38 @@
 
 <data.directory>/<first source>-<fingerprint>/
   train/  validation/     token shards (shards.py); validation only where there is some
+  documents.parquet       the ledger: every document that was read, where from, and what became of it
   report.md
   prepared.json           what it was made from, and the report
+<data.directory>/parts/   what was read, its attributes and its tokens, a file for each unit of the input,
+                          named by what it was made from (parts.py); may be deleted, and is then made again
 """
 
 import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
-from ropewalk.data.build import Build, Options
-from ropewalk.data.readers import InputFile, Source, files_of
+from ropewalk.data.attributes import Attributes, Unit
+from ropewalk.data.build import Build
+from ropewalk.data.catalog import plan_of
+from ropewalk.data.cleaning import Cleaner, Plan
+from ropewalk.data.documents import VERSION, ReadUnit
+from ropewalk.data.encode import EncodeUnit, Options, tokenization
+from ropewalk.data.parts import Makers, Progress, key
+from ropewalk.data.readers import InputFile, Source, cut, files_of
 from ropewalk.data.report import markdown
 from ropewalk.data.shards import DamagedDataError, TokenShards
-from ropewalk.errors import RopewalkError, UserError
-from ropewalk.files import atomic_directory, sha256
+from ropewalk.errors import UserError
+from ropewalk.files import atomic_directory
 from ropewalk.model import load_tokenizer
 from ropewalk.recipe import Recipe, load_recipe
 
-FORMAT = 1
+FORMAT = 2
 """Counted up when the same input would give other shards."""
 
 
@@ -55,10 +64,12 @@ def prepare(
     overrides: Sequence[str] = (),
     *,
     overwrite: bool = False,
-    progress: Callable[[str, int, int], None] | None = None,
+    on: str | None = None,
+    progress: Progress | None = None,
 ) -> Prepared:
     """The recipe's data as token shards; made only where they are not there whole (or with `overwrite`).
 
+    `on`: "dask" or "dask:ADDRESS" for a Dask cluster, which must see the same files; the result is the same.
     `progress(what, done, of)`. Raises UserError that names file and line for data that cannot be used,
     RopewalkError for a full disk.
     """
@@ -82,7 +93,9 @@ def prepare(
         tokenizer,
         options,
         Path(data.directory),
+        plan=plan_of(data.clean.model_dump()),
         workers=data.workers,
+        on=on,
         overwrite=overwrite,
         progress=progress,
     )
@@ -106,15 +119,21 @@ def prepare_sources(
     options: Options,
     directory: Path,
     *,
+    plan: Plan | None = None,
     workers: int = 0,
+    on: str | None = None,
     overwrite: bool = False,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Prepared:
-    """As `prepare`, from plain values. `workers` threads render and tokenize; they change no result."""
+    """As `prepare`, from plain values. `plan` is how documents are cleaned; workers change no result."""
     if not train:
         raise UserError("data.train: names no source; give at least one")
+    plan = plan or Plan()
+    chat = tokenization(tokenizer, options).has_template
     inputs = [Input(s, *files_of(s), held_out=i >= len(train)) for i, s in enumerate([*train, *validation])]
-    made_from = _made_from(inputs, tokenizer, options)
+    store = (directory / "parts").absolute()
+    reads = [_reads(item, store, plan.repair, options.max_bad_rows) for item in inputs]
+    made_from = _made_from(inputs, reads, tokenizer, options, plan)
     fingerprint = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
     slug = re.sub(r"[^A-Za-z0-9_-]+", "-", PurePath(train[0].name).stem).strip("-") or "data"
     target = directory / f"{slug}-{fingerprint[:12]}"
@@ -123,17 +142,26 @@ def prepare_sources(
             return _open(target, fingerprint, verify=True)
         except DamagedDataError as error:
             logging.getLogger(__name__).warning("%s: is damaged, and made anew (%s)", target, error)
-    stamps = {file.path: _stamp(file.path) for item in inputs for file in item.files}
+    with Makers(workers, on, progress) as makers:
+        units = _read(inputs, reads, makers)
+        cleaner = None
+        if plan.rules or plan.edits:
+            cleaner = Cleaner(Attributes(store, units, makers), plan)
+            cleaner.run()
+        verdicts = cleaner.verdicts() if cleaner else [None] * len(units)
+        encodes = _encodes(units, verdicts, store, tokenizer, options, makers.workers, made_from)
+        makers.make("tokenize", encodes, here=True)
     with atomic_directory(target, overwrite=True) as folder:
-        build = Build(folder, tokenizer, options, workers, progress, sum(size for size, _ in stamps.values()))
+        build = Build(folder, tokenizer, options, chat)
+        for unit, verdict, encode in zip(units, verdicts, encodes, strict=True):
+            build.add(unit, verdict, encode.path)
         for item in inputs:
-            build.add(item.source, item.files, item.held_out)
             if item.ignored:
-                build.note(f"{item.source.name}: {len(item.ignored):,} files of other kinds were left alone")
-        for path, stamp in stamps.items():
-            if _stamp(path) != stamp:
-                raise RopewalkError(f"{path}: changed while it was read; prepare the data again")
+                ignored = f"{len(item.ignored):,} files of other kinds were left alone"
+                build.tally.notes.append(f"{item.source.name}: {ignored}")
         report = build.finish()
+        if cleaner:
+            report["cleaning"] = cleaner.report()
         (folder / "report.md").write_text(markdown(report), encoding="utf-8")
         account = {"fingerprint": fingerprint, "made_from": made_from, "report": report}
         text = json.dumps(account, indent=1, ensure_ascii=False)
@@ -141,31 +169,87 @@ def prepare_sources(
     return _open(target, fingerprint, verify=False)
 
 
-def _made_from(inputs: Sequence[Input], tokenizer: Any, options: Options) -> dict[str, Any]:
+def _reads(item: Input, store: Path, repair: bool, allowed: int) -> list[ReadUnit]:
+    """The tasks that read a source. Where its files lie is no part of their names."""
+    source = item.source
+    made_from = [VERSION, source.name, list(source.named), repair]
+    return [
+        ReadUnit(
+            store / f"documents-{key([*made_from, unit.made_from()])}.parquet",
+            unit.bytes,
+            source,
+            unit,
+            repair,
+            allowed,
+        )
+        for unit in cut(source, item.files)
+    ]
+
+
+def _read(inputs: Sequence[Input], reads: Sequence[Sequence[ReadUnit]], makers: Makers) -> list[Unit]:
+    """Raises UserError for a source in which there is no document."""
+    makers.make("read", [task for tasks in reads for task in tasks])
+    units = []
+    for item, tasks in zip(inputs, reads, strict=True):
+        found = [Unit(task.path, task.weight, task.unit.files(), item.held_out) for task in tasks]
+        if not any(len(unit.read()) for unit in found):
+            raise UserError(f"{item.source.path}: no documents in it (data source {item.source.name})")
+        units += found
+    return units
+
+
+def _encodes(
+    units: Sequence[Unit],
+    verdicts: Sequence[Path | None],
+    store: Path,
+    tokenizer: Any,
+    options: Options,
+    workers: int,
+    made_from: Mapping[str, Any],
+) -> list[EncodeUnit]:
+    values = {
+        k: v for k, v in asdict(options).items() if k not in ("validation_fraction", "seed", "max_bad_rows")
+    }
+    common = [made_from["format"], made_from["tokenizer"], values]
+    tasks = []
+    for unit, verdict in zip(units, verdicts, strict=True):
+        name = key([*common, unit.documents.name, verdict and verdict.name])
+        path = store / f"tokens-{name}.parquet"
+        tasks.append(
+            EncodeUnit(path, unit.weight, unit.documents, verdict, unit.files, tokenizer, options, workers)
+        )
+    return tasks
+
+
+def _made_from(
+    inputs: Sequence[Input],
+    reads: Sequence[Sequence[ReadUnit]],
+    tokenizer: Any,
+    options: Options,
+    plan: Plan,
+) -> dict[str, Any]:
     """What decides what the shards hold, and nothing else: not where files lie, not how many workers."""
-    sources = []
-    for item in inputs:
-        try:
-            files = [[file.name, sha256(file.path)] for file in item.files]
-        except OSError as error:
-            raise UserError(f"{error.filename}: {error.strerror}") from None
-        source = {"name": item.source.name, "columns": list(item.source.named), "held_out": item.held_out}
-        sources.append({**source, "files": files})
+    sources = [
+        {
+            "name": item.source.name,
+            "columns": list(item.source.named),
+            "held_out": item.held_out,
+            "units": [task.path.stem for task in tasks],
+        }
+        for item, tasks in zip(inputs, reads, strict=True)
+    ]
     values = asdict(options)
     if not options.validation_fraction:
         del values["seed"]
     made_with = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.special_tokens_map]
     digest = hashlib.sha256(json.dumps(made_with, sort_keys=True, default=str).encode()).hexdigest()
-    return {"format": FORMAT, "sources": sources, "tokenizer": digest, "options": values}
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    """(size, time of the last change in nanoseconds)."""
-    try:
-        stat = path.stat()
-    except OSError as error:
-        raise RopewalkError(f"{path}: {error.strerror}; it was there a moment ago") from None
-    return stat.st_size, stat.st_mtime_ns
+    return {
+        "format": FORMAT,
+        "sources": sources,
+        "tokenizer": digest,
+        "options": values,
+        "clean": plan.made_from(),
+    }
 
 
 def _open(directory: Path, fingerprint: str, verify: bool) -> Prepared:

@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +121,11 @@ def _records(rows: Rows, file: InputFile, source: Source, prefix: str) -> Iterat
         if columns is None:
             columns = source.named.resolve(tuple(row), str(file.path))
         try:
-            yield record_from_row(row, columns, id=name, source=source.name, where=where)
+            yield replace(
+                record_from_row(row, columns, id=name, source=source.name, where=where),
+                file=file.name,
+                line=number,
+            )
         except ValueError as error:
             yield BadRow(where, str(error))
 
@@ -139,7 +143,7 @@ def _read_text(file: InputFile, source: Source, name: str) -> Record | BadRow:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         return BadRow(str(file.path), f"not UTF-8 text (byte at offset {error.start:,}); convert it to UTF-8")
-    return Record(name, source.name, str(file.path), text=text)
+    return Record(name, source.name, str(file.path), text=text, file=file.name)
 
 
 def _read_jsonl(path: Path) -> Rows:
@@ -252,3 +256,26 @@ _ROW_READERS: dict[str, Callable[[Path], Rows]] = {
     ".csv": _read_csv,
     ".parquet": _read_parquet,
 }
+
+
+@dataclass(frozen=True)
+class Unit:
+    pieces: tuple[InputFile, ...]
+    digests: tuple[str, ...]
+    bytes: int
+
+    def made_from(self) -> Any:
+        return [[p.name, d] for p, d in zip(self.pieces, self.digests)]
+
+    def files(self) -> dict[str, str]:
+        return {p.name: str(p.path) for p in self.pieces}
+
+
+def cut(source: Source, files: list[InputFile]) -> list[Unit]:
+    from ropewalk.files import sha256
+
+    return [Unit((f,), (sha256(f.path),), f.path.stat().st_size) for f in files]
+
+
+def read_unit(source: Source, unit: Unit) -> Iterator[Record | BadRow]:
+    return read_source(source, list(unit.pieces))

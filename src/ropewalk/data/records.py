@@ -10,6 +10,7 @@ from ropewalk.errors import UserError
 
 Message = dict[str, Any]
 ROLES = ("system", "developer", "user", "assistant", "tool")
+SEPARATOR = "\n\n"
 _OTHER_NAMES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
 
 
@@ -25,6 +26,32 @@ class Record:
     messages: tuple[Message, ...] | None = None
     prompt: str | None = None
     completion: str | None = None
+    file: str | None = None
+    line: int | None = None
+    start: int | None = None
+    end: int | None = None
+
+    @property
+    def kind(self) -> str:
+        if self.text is not None:
+            return "texts"
+        return "conversations" if self.messages is not None else "prompts with completions"
+
+    @property
+    def contents(self) -> tuple[str, ...]:
+        """All that is said in it, in order."""
+        if self.text is not None:
+            return (self.text,)
+        return tuple(message["content"] for message in self.conversation or () if "content" in message)
+
+    @property
+    def plain(self) -> str:
+        """What cleaning looks at."""
+        return SEPARATOR.join(self.contents)
+
+    @property
+    def characters(self) -> int:
+        return sum(map(len, self.contents))
 
     @property
     def conversation(self) -> tuple[Message, ...] | None:

@@ -10,13 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from ropewalk.data.encode import NAMED, Account
 from ropewalk.data.packing import pack
-from ropewalk.data.records import BadRow, Record
+from ropewalk.data.records import BadRow
 from ropewalk.data.tokenize import Tokens
 
 SAMPLES = 5
-NAMED = 1000
-"""Rows named for each reason; the count is always of all."""
 _SHOWN = 20
 _SAMPLE_CHARACTERS = 2000
 
@@ -77,21 +76,27 @@ class Tally:
     notes: list[str] = field(default_factory=list)
     samples: list[tuple[int, str, Tokens]] = field(default_factory=list)
 
-    def read(self, record: Record) -> None:
-        if record.text is not None:
-            self.kinds["texts"] += 1
-        else:
-            self.kinds["conversations" if record.messages is not None else "prompts with completions"] += 1
+    @property
+    def splits(self) -> dict[str, SplitTally]:
+        return {"train": self.train, "validation": self.validation}
 
-    def change(self, what: str, where: str) -> None:
-        self.changes[what] += 1
-        if self.changes[what] <= NAMED:
-            self.changed.setdefault(what, []).append(where)
+    def take(self, account: Account) -> None:
+        """What became of a unit."""
+        self.kinds.update(account.kinds)
+        self.changes.update(account.changes)
+        for what, where in account.changed.items():
+            named = self.changed.setdefault(what, [])
+            named += where[: NAMED - len(named)]
+        self.truncated_tokens += account.truncated_tokens
+        self.turns_without_end += account.turns_without_end
 
-    def sample(self, content_hash: int, record: Record, tokens: Tokens) -> None:
-        """Keeps the rows with the highest hashes: as good as random, and always the same."""
-        if len(self.samples) < SAMPLES or content_hash > self.samples[0][0]:
-            heapq.heappush(self.samples, (content_hash, record.id, tokens))
+    def document(self, train: bool, content_hash: int, id: str, tokens: Tokens) -> None:
+        """One that is kept. Shows those for training with the highest hashes: as good as random, and always
+        the same."""
+        self.splits["train" if train else "validation"].hashes.append(content_hash)
+        if train and (len(self.samples) < SAMPLES or content_hash > self.samples[0][0]):
+            copied = Tokens(tokens.ids.copy(), tokens.scored.copy())
+            heapq.heappush(self.samples, (content_hash, id, copied))
             if len(self.samples) > SAMPLES:
                 heapq.heappop(self.samples)
 

@@ -1,7 +1,7 @@
 """Records to tokens with the scored ones marked. Deterministic, and usable from several threads at once."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ from ropewalk.data.render import ChatTemplate, RenderError, Span
 from ropewalk.errors import UserError
 
 Score = Literal["auto", "all", "assistant"]
+Places = Sequence[tuple[int, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +63,16 @@ class Tokenization:
     def _ids(self, text: str) -> list[int]:
         return self._backend.encode(text, add_special_tokens=False).ids
 
-    def __call__(self, records: Sequence[Record]) -> list[Tokens | BadRow]:
+    def __call__(
+        self, records: Sequence[Record], unscored: Sequence[Places] | None = None
+    ) -> list[Tokens | BadRow]:
         """In the order of the records; a row that cannot be rendered exactly becomes a BadRow.
 
-        The encoding itself is done by the tokenizer's own threads, without the interpreter lock.
+        `unscored`: for each record what is not scored in any case, characters (start, end) of a text, numbers
+        (first, last + 1) of a conversation's messages. The encoding itself is done by the tokenizer's own
+        threads, without the interpreter lock.
         """
+        apart = unscored or [()] * len(records)
         results: list[Tokens | BadRow | None] = [None] * len(records)
         texts: list[int] = []
         marked: list[tuple[int, str, list[Span]]] = []
@@ -77,12 +83,14 @@ class Tokenization:
                         raise RenderError("is plain text, in which data.score=assistant scores nothing")
                     texts.append(i)
                 else:
-                    marked.append((i, *self._rendered(record)))
+                    marked.append((i, *self._rendered(record, apart[i])))
             except RenderError as error:
                 results[i] = BadRow(record.where, str(error))
         encode, options = self._backend.encode_batch_fast, {"add_special_tokens": False}
         for i, encoding in zip(texts, encode([records[i].text for i in texts], **options), strict=True):
             results[i] = self._finish(np.array(encoding.ids, dtype=np.uint32), None, begin=True, end=True)
+        for i in (i for i in texts if apart[i]):
+            results[i] = self._without(results[i], self._backend.encode(records[i].text, **options), apart[i])
         encodings = self._backend.encode_batch([text for _, text, _ in marked], **options)
         for (i, text, spans), encoding in zip(marked, encodings, strict=True):
             try:
@@ -94,7 +102,16 @@ class Tokenization:
     def _as_chat(self, record: Record) -> bool:
         return record.messages is not None or self.has_template
 
-    def _rendered(self, record: Record) -> tuple[str, list[Span]]:
+    def _without(self, tokens: Any, encoding: Any, places: Places) -> Tokens:
+        """A text's tokens, those that lie in the places not scored, not even in part."""
+        scored, begin = tokens.scored.copy(), len(self.begin) if len(tokens.ids) > len(encoding) else 0
+        begin = begin if tokens.ids[: len(self.begin)].tolist() == self.begin else 0
+        for i, (start, end) in enumerate(encoding.offsets):
+            if any(start < b and end > a for a, b in places):
+                scored[begin + i] = False
+        return replace(tokens, scored=scored)
+
+    def _rendered(self, record: Record, unscored: Places = ()) -> tuple[str, list[Span]]:
         if self._as_chat(record):
             if self._template is None:
                 raise UserError(
@@ -104,9 +121,17 @@ class Tokenization:
             messages = record.conversation or ()
             if self.score == "all":
                 return self._template.text(messages), []
-            return self._template.rendered(messages)
+            text, spans = self._template.rendered(messages)
+            if unscored:
+                answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+                if len(answers) != len(spans):
+                    raise RenderError("which of the assistant's turns are scored cannot be told apart")
+                spans = [span for i, span in zip(answers, spans, strict=True) if (i, i + 1) not in unscored]
+            return text, spans
         prompt, completion = record.prompt or "", record.completion or ""
         end = len(prompt) + len(completion)
+        if (1, 2) in unscored:
+            return prompt + completion, []
         return prompt + completion, [Span(len(prompt), end, end)] if self.score != "all" else []
 
     def _marked(self, text: str, spans: list[Span], encoding: Any, plain: bool) -> Tokens:

@@ -77,6 +77,35 @@ class Source(Section):
     """Column that holds the completion; derived: `completion` where the file has it."""
 
 
+class Clean(Section):
+    """What is looked at in every training document, and which are kept; docs/data.md lists attributes."""
+
+    repair: bool = False
+    """Undo mojibake, compose Unicode, take out control characters, before anything else."""
+    rules: tuple[Literal["gopher", "gopher_repetition", "c4", "fineweb"], ...] = ()
+    """Published sets of rules; what they keep is kept."""
+    keep: dict[str, str | None] = {}
+    """Own rules: name to a SQL expression over attributes, as in `words >= 50`; null leaves a rule out."""
+    duplicates: tuple[Literal["exact", "near", "paragraphs", "lines", "passages"], ...] = ()
+    """exact and near leave documents out; paragraphs, lines and passages (50 words) cut repeats out."""
+    similarity: Annotated[Number, Field(gt=0.0, lt=1.0)] = 0.8
+    """Near duplicates share at least this part of their runs of five words (Jaccard)."""
+    prefer: str | None = None
+    """SQL expression: of duplicates the one with the highest value is kept; derived: the first."""
+    against: tuple[str, ...] = ()
+    """Files of evaluation items to find in the training documents."""
+    contaminated: Literal["drop", "mask", "keep"] = "drop"
+    """What becomes of documents with such items: left out, the places not scored, or only reported."""
+    pii: Literal["keep", "mask", "drop"] = "keep"
+    """Personal data (e-mail, IP, phone, cards, keys): mask puts <email> and so on in its place."""
+    quality: str | None = None
+    """Classifier from `ropewalk data classifier`: gives the attribute quality, 0 to 1."""
+    perplexity: str | None = None
+    """Model for the attributes perplexity and bits_per_byte."""
+    score: str | None = None
+    """SQL expression kept with each document, for data.curriculum=score."""
+
+
 class Data(Section):
     train: tuple[Source, ...]
     """What to train on."""
@@ -100,6 +129,7 @@ class Data(Section):
     """How many unreadable rows may be skipped (they are listed in the report)."""
     workers: Count = 0
     """Threads that render and tokenize; 0: as many as there are cores."""
+    clean: Clean = Clean()
     directory: str = "prepared"
     """Where prepared data is kept; each data set in a folder named by the content it was made from."""
 

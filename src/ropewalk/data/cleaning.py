@@ -1,0 +1,214 @@
+"""From documents to verdicts: the steps that the rules need are run, and the rules say what is kept.
+
+A rule is an expression over attributes, and what is not false is kept: an attribute that is unknown (null)
+drops nothing. The first rule that is false is the document's verdict. Rules come in an order in which no
+step that compares documents sees one that an earlier rule has dropped.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ropewalk.clean.rules import PRESETS, Rule, columns_of, steps_for
+from ropewalk.clean.step import Joined, Step
+from ropewalk.data.attributes import Attributes, JoinedParts
+from ropewalk.data.edits import Action
+from ropewalk.data.parts import key
+from ropewalk.data.verdicts import SCHEMA, edits_column
+from ropewalk.errors import UserError
+from ropewalk.files import atomic_file
+
+OWN = ("id", "source", "file")
+"""What rules may ask of the documents themselves, besides attributes."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How documents are cleaned: in which order steps may run, the rules that say what is kept, and what
+    becomes of places that steps name (attribute -> action)."""
+
+    repair: bool = False
+    steps: tuple[Step, ...] = ()
+    rules: tuple[Rule, ...] = ()
+    edits: Mapping[str, Action] = field(default_factory=dict)
+    prefer: str | None = None
+
+    def needed(self) -> list[Step]:
+        """The steps that rules and edits ask for, those that compare documents last. Raises UserError for an
+        expression that is none, or has an attribute that there is not."""
+        asked = [*self.rules]
+        if self.prefer:
+            asked.append(Rule("prefer", self.prefer, "", "data.clean.prefer"))
+        wanted = {step.name for step in steps_for(asked, self.steps, OWN)}
+        steps = [s for s in self.steps if s.name in wanted or self.edits.keys() & s.attributes.keys()]
+        return sorted(steps, key=lambda step: isinstance(step, Joined))
+
+    def made_from(self) -> Any:
+        """All that the result depends on, JSON-able."""
+        steps = [[step.name, step.version, step.settings()] for step in self.needed()]
+        rules = [[rule.name, rule.expression] for rule in self.rules]
+        return [self.repair, steps, rules, dict(self.edits), self.prefer]
+
+
+class Cleaner:
+    """Runs those steps of a plan that its rules and edits need, over all units."""
+
+    def __init__(self, attributes: Attributes, plan: Plan) -> None:
+        self.attributes, self.plan = attributes, plan
+        self.units = attributes.units
+        self.failed: list[np.ndarray] = [np.zeros((size, 0), bool) for size in attributes.sizes]
+        """for each unit [documents, rules so far]"""
+        self.done: list[Rule] = []
+        self.steps = plan.needed()
+
+    def run(self) -> None:
+        """All steps and all rules."""
+        for step in self.steps:
+            if isinstance(step, Joined):
+                self._judge()
+            self.attributes.add(step, self._parts)
+        self._judge()
+
+    def _parts(self, files: list[Path]) -> JoinedParts:
+        alive = [np.logical_not(failed.any(axis=1)) for failed in self.failed]
+        preferences = [self._preference(i) for i in range(len(self.units))]
+        return JoinedParts(self.units, self.attributes.sizes, files, alive, preferences)
+
+    def _preference(self, unit: int) -> np.ndarray:
+        """Validation before all training data: what is in both is to be left out of training."""
+        size = self.attributes.sizes[unit]
+        if self.units[unit].held_out:
+            return np.full(size, -np.inf)
+        if not self.plan.prefer:
+            return np.zeros(size)
+        (values,) = self._evaluate(unit, {"data.clean.prefer": self.plan.prefer}, "DOUBLE")
+        return -values.fill_null(-np.inf).to_numpy()
+
+    def _judge(self) -> None:
+        """The rules whose attributes are there by now and that were not asked yet."""
+        there = self.attributes.available | set(OWN)
+        rules = [r for r in self.plan.rules if r not in self.done and columns_of(r.expression) <= there]
+        if not rules:
+            return
+        asked = {f"data.clean.keep.{rule.name}": rule.expression for rule in rules}
+        for i, unit in enumerate(self.units):
+            if unit.held_out:
+                new = np.zeros((self.attributes.sizes[i], len(rules)), bool)
+            else:
+                columns = self._evaluate(i, asked, "BOOLEAN")
+                kept = [column.fill_null(True).to_numpy(zero_copy_only=False) for column in columns]
+                new = ~np.stack(kept, axis=1)
+            self.failed[i] = np.concatenate([self.failed[i], new], axis=1)
+        self.done += rules
+
+    def _evaluate(self, unit: int, expressions: Mapping[str, str], kind: str) -> list[pa.Array]:
+        names = sorted(set().union(*(columns_of(e) for e in expressions.values())))
+        table = (
+            self.attributes.table(unit, names)
+            if names
+            else pa.table({"_": np.zeros(self.attributes.sizes[unit])})
+        )
+        return evaluate(table, expressions, kind)
+
+    def verdicts(self) -> list[Path]:
+        """A file for each unit: see verdicts.py."""
+        there = self.attributes.available
+        edits = {name: action for name, action in self.plan.edits.items() if name in there}
+        judged = [[rule.name, rule.expression] for rule in self.done]
+        names = sorted(set(edits) | set().union(*(columns_of(r.expression) for r in self.done)) & there)
+        if "duplicate_of" in there:
+            names = sorted({*names, "duplicate_of"})
+        paths = []
+        for i, files in enumerate(self.attributes.files(names)):
+            unit = self.units[i]
+            made_from = [unit.documents.name, unit.held_out, [f.name for f in files], judged, edits]
+            path = self.attributes.store / f"verdicts-{key(made_from)}.parquet"
+            if not path.exists():
+                with atomic_file(path) as temporary:
+                    pq.write_table(self._verdicts(i, edits), temporary, compression="zstd")
+            paths.append(path)
+        return paths
+
+    def _verdicts(self, unit: int, edits: Mapping[str, Action]) -> pa.Table:
+        failed, size = self.failed[unit], self.attributes.sizes[unit]
+        names = np.array([rule.name for rule in self.done], dtype=object)
+        listed = [names[row].tolist() for row in failed]
+        spans = {name: (action, self.attributes.table(unit, [name])[name]) for name, action in edits.items()}
+        if self.units[unit].held_out:  # what is measured on stays as it is
+            spans = {}
+        there = "duplicate_of" in self.attributes.available
+        duplicate_of = (
+            self.attributes.table(unit, ["duplicate_of"])["duplicate_of"] if there else np.full(size, -1)
+        )
+        verdict = [row[0] if row else None for row in listed]
+        return pa.table([verdict, listed, duplicate_of, edits_column(spans, size)], schema=SCHEMA)
+
+    def report(self) -> dict[str, Any]:
+        """For each rule: how many documents it drops, alone or first of all; JSON-able."""
+        alive = np.concatenate([np.zeros((0, len(self.done)), bool), *self.failed])
+        count = alive.sum(axis=1)
+        first = np.argmax(alive, axis=1) if len(self.done) else np.zeros(0, int)
+        rules = [
+            {
+                "rule": rule.name,
+                "keeps": rule.expression,
+                "reason": rule.reason,
+                "dropped": int(((first == i) & (count > 0)).sum()),
+                "failed": int(alive[:, i].sum()),
+                "failed_alone": int((alive[:, i] & (count == 1)).sum()),
+            }
+            for i, rule in enumerate(self.done)
+        ]
+        return {"documents": len(alive), "kept": int((count == 0).sum()), "rules": rules}
+
+
+def rules_of(
+    presets: Sequence[str], keep: Mapping[str, str | None], more: Sequence[Rule] = ()
+) -> tuple[Rule, ...]:
+    """The presets' rules, changed or left out (None) by `keep`, then the rest of it, then `more`.
+
+    Raises UserError for a name to leave out that no rule has.
+    """
+    rules = {rule.name: rule for preset in presets for rule in PRESETS[preset]}
+    rules |= {rule.name: rule for rule in more}
+    for name, expression in keep.items():
+        if expression is not None:
+            known = rules.get(name)
+            reason, source = (
+                (known.reason, known.source) if known else ("the recipe's own rule", "data.clean.keep")
+            )
+            rules[name] = Rule(name, expression, reason, source)
+        elif name in rules:
+            del rules[name]
+        else:
+            raise UserError(
+                f"data.clean.keep.{name}: there is no such rule to leave out; there are {', '.join(rules)}"
+            )
+    return tuple(rules.values())
+
+
+def evaluate(table: pa.Table, expressions: Mapping[str, str], kind: str) -> list[pa.Array]:
+    """Each expression (name for messages -> SQL) over the table's rows, cast to a type of SQL.
+
+    Raises UserError with the database's words for one that is wrong.
+    """
+    import duckdb
+
+    with duckdb.connect(config={"enable_external_access": False, "threads": 1}) as connection:
+        connection.register("attributes", table)
+        asked = {name: f"CAST(({expression}) AS {kind})" for name, expression in expressions.items()}
+        try:
+            result = connection.sql(f"SELECT {', '.join(asked.values())} FROM attributes").to_arrow_table()
+        except duckdb.Error:
+            for name, expression in asked.items():  # which of them it was
+                try:
+                    connection.sql(f"SELECT {expression} FROM attributes").to_arrow_table()
+                except duckdb.Error as error:
+                    raise UserError(f"{name}: {str(error).splitlines()[0]}") from None
+            raise
+    return [column.combine_chunks() for column in result.columns]

@@ -1,0 +1,156 @@
+"""Text records on disk: what was read of one unit of the input, as a Parquet file, and read again in batches.
+
+Attributes lie beside it in files of their own, with a row for each of its rows (see attributes.py).
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ropewalk.data.readers import Source, Unit, read_unit
+from ropewalk.data.records import BadRow, Record
+from ropewalk.errors import RopewalkError, UserError
+
+VERSION = 1
+"""Counted up when the same input would give other records."""
+GROUP_ROWS, GROUP_CHARACTERS = 1024, 1 << 23
+_SCHEMA = pa.schema(
+    {
+        **{name: pa.string() for name in ("id", "source", "file")},
+        **{name: pa.int64() for name in ("line", "start", "end")},
+        **{name: pa.string() for name in ("text", "messages", "prompt", "completion")},
+        "hash": pa.uint64(),
+    }
+)
+
+
+@dataclass(frozen=True)
+class ReadUnit:
+    """The task that reads a unit. At most `allowed` bad rows may be in it."""
+
+    path: Path
+    weight: int
+    source: Source
+    unit: Unit
+    repair: bool
+    allowed: int
+
+    def make(self, path: Path) -> None:
+        rows: list[Record] = []
+        bad: list[tuple[str, str]] = []
+        characters = 0
+        with pq.ParquetWriter(path, _SCHEMA, compression="zstd", write_page_checksum=True) as writer:
+
+            def flush() -> None:
+                nonlocal characters
+                writer.write_table(_table(rows))
+                rows.clear()
+                characters = 0
+
+            for item in read_unit(self.source, self.unit):
+                if isinstance(item, BadRow):
+                    bad.append((item.where, item.reason))
+                    if len(bad) > self.allowed:
+                        raise UserError(too_many(item, self.allowed))
+                    continue
+                rows.append(repaired(item) if self.repair else item)
+                characters += rows[-1].characters
+                if len(rows) >= GROUP_ROWS or characters >= GROUP_CHARACTERS:
+                    flush()
+            if rows:
+                flush()
+            writer.add_key_value_metadata({"bad": json.dumps(bad, ensure_ascii=False)})
+
+
+def too_many(row: BadRow, allowed: int) -> str:
+    limit = f"data.max_bad_rows is {allowed:,}"
+    return f"{row}; {limit if allowed else 'set data.max_bad_rows to skip such rows'}"
+
+
+def repaired(record: Record) -> Record:
+    """With mojibake undone, in Unicode's composed form, without control characters (see clean.repair)."""
+    from ropewalk.clean.repair import repair
+
+    if record.text is not None:
+        return replace(record, text=repair(record.text))
+    if record.messages is None:
+        return replace(record, prompt=repair(record.prompt or ""), completion=repair(record.completion or ""))
+    messages = tuple(
+        {**message, "content": repair(message["content"])} if "content" in message else message
+        for message in record.messages
+    )
+    return replace(record, messages=messages)
+
+
+def _table(rows: Sequence[Record]) -> pa.Table:
+    columns: dict[str, list[Any]] = {name: [getattr(row, name) for row in rows] for name in _SCHEMA.names[:7]}
+    columns["messages"] = [
+        None if row.messages is None else json.dumps(row.messages, ensure_ascii=False) for row in rows
+    ]
+    columns |= {name: [getattr(row, name) for row in rows] for name in ("prompt", "completion")}
+    columns["hash"] = [row.content_hash() for row in rows]
+    return pa.table(columns, schema=_SCHEMA)
+
+
+class Documents:
+    """The records of one unit; `files` says where its files lie (name to path), for messages.
+
+    Raises RopewalkError, naming the file, for one that cannot be read.
+    """
+
+    def __init__(self, path: Path, files: Mapping[str, str] | None = None) -> None:
+        self.path, self.files = path, files or {}
+        self._file = self._checked(lambda: pq.ParquetFile(path, page_checksum_verification=True))
+
+    def __len__(self) -> int:
+        return self._file.metadata.num_rows
+
+    @property
+    def bad(self) -> list[BadRow]:
+        return [BadRow(*row) for row in json.loads(self._file.metadata.metadata[b"bad"])]
+
+    def columns(self, *names: str) -> pa.Table:
+        """Of all rows; not for texts, which are read in batches."""
+        return self._checked(lambda: self._file.read(columns=list(names)))
+
+    def batches(self) -> Iterator[list[Record]]:
+        """The records, some MB at a time."""
+        for group in range(self._file.num_row_groups):
+            yield self._group(group)
+
+    def at(self, rows: np.ndarray) -> list[Record]:
+        """Some records, in the order of `rows` [n]; reads only the groups in which they lie."""
+        sizes = [self._file.metadata.row_group(i).num_rows for i in range(self._file.num_row_groups)]
+        begins = np.concatenate([[0], np.cumsum(sizes)])
+        groups = np.searchsorted(begins, rows, side="right") - 1
+        found: dict[int, Record] = {}
+        for group in np.unique(groups).tolist():
+            records = self._group(group)
+            found |= {row: records[row - begins[group]] for row in rows[groups == group].tolist()}
+        return [found[row] for row in rows.tolist()]
+
+    def _group(self, group: int) -> list[Record]:
+        table = self._checked(lambda: self._file.read_row_group(group, columns=_SCHEMA.names[:-1]))
+        return [self._record(row) for row in table.to_pylist()]
+
+    def _checked(self, read: Any) -> Any:
+        try:
+            return read()
+        except (pa.ArrowException, OSError) as error:
+            why = str(error).splitlines()[0]
+            raise RopewalkError(f"{self.path}: cannot be read ({why}); delete it and prepare again") from None
+
+    def _record(self, row: dict[str, Any]) -> Record:
+        messages = row.pop("messages")
+        where = self.files.get(row["file"], row["file"])
+        return Record(
+            **row,
+            where=where if row["line"] is None else f"{where}:{row['line']}",
+            messages=None if messages is None else tuple(json.loads(messages)),
+        )

@@ -1,0 +1,99 @@
+"""What the recipe says becomes of places in a document: cut out, replaced by their kind, or not scored.
+
+Places are characters of `Record.plain`: of a conversation, the contents one after the other.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Literal, NamedTuple
+
+from ropewalk.data.records import SEPARATOR, Message, Record
+
+Action = Literal["cut", "replace", "mask"]
+
+
+class Edit(NamedTuple):
+    """Characters start to end; `kind` says what is there: a replaced e-mail address becomes <email>."""
+
+    start: int
+    end: int
+    action: Action
+    kind: str
+
+
+class Edited(NamedTuple):
+    """`unscored`: characters (start, end) of a text, or (number, number + 1) of a conversation's messages."""
+
+    record: Record
+    unscored: tuple[tuple[int, int], ...] = ()
+
+
+def edited(record: Record, edits: Sequence[Edit]) -> Edited:
+    """Edits that overlap are one, over all their places: cut if any is, else replaced if any is."""
+    if not edits:
+        return Edited(record)
+    merged = _merged(edits)
+    if record.text is not None:
+        text, unscored = _apply(record.text, merged)
+        return Edited(replace(record, text=text), unscored)
+    contents: list[str] = []
+    touched: list[tuple[int, int]] = []
+    begin = 0
+    for number, content in enumerate(record.contents):
+        end = begin + len(content)
+        here = [
+            edit._replace(start=max(edit.start, begin) - begin, end=min(edit.end, end) - begin)
+            for edit in merged
+            if edit.start < end and edit.end > begin
+        ]
+        text, unscored = _apply(content, here)
+        contents.append(text)
+        if unscored:
+            touched.append((number, number + 1))
+        begin = end + len(SEPARATOR)
+    return Edited(_with_contents(record, contents), tuple(touched))
+
+
+def _merged(edits: Sequence[Edit]) -> list[Edit]:
+    rank: Mapping[str, int] = {"cut": 0, "replace": 1, "mask": 2}
+    merged: list[Edit] = []
+    for edit in sorted(edits):
+        if merged and edit.start < merged[-1].end:
+            last = merged.pop()
+            strongest = min(last, edit, key=lambda e: rank[e.action])
+            edit = strongest._replace(start=last.start, end=max(last.end, edit.end))
+        merged.append(edit)
+    return merged
+
+
+def _apply(text: str, edits: Sequence[Edit]) -> tuple[str, tuple[tuple[int, int], ...]]:
+    """(text, what of it is not scored)."""
+    pieces: list[str] = []
+    unscored: list[tuple[int, int]] = []
+    at = length = 0
+
+    def put(piece: str) -> None:
+        nonlocal length
+        pieces.append(piece)
+        length += len(piece)
+
+    for edit in edits:
+        put(text[at : edit.start])
+        if edit.action == "mask":
+            unscored.append((length, length + edit.end - edit.start))
+            put(text[edit.start : edit.end])
+        elif edit.action == "replace":
+            put(f"<{edit.kind}>")
+        at = edit.end
+    put(text[at:])
+    return "".join(pieces), tuple(unscored)
+
+
+def _with_contents(record: Record, contents: Sequence[str]) -> Record:
+    if record.messages is None:
+        return replace(record, prompt=contents[0], completion=contents[1])
+    rest = iter(contents)
+    messages: list[Message] = [
+        {**message, "content": next(rest)} if "content" in message else message for message in record.messages
+    ]
+    return replace(record, messages=tuple(messages))

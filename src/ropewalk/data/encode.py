@@ -1,0 +1,259 @@
+"""The kept documents of one unit as tokens, in pieces that fit in a row: one file, and an account of it."""
+
+import json
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ropewalk.data.documents import Documents, too_many
+from ropewalk.data.edits import Edited, edited
+from ropewalk.data.records import BadRow, Record
+from ropewalk.data.tokenize import Score, Tokenization, Tokens, split
+from ropewalk.data.verdicts import Verdicts
+from ropewalk.errors import UserError
+
+BATCH_ROWS, BATCH_CHARACTERS = 512, 1 << 20
+NAMED = 1000
+"""Rows named for each reason; the count is always of all."""
+_SCHEMA = pa.schema(
+    {
+        "row": pa.int32(),
+        "piece": pa.int32(),
+        "pieces": pa.int32(),
+        "ids": pa.large_list(pa.uint32()),
+        "scored": pa.large_list(pa.bool_()),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """The parts of a recipe that decide what the shards hold (see recipe.schema.Data)."""
+
+    sequence_length: int
+    validation_fraction: float = 0.0
+    seed: int = 0
+    too_long: str = "auto"
+    score: Score = "auto"
+    append_eos: bool = True
+    max_bad_rows: int = 0
+
+
+@dataclass
+class Account:
+    """What became of the documents of a unit, JSON-able."""
+
+    kinds: dict[str, int] = field(default_factory=dict)
+    changes: dict[str, int] = field(default_factory=dict)
+    changed: dict[str, list[str]] = field(default_factory=dict)
+    """what was done -> the first names of the rows it was done to"""
+    bad: list[tuple[str, str]] = field(default_factory=list)
+    truncated_tokens: int = 0
+    turns_without_end: int = 0
+
+    def change(self, what: str, where: str) -> None:
+        self.changes[what] = self.changes.get(what, 0) + 1
+        if self.changes[what] <= NAMED:
+            self.changed.setdefault(what, []).append(where)
+
+
+class Piece(NamedTuple):
+    """Piece number `piece` of the `pieces` of record `row`."""
+
+    row: int
+    piece: int
+    pieces: int
+    tokens: Tokens
+
+
+@dataclass(frozen=True)
+class EncodeUnit:
+    """The task that tokenizes a unit. `files` says where its files lie, for messages."""
+
+    path: Path
+    weight: int
+    documents: Path
+    verdicts: Path | None
+    files: Mapping[str, str]
+    tokenizer: Any
+    options: Options
+    workers: int
+
+    def make(self, path: Path) -> None:
+        encoder = _Encoder(self.tokenizer, self.options, self.workers)
+        documents = Documents(self.documents, self.files)
+        verdicts = None if self.verdicts is None else Verdicts.read(self.verdicts)
+        with pq.ParquetWriter(path, _SCHEMA, compression="lz4", use_dictionary=False) as writer:
+            waiting: list[Piece] = []
+            tokens = 0
+            for piece in encoder.pieces(documents, verdicts):
+                waiting.append(piece)
+                tokens += len(piece.tokens.ids)
+                if tokens >= BATCH_CHARACTERS:
+                    writer.write_table(_table(waiting))
+                    waiting, tokens = [], 0
+            if waiting:
+                writer.write_table(_table(waiting))
+            writer.add_key_value_metadata({"account": json.dumps(vars(encoder.account), ensure_ascii=False)})
+
+
+def encoded(path: Path) -> tuple[Account, Iterator[Piece]]:
+    """What an `EncodeUnit` wrote."""
+    file = pq.ParquetFile(path)
+    return Account(**json.loads(file.metadata.metadata[b"account"])), _pieces(file)
+
+
+def _pieces(file: pq.ParquetFile) -> Iterator[Piece]:
+    for group in range(file.num_row_groups):
+        table = file.read_row_group(group).combine_chunks()
+        ids, scored = (table[name].chunk(0) for name in ("ids", "scored"))
+        offsets = ids.offsets.to_numpy()
+        flat, marks = ids.values.to_numpy(), scored.values.to_numpy(zero_copy_only=False)
+        places = zip(*(table[name].to_pylist() for name in ("row", "piece", "pieces")), strict=True)
+        for i, (row, piece, pieces) in enumerate(places):
+            part = slice(offsets[i], offsets[i + 1])
+            yield Piece(row, piece, pieces, Tokens(flat[part], marks[part]))
+
+
+def _table(pieces: Sequence[Piece]) -> pa.Table:
+    offsets = np.concatenate([[0], np.cumsum([len(piece.tokens.ids) for piece in pieces])])
+    flat = [np.concatenate([getattr(p.tokens, name) for p in pieces]) for name in ("ids", "scored")]
+    lists = [pa.LargeListArray.from_arrays(offsets, pa.array(values)) for values in flat]
+    places = [[getattr(piece, name) for piece in pieces] for name in ("row", "piece", "pieces")]
+    return pa.table([*places, *lists], schema=_SCHEMA)
+
+
+class _Encoder:
+    def __init__(self, tokenizer: Any, options: Options, workers: int) -> None:
+        self.options, self.workers = options, workers
+        self.tokenization = tokenization(tokenizer, options)
+        self.account = Account()
+
+    def pieces(self, documents: Documents, verdicts: Verdicts | None) -> Iterator[Piece]:
+        for row, record, tokens in self._encoded(_kept(documents, verdicts, self.account)):
+            if isinstance(tokens, BadRow):
+                self._skip(tokens)
+            elif tokens is None:
+                self.account.change("left out: empty", record.where)
+            else:
+                yield from self._fitting(row, record, tokens)
+
+    def _encoded(
+        self, items: Iterator[tuple[int, Edited]]
+    ) -> Iterator[tuple[int, Record, Tokens | BadRow | None]]:
+        """In the order of the items, a few batches ahead of what is asked for."""
+        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="ropewalk-tokenize")
+        pending: deque[Future[list[tuple[int, Record, Tokens | BadRow | None]]]] = deque()
+        try:
+            for batch in _batches(items):
+                pending.append(pool.submit(self._encode, batch))
+                if len(pending) > self.workers + 1:
+                    yield from pending.popleft().result()
+            while pending:
+                yield from pending.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _encode(self, batch: list[tuple[int, Edited]]) -> list[tuple[int, Record, Tokens | BadRow | None]]:
+        filled = [item for _, item in batch if not _empty(item.record)]
+        unscored = [item.unscored for item in filled] if any(item.unscored for item in filled) else None
+        tokens = iter(self.tokenization([item.record for item in filled], unscored))
+        return [(row, item.record, None if _empty(item.record) else next(tokens)) for row, item in batch]
+
+    def _fitting(self, row: int, record: Record, tokens: Tokens) -> Iterator[Piece]:
+        pieces = self._fit(record, tokens)
+        if not pieces:
+            return
+        if not any(piece.scored.any() for piece in pieces):
+            self._skip(BadRow(record.where, self._unscored(record, tokens)))
+            return
+        self.account.turns_without_end += tokens.turns_without_end
+        for i, piece in enumerate(pieces):
+            if piece.scored.any():
+                yield Piece(row, i, len(pieces), piece)
+            else:
+                where = f"{record.where} (piece {i})"
+                self.account.change("left out: a piece without scored tokens", where)
+
+    def _fit(self, record: Record, tokens: Tokens) -> list[Tokens]:
+        """The document in pieces that fit in a row, as data.too_long says."""
+        limit, count, policy = self.options.sequence_length, len(tokens.ids), self.options.too_long
+        if count <= limit:
+            return [tokens]
+        if policy == "auto":
+            policy = "split" if record.text is not None else "error"
+        if policy == "split":
+            self.account.change("split", record.where)
+            return split(tokens, limit, self.tokenization.begin if record.text is not None else ())
+        if policy == "truncate":
+            self.account.change("truncated", record.where)
+            self.account.truncated_tokens += count - limit
+            return [Tokens(tokens.ids[:limit], tokens.scored[:limit], tokens.turns_without_end)]
+        if policy == "drop":
+            self.account.change("left out: too long", record.where)
+            return []
+        raise UserError(
+            f"{record.where}: {count:,} tokens, and rows are {limit:,} long; set data.sequence_length="
+            f"{count} or more, or data.too_long to truncate, split or drop"
+        )
+
+    def _unscored(self, record: Record, tokens: Tokens) -> str:
+        if tokens.scored.any():
+            limit = self.options.sequence_length
+            return f"none of its first {limit:,} tokens is scored; raise data.sequence_length"
+        if all(message["role"] != "assistant" for message in record.conversation or ()):
+            return "no token is scored: it has " + (
+                "no message of the assistant" if record.messages is not None else "only one token"
+            )
+        return "no token is scored"
+
+    def _skip(self, row: BadRow) -> None:
+        """Notes a bad row. Raises UserError for one more than the recipe lets pass."""
+        if len(self.account.bad) >= self.options.max_bad_rows:
+            raise UserError(too_many(row, self.options.max_bad_rows))
+        self.account.bad.append((row.where, row.reason))
+
+
+def tokenization(tokenizer: Any, options: Options) -> Tokenization:
+    """Raises UserError for rows in which no document has room."""
+    made = Tokenization(tokenizer, score=options.score, append_eos=options.append_eos)
+    if options.sequence_length < 3 + len(made.begin):
+        raise UserError(f"data.sequence_length: {options.sequence_length} is too short for any document")
+    return made
+
+
+def _kept(documents: Documents, verdicts: Verdicts | None, account: Account) -> Iterator[tuple[int, Edited]]:
+    """The documents that are kept, with their row numbers, edited as the recipe says."""
+    row = 0
+    for records in documents.batches():
+        for record in records:
+            account.kinds[record.kind] = account.kinds.get(record.kind, 0) + 1
+            if verdicts is None:
+                yield row, Edited(record)
+            elif verdicts.kept[row]:
+                yield row, edited(record, verdicts.edits[row])
+            row += 1
+
+
+def _empty(record: Record) -> bool:
+    return record.text is not None and not record.text.strip()
+
+
+def _batches(items: Iterator[tuple[int, Edited]]) -> Iterator[list[tuple[int, Edited]]]:
+    batch: list[tuple[int, Edited]] = []
+    characters = 0
+    for item in items:
+        batch.append(item)
+        characters += item[1].record.characters
+        if len(batch) >= BATCH_ROWS or characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch

@@ -1,0 +1,143 @@
+"""Files named by what they were made from, and who makes them: this process, its workers, or a Dask cluster.
+
+A `Task` is a path and how to make what belongs there. The path holds a hash of all that decides the content,
+and a file appears there only whole: so what is there need not be made again, a run that was killed goes on
+where it was, and it makes no difference who makes what, or in which order.
+"""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import sys
+import types
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from ropewalk.errors import UserError
+from ropewalk.files import atomic_file
+
+Progress = Callable[[str, int, int], None]
+
+
+class Task(Protocol):
+    """Makes one file. Tasks for other processes must be picklable."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def weight(self) -> int:
+        """Bytes of input, for the progress that is said."""
+
+    def make(self, path: Path) -> None:
+        """Writes the file to `path`, which is not yet its own."""
+
+
+def key(made_from: Any) -> str:
+    """A name for what is made from something JSON-able, and from nothing else."""
+    text = json.dumps(made_from, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def run(task: Task) -> None:
+    if not task.path.exists():
+        with atomic_file(task.path) as temporary:
+            task.make(temporary)
+
+
+class Makers:
+    """Runs tasks: in this process where there is one, else in `workers` processes, or on a Dask cluster."""
+
+    def __init__(self, workers: int = 0, on: str | None = None, progress: Progress | None = None) -> None:
+        self.workers = workers or len(os.sched_getaffinity(0))
+        self.progress = progress
+        self._on = on
+        self._pool: Any = None
+
+    def __enter__(self) -> "Makers":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def make(self, what: str, tasks: Sequence[Task], here: bool = False) -> None:
+        """Returns when all are made. Raises what the first of them, in their order, raised.
+
+        `here`: one after the other in this process, unless there is a cluster: for tasks with threads of
+        their own.
+        """
+        total = sum(task.weight for task in tasks)
+        missing = [task for task in tasks if not task.path.exists()]
+        done = total - sum(task.weight for task in missing)
+        for task in self._finished(missing, here):
+            done += task.weight
+            if self.progress is not None:
+                self.progress(f"{what}, MB", done >> 20, total >> 20)
+
+    def _finished(self, tasks: Sequence[Task], here: bool) -> Iterator[Task]:
+        if self._on is None and (here or len(tasks) < 2 or self.workers == 1):
+            for task in tasks:
+                run(task)
+                yield task
+            return
+        if self._pool is None:
+            self._pool = Cluster(self._on) if self._on else _processes(self.workers)
+        with _no_main():
+            futures = [self._pool.submit(run, task) for task in tasks]
+        try:
+            for task, future in zip(tasks, futures, strict=True):
+                future.result()
+                yield task
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            raise
+
+
+def _processes(workers: int) -> ProcessPoolExecutor:
+    # Spawned: a fork of a process that has threads (tokenizers, torch, Arrow) may hang.
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+
+
+@contextmanager
+def _no_main() -> Iterator[None]:
+    """A spawned process runs the caller's script again, if it finds one: a script that calls `prepare` and
+    has no `if __name__ == "__main__"` would do so without end. Nothing of the script is needed there."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+class Cluster:
+    """A Dask cluster as an executor: `dask` starts one on this machine, `dask:ADDRESS` uses a scheduler."""
+
+    def __init__(self, on: str) -> None:
+        kind, _, address = on.partition(":")
+        if kind != "dask":
+            raise UserError(f"--on {on}: must be dask or dask:ADDRESS")
+        try:
+            from distributed import Client
+        except ImportError:
+            raise UserError('--on dask needs an extra: pip install "ropewalk[data]"') from None
+        try:
+            with _no_main():
+                if address:
+                    self._client = Client(address, timeout=20)
+                else:
+                    self._client = Client(dashboard_address=None, threads_per_worker=1)
+        except (OSError, ValueError) as error:
+            raise UserError(f"--on {on}: no scheduler answers there ({str(error).splitlines()[0]})") from None
+
+    def submit(self, function: Callable[[Task], None], task: Task) -> Any:
+        return self._client.submit(function, task, pure=False)
+
+    def shutdown(self, cancel_futures: bool = True) -> None:
+        self._client.close()
