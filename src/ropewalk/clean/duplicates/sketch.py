@@ -1,0 +1,89 @@
+"""MinHash: sets of shingles as a few numbers that agree as often as the sets do."""
+
+import math
+
+import numpy as np
+
+from ropewalk.clean.words import Words, mix
+
+EMPTY = np.uint64(2**64 - 1)
+_ROUND = np.uint64(0x9E3779B97F4A7C15)
+
+
+def shingles_of(words: Words, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """(hashes uint64 [m], text int64 [m]) of all runs of n words in each of the texts, which rise. A text of
+    fewer words has them all as its one shingle. `words` should be without symbols."""
+    found, first = words.ngrams(n)
+    hashes, documents = [found], [words.document[first]]
+    short = words.where((words.counts < n)[words.document])
+    for count in range(1, n) if len(short) else ():
+        some = short.where((short.counts == count)[short.document])
+        found, first = some.ngrams(count)
+        hashes.append(found)
+        documents.append(some.document[first])
+    document = np.concatenate(documents)
+    order = np.argsort(document, kind="stable") if len(short) else slice(None)
+    return np.concatenate(hashes)[order], document[order]
+
+
+def signatures(hashes: np.ndarray, document: np.ndarray, texts: int, size: int) -> np.ndarray:
+    """[texts, size] uint64 from shingles (hashes uint64 [m], document int64 [m]). For two texts each place is
+    equal with a probability of the Jaccard similarity J of their sets, and the share of equal places lies as
+    close to J as with `size` independent permutations, or closer. EMPTY everywhere where there is no shingle.
+
+    Fast similarity sketching (Dahlgaard, Knudsen, Thorup, FOCS 2017): in round i every shingle falls into one
+    place and leaves there (i, value), unless something lower is there, until no place is empty. After `size`
+    rounds every shingle goes to place i - size. That is about size * ln(size) hashes of a text, and at least
+    one of each shingle, instead of size for each shingle.
+    """
+    found = np.full(texts * size, EMPTY)
+    begin, end = 0, 1
+    while len(hashes) and begin < 2 * size:
+        rounds = np.arange(begin, end, dtype=np.uint64)[:, None]
+        drawn = mix(hashes ^ mix(rounds * _ROUND + np.uint64(1)))
+        high, low = drawn >> np.uint64(32), drawn & np.uint64(0xFFFFFFFF)
+        if begin < size:
+            place = (high * np.uint64(size)) >> np.uint64(32)
+        else:
+            place = np.broadcast_to(rounds - np.uint64(size), drawn.shape)
+        cell = document * size + place.astype(np.int64)
+        np.minimum.at(found, cell.ravel(), ((rounds << np.uint64(32)) | low).ravel())
+        # Texts with few shingles need many rounds: several at once, ever more of them. What a round leaves in
+        # a full place is too high to matter.
+        open_ = (found.reshape(texts, size) == EMPTY).any(axis=1)[document]
+        hashes, document = hashes[open_], document[open_]
+        begin, end = end, min(2 * end, size if end < size else 2 * size)
+    return found.reshape(texts, size)
+
+
+def band_hashes(signature: np.ndarray, bands: int) -> np.ndarray:
+    """[bands, texts] uint64: equal where a band of a signature [texts, bands * rows] is."""
+    texts, size = signature.shape
+    cut = signature.reshape(texts, bands, size // bands)
+    found = np.zeros((texts, bands), np.uint64)
+    for row in range(size // bands):
+        found = mix(found ^ cut[:, :, row]) + np.uint64(row + 1)
+    return found.T
+
+
+def candidate_probability(similarity: float, bands: int, rows: int) -> float:
+    """That two sets agree in some band: 1 - (1 - s^r)^b (Leskovec, Rajaraman, Ullman, Mining of Massive
+    Datasets, 3.4)."""
+    return 1 - (1 - similarity**rows) ** bands
+
+
+def bands_for(threshold: float, recall: float, noise: float = 0.02) -> tuple[int, int]:
+    """(bands, rows) with the fewest permutations, bands * rows, such that two texts at the threshold are
+    compared with a probability of `recall`, and two that are half as similar with one of `noise` at most.
+
+    Without the second one row would always do: everything would be compared with everything.
+    """
+    best: tuple[int, int] | None = None
+    for rows in range(1, 33):
+        bands = max(1, math.ceil(math.log1p(-recall) / math.log1p(-(threshold**rows)) - 1e-9))
+        if candidate_probability(threshold / 2, bands, rows) > noise:
+            continue
+        if best is None or bands * rows < best[0] * best[1]:
+            best = bands, rows
+    assert best is not None, "more rows always separate the two"
+    return best

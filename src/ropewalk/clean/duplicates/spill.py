@@ -1,0 +1,73 @@
+"""Equal hashes among more than memory holds: written to disk by their first byte, read back in passes."""
+
+import tempfile
+from collections.abc import Iterator
+
+import numpy as np
+
+ENTRY = np.dtype([("key", np.uint64), ("check", np.uint64), ("order", np.int64)])
+PASSES = 256
+
+
+class Spill:
+    """Hashes of 128 bits (`key`, `check`), each with an int64 of its own that says where it was and in what
+    order the equal ones come. 24 bytes each in a file without a name (under TMPDIR), a 256th of it in memory.
+    """
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115  closed in __exit__
+        self._bounds: list[np.ndarray] = []
+
+    def __enter__(self) -> "Spill":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def add(self, key: np.ndarray, check: np.ndarray, order: np.ndarray) -> None:
+        """[n] each. A part of the data at a time: every call is one more piece to be read in each pass."""
+        if not len(key):
+            return
+        of_pass = (key >> np.uint64(56)).astype(np.uint8)
+        sorted_by_pass = np.argsort(of_pass, kind="stable")  # a radix sort, the type being small
+        entries = np.empty(len(key), ENTRY)
+        for name, values in (("key", key), ("check", check), ("order", order)):
+            entries[name] = values[sorted_by_pass]
+        begin = self._file.seek(0, 2)
+        self._file.write(entries.view(np.uint8).data)
+        counts = np.concatenate([[0], np.cumsum(np.bincount(of_pass, minlength=PASSES))])
+        self._bounds.append(begin + counts * ENTRY.itemsize)
+
+    def groups(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(order int64 [n], first int64 [n]) of all hashes that were added more than once, group after group
+        and in each in rising order; first[i] is the lowest of i's group."""
+        for number in range(PASSES):
+            entries = self._read(number)
+            entries = entries[_repeated(entries["key"])]
+            entries = entries[np.lexsort((entries["order"], entries["check"], entries["key"]))]
+            equal = (entries["key"][1:] == entries["key"][:-1]) & (
+                entries["check"][1:] == entries["check"][:-1]
+            )
+            begins = np.concatenate([[True], ~equal])[: len(entries)]
+            first = np.flatnonzero(begins)[np.cumsum(begins) - 1]
+            alone = begins & np.concatenate([~equal, [True]])[: len(entries)]
+            order = entries["order"]
+            if len(order):
+                yield order[~alone], order[first][~alone]
+
+    def _read(self, number: int) -> np.ndarray:
+        pieces = []
+        for bounds in self._bounds:
+            self._file.seek(int(bounds[number]))
+            pieces.append(self._file.read(int(bounds[number + 1] - bounds[number])))
+        return np.frombuffer(b"".join(pieces), ENTRY)
+
+
+def _repeated(keys: np.ndarray) -> np.ndarray:
+    """[n] bool: the key is there more than once. Most are not, and are spared the slower sort."""
+    order = np.argsort(keys)
+    equal = keys[order][1:] == keys[order][:-1]
+    found = np.zeros(len(keys), bool)
+    found[order[1:]] = equal
+    found[order[:-1]] |= equal
+    return found
