@@ -26,8 +26,8 @@ class Language:
     name = "language"
     version = 1
     attributes: Mapping[str, str] = {
-        "language": f"ISO 639 code of the language of the first {CHARACTERS} characters; zxx is none, such as "
-        "code and tables, and und is nothing to tell from",
+        "language": f"ISO 639 code of the language of the first {CHARACTERS} characters; zxx is none, as "
+        "in code and tables, and und is nothing to tell from",
         "language_score": "its probability as the model has it, 0 to 1: calibrated for whole sentences",
     }
 
