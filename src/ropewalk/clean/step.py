@@ -45,9 +45,14 @@ class Step(Protocol):
     """`attributes` is name -> one line that says what it is, with its unit. `settings`, JSON-able, and
     `version` are all that the result depends on, apart from the texts."""
 
-    name: str
-    version: int
-    attributes: Mapping[str, str]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def version(self) -> int: ...
+
+    @property
+    def attributes(self) -> Mapping[str, str]: ...
 
     def settings(self) -> Any: ...
 

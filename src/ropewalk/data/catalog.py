@@ -1,20 +1,76 @@
 """The cleaning steps there are, and what the words of the recipe's data.clean ask of them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from ropewalk.clean.c4 import C4
+from ropewalk.clean.contamination import Contamination, EvaluationItem
+from ropewalk.clean.duplicates.exact import ExactDuplicates
+from ropewalk.clean.duplicates.minhash import NearDuplicates
+from ropewalk.clean.duplicates.pieces import DuplicateLines, DuplicateParagraphs
+from ropewalk.clean.duplicates.substrings import DuplicateSubstrings
+from ropewalk.clean.language import Language
+from ropewalk.clean.pii import Pii
 from ropewalk.clean.quality import Quality
 from ropewalk.clean.repetition import Repetition
+from ropewalk.clean.rules import Rule
 from ropewalk.clean.step import Step
 from ropewalk.data.cleaning import Plan, rules_of
+from ropewalk.data.edits import Action
 
-
-def steps_of() -> list[Step]:
-    return [Quality(), Repetition()]
+DUPLICATES = {
+    "exact": Rule("exact_duplicate", "exact_duplicate_of = -1", "the text of another document", "data.clean"),
+    "near": Rule("near_duplicate", "near_duplicate_of = -1", "nearly another document's text", "data.clean"),
+}
+REPEATS = {
+    "paragraphs": "duplicate_paragraph_spans",
+    "lines": "duplicate_line_spans",
+    "passages": "passage_spans",
+}
+"""Word of data.clean.duplicates -> the attribute with the places that are cut out."""
+_CONTAMINATED = Rule(
+    "contaminated", "not contaminated", "holds items of an evaluation set", "data.clean.against"
+)
+_PII = Rule("pii", "len(pii) = 0", "holds personal data", "data.clean.pii")
 
 
 def plan_of(clean: Mapping[str, Any]) -> Plan:
-    """Raises UserError for what cannot be."""
+    """From the fields of recipe.schema.Clean. Raises UserError for files that cannot be read, rules that there
+    are not, and expressions that are none."""
+    rules = [DUPLICATES[word] for word in clean["duplicates"] if word in DUPLICATES]
+    edits: dict[str, Action] = {REPEATS[word]: "cut" for word in clean["duplicates"] if word in REPEATS}
+    asked: list[str] = []
+    if clean["against"]:
+        asked += ["contaminated", "contamination_items"]
+        if clean["contaminated"] == "drop":
+            rules.append(_CONTAMINATED)
+        elif clean["contaminated"] == "mask":
+            edits["contamination_spans"] = "mask"
+    if clean["pii"] == "mask":
+        edits["pii"] = "replace"
+    elif clean["pii"] == "drop":
+        rules.append(_PII)
     return Plan(
-        clean["repair"], tuple(steps_of()), rules_of(clean["rules"], clean["keep"]), {}, clean["prefer"]
+        repair=clean["repair"],
+        steps=steps_of(clean),
+        rules=rules_of(clean["rules"], clean["keep"], rules),
+        edits=edits,
+        asked=tuple(asked),
+        prefer=clean["prefer"],
+        score=clean["score"],
     )
+
+
+def steps_of(clean: Mapping[str, Any]) -> tuple[Step, ...]:
+    """All there are, in the order in which they may run."""
+    steps: list[Step] = [Quality(), Repetition(), C4(), Language(), Pii()]
+    if clean["against"]:
+        steps.append(Contamination(items_of(clean["against"])))
+    steps += [ExactDuplicates(), NearDuplicates(threshold=clean["similarity"])]
+    return (*steps, DuplicateParagraphs(), DuplicateLines(), DuplicateSubstrings())
+
+
+def items_of(paths: Sequence[str]) -> list[EvaluationItem]:
+    """The rows of evaluation files: a conversation's or prompt's last turn is the answer."""
+    raise NotImplementedError(Path(paths[0]))

@@ -23,36 +23,46 @@ from ropewalk.data.verdicts import SCHEMA, edits_column
 from ropewalk.errors import UserError
 from ropewalk.files import atomic_file
 
+DUPLICATE_OF = ("exact_duplicate_of", "near_duplicate_of")
 OWN = ("id", "source", "file")
 """What rules may ask of the documents themselves, besides attributes."""
+PREFER, SCORE = "data.clean.prefer", "data.clean.score"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How documents are cleaned: in which order steps may run, the rules that say what is kept, and what
-    becomes of places that steps name (attribute -> action)."""
+    """How documents are cleaned: in which order steps may run, the rules that say what is kept, what becomes
+    of places that steps name (attribute -> action), and attributes that are asked for besides. `prefer`: of
+    duplicates the one with its highest value is kept; `score` is kept with each document. Both, and rules, are
+    SQL expressions over attributes."""
 
     repair: bool = False
     steps: tuple[Step, ...] = ()
     rules: tuple[Rule, ...] = ()
     edits: Mapping[str, Action] = field(default_factory=dict)
+    asked: tuple[str, ...] = ()
     prefer: str | None = None
+    score: str | None = None
+
+    def __bool__(self) -> bool:
+        """Whether there is anything to be looked at."""
+        return bool(self.rules or self.edits or self.asked or self.score)
 
     def needed(self) -> list[Step]:
         """The steps that rules and edits ask for, those that compare documents last. Raises UserError for an
         expression that is none, or has an attribute that there is not."""
-        asked = [*self.rules]
-        if self.prefer:
-            asked.append(Rule("prefer", self.prefer, "", "data.clean.prefer"))
-        wanted = {step.name for step in steps_for(asked, self.steps, OWN)}
-        steps = [s for s in self.steps if s.name in wanted or self.edits.keys() & s.attributes.keys()]
+        own = [Rule(PREFER, self.prefer, "", "")] if self.prefer else []
+        own += [Rule(SCORE, self.score, "", "")] if self.score else []
+        wanted = {step.name for step in steps_for([*self.rules, *own], self.steps, OWN)}
+        names = {*self.edits, *self.asked}
+        steps = [s for s in self.steps if s.name in wanted or names & s.attributes.keys()]
         return sorted(steps, key=lambda step: isinstance(step, Joined))
 
     def made_from(self) -> Any:
         """All that the result depends on, JSON-able."""
         steps = [[step.name, step.version, step.settings()] for step in self.needed()]
         rules = [[rule.name, rule.expression] for rule in self.rules]
-        return [self.repair, steps, rules, dict(self.edits), self.prefer]
+        return [self.repair, steps, rules, dict(self.edits), self.prefer, self.score]
 
 
 class Cleaner:
@@ -86,7 +96,7 @@ class Cleaner:
             return np.full(size, -np.inf)
         if not self.plan.prefer:
             return np.zeros(size)
-        (values,) = self._evaluate(unit, {"data.clean.prefer": self.plan.prefer}, "DOUBLE")
+        (values,) = self._evaluate(unit, {PREFER: self.plan.prefer}, "DOUBLE")
         return -values.fill_null(-np.inf).to_numpy()
 
     def _judge(self) -> None:
@@ -117,36 +127,50 @@ class Cleaner:
 
     def verdicts(self) -> list[Path]:
         """A file for each unit: see verdicts.py."""
-        there = self.attributes.available
-        edits = {name: action for name, action in self.plan.edits.items() if name in there}
-        judged = [[rule.name, rule.expression] for rule in self.done]
-        names = sorted(set(edits) | set().union(*(columns_of(r.expression) for r in self.done)) & there)
-        if "duplicate_of" in there:
-            names = sorted({*names, "duplicate_of"})
+        names = {*self.plan.edits, *(name for name in DUPLICATE_OF if name in self.attributes.available)}
+        for expression in [rule.expression for rule in self.done] + [self.plan.score or "0"]:
+            names |= columns_of(expression) - set(OWN)
         paths = []
-        for i, files in enumerate(self.attributes.files(names)):
+        for i, files in enumerate(self.attributes.files(sorted(names))):
             unit = self.units[i]
-            made_from = [unit.documents.name, unit.held_out, [f.name for f in files], judged, edits]
+            asked = (
+                [[rule.name, rule.expression] for rule in self.done],
+                self.plan.score,
+                dict(self.plan.edits),
+            )
+            made_from = [unit.documents.name, unit.held_out, [f.name for f in files], *asked]
             path = self.attributes.store / f"verdicts-{key(made_from)}.parquet"
             if not path.exists():
                 with atomic_file(path) as temporary:
-                    pq.write_table(self._verdicts(i, edits), temporary, compression="zstd")
+                    pq.write_table(self._verdicts(i), temporary, compression="zstd")
             paths.append(path)
         return paths
 
-    def _verdicts(self, unit: int, edits: Mapping[str, Action]) -> pa.Table:
-        failed, size = self.failed[unit], self.attributes.sizes[unit]
+    def _verdicts(self, unit: int) -> pa.Table:
+        size = self.attributes.sizes[unit]
         names = np.array([rule.name for rule in self.done], dtype=object)
-        listed = [names[row].tolist() for row in failed]
-        spans = {name: (action, self.attributes.table(unit, [name])[name]) for name, action in edits.items()}
-        if self.units[unit].held_out:  # what is measured on stays as it is
-            spans = {}
-        there = "duplicate_of" in self.attributes.available
-        duplicate_of = (
-            self.attributes.table(unit, ["duplicate_of"])["duplicate_of"] if there else np.full(size, -1)
-        )
-        verdict = [row[0] if row else None for row in listed]
-        return pa.table([verdict, listed, duplicate_of, edits_column(spans, size)], schema=SCHEMA)
+        failed = [names[row].tolist() for row in self.failed[unit]]
+        spans = {} if self.units[unit].held_out else self.plan.edits  # what is measured on stays as it is
+        edits = {name: (action, self._attribute(unit, name)) for name, action in spans.items()}
+        duplicate_of = np.full(size, -1)
+        for name in DUPLICATE_OF:
+            if name in self.attributes.available:
+                found = self._attribute(unit, name).to_numpy()
+                duplicate_of = np.where(duplicate_of < 0, found, duplicate_of)
+        scores: Any = pa.nulls(size, pa.float64())
+        if self.plan.score:
+            (scores,) = self._evaluate(unit, {SCORE: self.plan.score}, "DOUBLE")
+        columns = {
+            "verdict": [row[0] if row else None for row in failed],
+            "failed": failed,
+            "duplicate_of": duplicate_of,
+            "score": scores,
+            "edits": edits_column(edits, size),
+        }
+        return pa.table([columns[name] for name in SCHEMA.names], schema=SCHEMA)
+
+    def _attribute(self, unit: int, name: str) -> pa.ChunkedArray:
+        return self.attributes.table(unit, [name])[name]
 
     def report(self) -> dict[str, Any]:
         """For each rule: how many documents it drops, alone or first of all; JSON-able."""

@@ -145,7 +145,7 @@ def prepare_sources(
     with Makers(workers, on, progress) as makers:
         units = _read(inputs, reads, makers)
         cleaner = None
-        if plan.rules or plan.edits:
+        if plan:
             cleaner = Cleaner(Attributes(store, units, makers), plan)
             cleaner.run()
         verdicts = cleaner.verdicts() if cleaner else [None] * len(units)

@@ -17,13 +17,15 @@ SCHEMA = pa.schema(
         "verdict": pa.string(),
         "failed": pa.list_(pa.string()),
         "duplicate_of": pa.int64(),
+        "score": pa.float64(),
         "edits": pa.list_(
             pa.struct({"start": pa.int32(), "end": pa.int32(), "action": pa.string(), "kind": pa.string()})
         ),
     }
 )
 """verdict: the rule that dropped the document, null where it is kept; failed: every rule that would have;
-duplicate_of: number, in the whole data, of the document kept in its stead, else -1."""
+duplicate_of: number, in the whole data, of the document kept in its stead, else -1; score: what the recipe
+orders documents by, null where it does not."""
 
 
 @dataclass(frozen=True)
