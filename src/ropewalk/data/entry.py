@@ -16,11 +16,11 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from ropewalk.data.build import Build, Options
-from ropewalk.data.readers import InputFile, Source, files_of
+from ropewalk.data.readers import InputFile, Source, files_of, stamp, survey
 from ropewalk.data.report import markdown
 from ropewalk.data.shards import DamagedDataError, TokenShards
 from ropewalk.errors import RopewalkError, UserError
-from ropewalk.files import atomic_directory, sha256
+from ropewalk.files import atomic_directory
 from ropewalk.model import load_tokenizer
 from ropewalk.recipe import Recipe, load_recipe
 
@@ -46,7 +46,7 @@ class Input:
 
     source: Source
     files: list[InputFile]
-    ignored: list[Path]
+    ignored: list[str]
     held_out: bool
 
 
@@ -123,15 +123,15 @@ def prepare_sources(
             return _open(target, fingerprint, verify=True)
         except DamagedDataError as error:
             logging.getLogger(__name__).warning("%s: is damaged, and made anew (%s)", target, error)
-    stamps = {file.path: _stamp(file.path) for item in inputs for file in item.files}
+    stamps = {file.path: stamp(file.path) for item in inputs for file in item.files}
     with atomic_directory(target, overwrite=True) as folder:
         build = Build(folder, tokenizer, options, workers, progress, sum(size for size, _ in stamps.values()))
         for item in inputs:
             build.add(item.source, item.files, item.held_out)
             if item.ignored:
                 build.note(f"{item.source.name}: {len(item.ignored):,} files of other kinds were left alone")
-        for path, stamp in stamps.items():
-            if _stamp(path) != stamp:
+        for path, before in stamps.items():
+            if stamp(path) != before:
                 raise RopewalkError(f"{path}: changed while it was read; prepare the data again")
         report = build.finish()
         (folder / "report.md").write_text(markdown(report), encoding="utf-8")
@@ -145,10 +145,7 @@ def _made_from(inputs: Sequence[Input], tokenizer: Any, options: Options) -> dic
     """What decides what the shards hold, and nothing else: not where files lie, not how many workers."""
     sources = []
     for item in inputs:
-        try:
-            files = [[file.name, sha256(file.path)] for file in item.files]
-        except OSError as error:
-            raise UserError(f"{error.filename}: {error.strerror}") from None
+        files = [[file.name, survey(file).sha256] for file in item.files]
         source = {"name": item.source.name, "columns": list(item.source.named), "held_out": item.held_out}
         sources.append({**source, "files": files})
     values = asdict(options)
@@ -157,15 +154,6 @@ def _made_from(inputs: Sequence[Input], tokenizer: Any, options: Options) -> dic
     made_with = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.special_tokens_map]
     digest = hashlib.sha256(json.dumps(made_with, sort_keys=True, default=str).encode()).hexdigest()
     return {"format": FORMAT, "sources": sources, "tokenizer": digest, "options": values}
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    """(size, time of the last change in nanoseconds)."""
-    try:
-        stat = path.stat()
-    except OSError as error:
-        raise RopewalkError(f"{path}: {error.strerror}; it was there a moment ago") from None
-    return stat.st_size, stat.st_mtime_ns
 
 
 def _open(directory: Path, fingerprint: str, verify: bool) -> Prepared:
