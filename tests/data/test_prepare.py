@@ -331,15 +331,15 @@ def flip(path: Path) -> None:
 
 def test_a_file_that_changes_while_it_is_read_is_noticed(run, write, monkeypatch):
     path = write("a.jsonl", jsonl(rows(30)))
-    from ropewalk.data.build import Build
+    from ropewalk.data import documents
 
-    finish = Build.add
+    read = documents.read_unit
 
-    def add(self, *arguments):
-        finish(self, *arguments)
+    def read_and_change(*arguments):
+        yield from read(*arguments)
         path.write_text(jsonl(rows(31)))
 
-    monkeypatch.setattr(Build, "add", add)
+    monkeypatch.setattr(documents, "read_unit", read_and_change)
     with pytest.raises(RopewalkError, match=r"a\.jsonl: changed while it was read"):
         run(path)
     assert made(path.parent / "out") == [], "nothing is left of it"

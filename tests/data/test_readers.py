@@ -10,7 +10,7 @@ import pytest
 
 from ropewalk.data.readers import InputFile, Source, files_of, read_source
 from ropewalk.data.records import BadRow, Record
-from ropewalk.errors import UserError
+from ropewalk.errors import RopewalkError, UserError
 
 
 def read(path, name="src", **columns):
@@ -85,7 +85,7 @@ def test_folders_are_read_whole_in_a_fixed_order(write, tmp_path):
     source = Source(str(tmp_path / "folder"), "folder")
     files, ignored = files_of(source)
     assert [file.name for file in files] == ["A.TXT", "a/b/c.py", "a/z.md", "b.txt"]
-    assert [path.name for path in ignored] == ["image.png"]
+    assert [Path(path).name for path in ignored] == ["image.png"]
     records = list(read_source(source, files))
     assert [r.id for r in records] == ["folder/A.TXT", "folder/a/b/c.py", "folder/a/z.md", "folder/b.txt"]
     assert [r.text for r in records] == ["A.TXT", "a/b/c.py", "a/z.md", "b.txt"]
@@ -142,6 +142,15 @@ def test_text_loses_its_byte_order_mark(write):
             r"messages\[0\]\.content \(user\) is empty",
         ),
         ("a.jsonl", '{"prompt": "a", "completion": ""}', r"a\.jsonl:1: completion is empty"),
+        ("a.jsonl", '{"text": "a"}\n{"text": "b", "text": "c"}', r":2: .*the key 'text' is there twice"),
+        ("a.jsonl", '{"text": "a", "x": {"y": 1, "y": 1}}', r":1: .*the key 'y' is there twice"),
+        ("a.jsonl", '{"text": "a\\u0000b"}', r"a\.jsonl:1: text has a NUL at character 1"),
+        ("a.jsonl", b'{"text": "a\0b"}', r"a\.jsonl:1: not valid JSON \(Invalid control character"),
+        ("a.jsonl", '{"text": "a", "n": ' + "1" * 5000 + "}", r"a\.jsonl:1: not valid JSON \(Exceeds"),
+        ("a.jsonl", '{"text": "a"}\r{"text": "b"}', r"a\.jsonl:1: .*; end lines with \\n, not with \\r"),
+        ("a.jsonl", '{"text": "a"}'.encode("utf-16"), r"a\.jsonl:1: not UTF-8 \(byte 0"),
+        ("a.csv", b"text\nfine\n\xff\nfine\n", r"a\.csv:3: not UTF-8 \(byte 0 of a line\)"),
+        ("a.csv", b"text\nfine\na\0b\n", r"a\.csv:3: text has a NUL at character 1"),
     ],
 )
 def test_bad_rows_are_named_and_the_rest_is_read(name, content, message, write):
@@ -161,7 +170,10 @@ def test_bad_rows_are_named_and_the_rest_is_read(name, content, message, write):
         ("a.json", '[{"text": "a"}\n\n{"text": "b"}]', {}, r"a\.json:3: not valid JSON \(a comma"),
         ("a.json", b'[{"text": "a"},\n{"text": "\xff"}]', {}, r"a\.json:2: not UTF-8"),
         ("a.csv", 'text\nfine\n"open', {}, r"a\.csv:3: not valid CSV"),
-        ("a.csv", b"text\nfine\n\xff\n", {}, r"a\.csv:\d: not UTF-8"),
+        ("a.csv", b"t\xffxt\nfine\n", {}, r"a\.csv:1: not UTF-8 \(byte 1"),
+        ("a.csv", "text,x,text\na,b,c", {}, r"a\.csv:1: two columns are called 'text'"),
+        ("a.json", '[{"text": "a"}] [', {}, r"a\.json:1: not valid JSON \(something follows"),
+        ("a.json", '[{"text": "a"},', {}, r"a\.json:1: not valid JSON"),
         ("a.parquet", b"PAR1 not really", {}, r"a\.parquet: not a readable Parquet file"),
         ("a.xyz", "a", {}, r"a\.xyz: unknown extension '\.xyz'; known are \.txt"),
     ],
@@ -177,22 +189,24 @@ def test_missing_paths_and_folders_without_text(write, tmp_path):
     with pytest.raises(UserError, match="matches no file"):
         read(tmp_path / "*.jsonl")
     write("folder/a.jsonl", "{}")
-    with pytest.raises(UserError, match=r"no \.txt, \.md, \.py file in this folder; .*folder/\*\.jsonl"):
+    with pytest.raises(UserError, match=r"no text, source, HTML or PDF file in this folder; .*r/\*\.jsonl"):
         read(tmp_path / "folder")
 
 
 def test_a_file_that_cannot_be_opened_is_named(tmp_path):
     source = Source(str(tmp_path), "s")
     with pytest.raises(UserError, match=r"a\.jsonl: No such file"):
-        list(read_source(source, [InputFile(tmp_path / "a.jsonl", "a.jsonl")]))
+        list(read_source(source, [InputFile(str(tmp_path / "a.jsonl"), "a.jsonl")]))
 
 
-def test_reading_is_streaming(write, monkeypatch):
-    """The first record of a long file comes before its end has been read."""
-    path = write("a.jsonl", '{"text": "a"}\n' * 100_000)
+def test_reading_is_streaming(write):
+    """The first record of a long file comes before its end has been read; its end is missed."""
+    path = write("a.jsonl", '{"text": "a"}\n' * 200_000)
     source = Source(str(path), "s")
     records = read_source(source, files_of(source)[0])
-    first = next(records)
-    Path(path).write_text("")  # what is in the buffer may still come; 100,000 rows may not
-    assert isinstance(first, Record)
-    assert len(list(records)) < 50_000
+    assert isinstance(next(records), Record)
+    Path(path).write_text("")  # what is in the buffer may still come; 200,000 rows may not
+    rest = []
+    with pytest.raises(RopewalkError, match=r"a\.jsonl: changed while it was read"):
+        rest.extend(records)
+    assert len(rest) < 100_000

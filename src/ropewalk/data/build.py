@@ -23,6 +23,7 @@ _LEDGER = pa.schema(
     {
         **{name: pa.string() for name in ("id", "source", "file")},
         **{name: pa.int64() for name in ("line", "start", "end")},
+        "url": pa.string(),
         "hash": pa.uint64(),
         "split": pa.string(),
         "piece": pa.int64(),
@@ -56,7 +57,7 @@ class Build:
                 raise UserError(too_many(bad, self.options.max_bad_rows))
             self.tally.skipped.append(bad)
         self.tally.take(account)
-        table = documents.columns(*_LEDGER.names[:7])
+        table = documents.columns(*_LEDGER.names[:8])
         ids, sources = table["id"].to_pylist(), table["source"].to_pylist()
         hashes = table["hash"].to_pylist()
         split: list[str | None] = [None] * len(ids)

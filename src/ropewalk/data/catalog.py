@@ -36,8 +36,8 @@ _PII = Rule("pii", "len(pii) = 0", "holds personal data", "data.clean.pii")
 
 
 def plan_of(clean: Mapping[str, Any]) -> Plan:
-    """From the fields of recipe.schema.Clean. Raises UserError for files that cannot be read, rules that there
-    are not, and expressions that are none."""
+    """From the fields of recipe.schema.Clean. Raises UserError for files that cannot be read, rules that
+    there are not, and expressions that are none."""
     rules = [DUPLICATES[word] for word in clean["duplicates"] if word in DUPLICATES]
     edits: dict[str, Action] = {REPEATS[word]: "cut" for word in clean["duplicates"] if word in REPEATS}
     asked: list[str] = []

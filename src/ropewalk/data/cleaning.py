@@ -33,8 +33,8 @@ PREFER, SCORE = "data.clean.prefer", "data.clean.score"
 class Plan:
     """How documents are cleaned: in which order steps may run, the rules that say what is kept, what becomes
     of places that steps name (attribute -> action), and attributes that are asked for besides. `prefer`: of
-    duplicates the one with its highest value is kept; `score` is kept with each document. Both, and rules, are
-    SQL expressions over attributes."""
+    duplicates the one with its highest value is kept; `score` is kept with each document. Both, and rules,
+    are SQL expressions over attributes."""
 
     repair: bool = False
     steps: tuple[Step, ...] = ()

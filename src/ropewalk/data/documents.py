@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ropewalk.data.readers import Source, Unit, read_unit
+from ropewalk.data.readers import Source, Stamp, Unit, read_unit, stamp
 from ropewalk.data.records import BadRow, Record
 from ropewalk.errors import RopewalkError, UserError
 
@@ -25,6 +25,7 @@ _SCHEMA = pa.schema(
         **{name: pa.string() for name in ("id", "source", "file")},
         **{name: pa.int64() for name in ("line", "start", "end")},
         **{name: pa.string() for name in ("text", "messages", "prompt", "completion")},
+        "url": pa.string(),
         "hash": pa.uint64(),
     }
 )
@@ -32,14 +33,21 @@ _SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class ReadUnit:
-    """The task that reads a unit. At most `allowed` bad rows may be in it."""
+    """The task that reads a unit. At most `allowed` bad rows may be in it; `stamps` are those of its files
+    when their content was hashed: what has another by now is not what the task's path says."""
 
     path: Path
     weight: int
     source: Source
     unit: Unit
+    stamps: Mapping[str, Stamp]
     repair: bool
     allowed: int
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Names of its files, and where they lie."""
+        return {piece.file.name: piece.file.path for piece in self.unit}
 
     def make(self, path: Path) -> None:
         rows: list[Record] = []
@@ -66,6 +74,9 @@ class ReadUnit:
             if rows:
                 flush()
             writer.add_key_value_metadata({"bad": json.dumps(bad, ensure_ascii=False)})
+        for name, before in self.stamps.items():
+            if stamp(name) != before:
+                raise RopewalkError(f"{name}: changed while it was read; prepare the data again")
 
 
 def too_many(row: BadRow, allowed: int) -> str:
@@ -93,7 +104,7 @@ def _table(rows: Sequence[Record]) -> pa.Table:
     columns["messages"] = [
         None if row.messages is None else json.dumps(row.messages, ensure_ascii=False) for row in rows
     ]
-    columns |= {name: [getattr(row, name) for row in rows] for name in ("prompt", "completion")}
+    columns |= {name: [getattr(row, name) for row in rows] for name in ("prompt", "completion", "url")}
     columns["hash"] = [row.content_hash() for row in rows]
     return pa.table(columns, schema=_SCHEMA)
 
@@ -148,9 +159,10 @@ class Documents:
 
     def _record(self, row: dict[str, Any]) -> Record:
         messages = row.pop("messages")
-        where = self.files.get(row["file"], row["file"])
+        file, *member = row["file"].split("!", 1)
+        where = "!".join([self.files.get(file, file), *member])
         return Record(
             **row,
-            where=where if row["line"] is None else f"{where}:{row['line']}",
+            where=f"{where}:{row['line']}" if row["line"] else where,
             messages=None if messages is None else tuple(json.loads(messages)),
         )

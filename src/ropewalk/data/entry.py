@@ -25,7 +25,7 @@ from ropewalk.data.cleaning import Cleaner, Plan
 from ropewalk.data.documents import VERSION, ReadUnit
 from ropewalk.data.encode import EncodeUnit, Options, tokenization
 from ropewalk.data.parts import Makers, Progress, key
-from ropewalk.data.readers import InputFile, Source, cut, files_of
+from ropewalk.data.readers import InputFile, Source, cut, files_of, stamp, survey
 from ropewalk.data.report import markdown
 from ropewalk.data.shards import DamagedDataError, TokenShards
 from ropewalk.errors import UserError
@@ -35,6 +35,8 @@ from ropewalk.recipe import Recipe, load_recipe
 
 FORMAT = 2
 """Counted up when the same input would give other shards."""
+UNIT_BYTES = 32 << 20
+"""Bytes of input, as stored, that one worker reads at a time: minutes of work for the slowest step."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Input:
 
     source: Source
     files: list[InputFile]
-    ignored: list[Path]
+    ignored: list[str]
     held_out: bool
 
 
@@ -172,18 +174,17 @@ def prepare_sources(
 def _reads(item: Input, store: Path, repair: bool, allowed: int) -> list[ReadUnit]:
     """The tasks that read a source. Where its files lie is no part of their names."""
     source = item.source
+    stamps = {file.path: stamp(file.path) for file in item.files}
+    surveys = {file.path: survey(file, UNIT_BYTES) for file in item.files}
     made_from = [VERSION, source.name, list(source.named), repair]
-    return [
-        ReadUnit(
-            store / f"documents-{key([*made_from, unit.made_from()])}.parquet",
-            unit.bytes,
-            source,
-            unit,
-            repair,
-            allowed,
-        )
-        for unit in cut(source, item.files)
-    ]
+    tasks = []
+    for unit in cut(source, item.files, UNIT_BYTES, list(surveys.values())):
+        pieces = [[*piece.key(), surveys[piece.file.path].sha256] for piece in unit]
+        path = store / f"documents-{key([*made_from, pieces])}.parquet"
+        held = {piece.file.path: stamps[piece.file.path] for piece in unit}
+        weight = sum(size for piece in unit for p, size in surveys[piece.file.path].pieces if p == piece)
+        tasks.append(ReadUnit(path, weight, source, unit, held, repair, allowed))
+    return tasks
 
 
 def _read(inputs: Sequence[Input], reads: Sequence[Sequence[ReadUnit]], makers: Makers) -> list[Unit]:
@@ -191,7 +192,7 @@ def _read(inputs: Sequence[Input], reads: Sequence[Sequence[ReadUnit]], makers: 
     makers.make("read", [task for tasks in reads for task in tasks])
     units = []
     for item, tasks in zip(inputs, reads, strict=True):
-        found = [Unit(task.path, task.weight, task.unit.files(), item.held_out) for task in tasks]
+        found = [Unit(task.path, task.weight, task.files, item.held_out) for task in tasks]
         if not any(len(unit.read()) for unit in found):
             raise UserError(f"{item.source.path}: no documents in it (data source {item.source.name})")
         units += found

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,7 +17,11 @@ _OTHER_NAMES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model"
 @dataclass(frozen=True, slots=True)
 class Record:
     """`text`, or `messages`, or `prompt` and `completion`. `id` is stable: source, file and line; `where`
-    is the file and line for messages to the user."""
+    is the file and line for messages to the user.
+
+    `file` is the name below the source (of a member: archive!member), `line` the line or row from 1 (0: the
+    file is the document), `start` to `end` its bytes in the decompressed file (-1: that means nothing there).
+    """
 
     id: str
     source: str
@@ -26,10 +30,11 @@ class Record:
     messages: tuple[Message, ...] | None = None
     prompt: str | None = None
     completion: str | None = None
-    file: str | None = None
-    line: int | None = None
-    start: int | None = None
-    end: int | None = None
+    file: str = ""
+    line: int = 0
+    start: int = -1
+    end: int = -1
+    url: str = ""
 
     @property
     def kind(self) -> str:
@@ -116,8 +121,8 @@ class Columns(NamedTuple):
         return wanted
 
 
-def record_from_row(row: Mapping[str, Any], columns: Columns, *, id: str, source: str, where: str) -> Record:
-    """Raises ValueError that says what is wrong with the row."""
+def record_from_row(row: Mapping[str, Any], columns: Columns, make: Callable[..., Record]) -> Record:
+    """`make` is Record with where it is from. Raises ValueError that says what is wrong with the row."""
     for column in columns:
         if column is not None and column not in row:
             raise ValueError(f"{column} is missing; there is {', '.join(row) or 'nothing'}")
@@ -128,15 +133,15 @@ def record_from_row(row: Mapping[str, Any], columns: Columns, *, id: str, source
                 messages = json.loads(messages)
             except (ValueError, RecursionError):
                 raise ValueError(f"{columns.messages} is text, not a list of messages") from None
-        return Record(id, source, where, messages=check_messages(messages, columns.messages))
+        return make(messages=check_messages(messages, columns.messages))
     if columns.text is not None:
-        return Record(id, source, where, text=_text(row, columns.text))
+        return make(text=_text(row, columns.text))
     assert columns.prompt is not None
     assert columns.completion is not None
     prompt, completion = _text(row, columns.prompt), _text(row, columns.completion)
     if not completion.strip():
         raise ValueError(f"{columns.completion} is empty")
-    return Record(id, source, where, prompt=prompt, completion=completion)
+    return make(prompt=prompt, completion=completion)
 
 
 def check_messages(messages: Any, name: str = "messages") -> tuple[Message, ...]:
@@ -176,6 +181,8 @@ def _text(row: Mapping[str, Any], key: str, prefix: str = "") -> str:
             value.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"{prefix}{key} is not valid Unicode at character {error.start:,}") from None
+    if "\0" in value:
+        raise ValueError(f"{prefix}{key} has a NUL at character {value.index(chr(0)):,}; it is not text")
     return value
 
 

@@ -64,7 +64,8 @@ class Source(Section):
     """One set of documents."""
 
     path: str
-    """A .jsonl/.json/.parquet/.csv file, a folder of .txt/.md/.py files, or a glob of either."""
+    """A file (JSONL, JSON, Parquet, Arrow, CSV, text, HTML, PDF, WARC; a zip or tar of them), a folder of
+    documents, a saved Hugging Face dataset, or a glob; or the URL of one (https, s3, gs, hf://datasets)."""
     name: str | None = None
     """Name of the source in reports; derived: the path's last part."""
     text: str | None = None

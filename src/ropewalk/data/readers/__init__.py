@@ -1,0 +1,25 @@
+"""Files to records, streaming: rows, pages, text, archives of them; here or behind a URL.
+
+A row that cannot be used comes out as a `BadRow` in its place, so that whoever reads decides whether it
+may be skipped. What no row can be blamed for (a missing file, missing columns) is a UserError at once.
+"""
+
+from ropewalk.data.readers.read import read_source, read_unit
+from ropewalk.data.readers.source import InputFile, Source, files_of
+from ropewalk.data.readers.streams import Stamp, stamp
+from ropewalk.data.readers.units import Piece, Survey, Unit, cut, survey
+
+__all__ = [
+    "InputFile",
+    "Piece",
+    "Source",
+    "Stamp",
+    "Survey",
+    "Unit",
+    "cut",
+    "files_of",
+    "read_source",
+    "read_unit",
+    "stamp",
+    "survey",
+]

@@ -1,0 +1,93 @@
+"""Members of zip and tar archives, as streams, in the order in which they are stored. Nothing is unpacked."""
+
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import PurePosixPath
+from typing import Any
+
+from ropewalk.data.readers.kinds import ARCHIVES, Kind, hidden, kind_of
+from ropewalk.data.readers.streams import Stream, Unreadable, refuse_bomb, seekable
+from ropewalk.errors import UserError
+
+
+def members(stream: Any, path: str, content: str) -> Iterator[tuple[str, Kind, Stream]]:
+    """(name, kind, stream) of the members that a reader knows; a stream is good until the next is asked for.
+
+    Raises UserError for an archive in the archive, an encrypted member and a bomb; Unreadable for damage.
+    """
+    yield from _zip(stream, path) if content == "zip" else _tar(stream, path)
+
+
+def _known(name: str, path: str) -> Kind | None:
+    kind = kind_of(name)
+    if hidden(PurePosixPath(name).parts):
+        return None
+    if kind is not None and kind.content in ARCHIVES:
+        raise UserError(f"{path}!{name}: an archive in an archive is not read; unpack {path} first")
+    return kind
+
+
+def _zip(stream: Any, path: str) -> Iterator[tuple[str, Kind, Stream]]:
+    with seekable(stream) as file:
+        try:
+            archive = zipfile.ZipFile(file)
+        except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+            raise UserError(f"{path}: not a readable zip archive ({error})") from None
+        size = file.seek(0, 2)
+        budget = _Budget(path, size)
+        for info in archive.infolist():
+            kind = None if info.is_dir() else _known(info.filename, path)
+            if kind is None:
+                continue
+            if info.flag_bits & 1:
+                raise UserError(f"{path}!{info.filename}: is encrypted; decrypt {path} first")
+            try:
+                member = archive.open(info)
+            except (zipfile.BadZipFile, NotImplementedError) as error:
+                raise Unreadable(f"the member {info.filename} cannot be read ({error})") from None
+            with member:
+                yield info.filename, kind, _Member(member, budget)
+
+
+class _Budget:
+    """All members together are held against the archive's size: members may overlap (Fifield 2019)."""
+
+    def __init__(self, path: str, size: int) -> None:
+        self.path, self.size, self.given = path, size, 0
+
+    def take(self, given: int) -> None:
+        self.given += given
+        refuse_bomb(self.path, self.given, self.size)
+
+
+class _Member:
+    def __init__(self, member: Any, budget: _Budget) -> None:
+        self.member, self.budget = member, budget
+
+    def read(self, size: int = -1, /) -> bytes:
+        try:
+            data = self.member.read1(size)
+        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+            raise Unreadable(f"is damaged ({error or 'it ends too early'})") from None
+        self.budget.take(len(data))
+        return data
+
+
+def _tar(stream: Stream, path: str) -> Iterator[tuple[str, Kind, Stream]]:
+    """Read in one go (mode "r|"), so that nothing of it need be held or sought. Links are not followed."""
+    try:
+        with tarfile.open(fileobj=stream, mode="r|") as archive:  # type: ignore[call-overload]
+            while (info := archive.next()) is not None:
+                archive.members = []  # it would keep them all
+                kind = _known(info.name, path) if info.isreg() else None
+                if kind is None:
+                    continue
+                if info.issparse():
+                    raise UserError(f"{path}!{info.name}: is a sparse file; unpack {path} first")
+                member = archive.extractfile(info)
+                assert member is not None
+                yield info.name, kind, member
+    except (tarfile.TarError, EOFError) as error:
+        raise Unreadable(f"not a readable tar archive, or its end is missing ({error})") from None

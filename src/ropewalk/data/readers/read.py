@@ -1,0 +1,163 @@
+"""The records of sources and of pieces of them: which reader for what, and where each record is from."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from ropewalk.data.readers.archives import members
+from ropewalk.data.readers.json_array import read_json
+from ropewalk.data.readers.kinds import ARCHIVES, DOCUMENTS, TABLES, Kind, kind_of
+from ropewalk.data.readers.pages import read_html, read_pdf, read_text
+from ropewalk.data.readers.rows import Rows, read_delimited, read_jsonl
+from ropewalk.data.readers.source import InputFile, Source
+from ropewalk.data.readers.streams import Unreadable, inflated, opened, seekable
+from ropewalk.data.readers.tables import check_columns, read_arrow, read_parquet, table_schema
+from ropewalk.data.readers.units import Piece, Unit, agree
+from ropewalk.data.readers.warc import read_warc
+from ropewalk.data.records import BadRow, Columns, Record, record_from_row
+from ropewalk.errors import UserError
+
+Records = Iterator[Record | BadRow]
+
+
+def read_source(source: Source, files: Sequence[InputFile]) -> Records:
+    """The records of a source's files, one file after the other, memory not growing with the input.
+    Raises UserError for what makes a file unreadable."""
+    agree(source, files)
+    for file in files:
+        yield from _read_piece(source, Piece(file))
+
+
+def read_unit(source: Source, unit: Unit) -> Records:
+    """The records of one unit of `cut`; the units one after the other give what `read_source` gives."""
+    for piece in unit:
+        yield from _read_piece(source, piece)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A file or member: `path` for messages, `name` below the source, `id` that its records' begin with."""
+
+    path: str
+    name: str
+    id: str
+    source: str
+
+    def member(self, name: str) -> "_Place":
+        return _Place(f"{self.path}!{name}", f"{self.name}!{name}", f"{self.id}!{name}", self.source)
+
+    def record(self, line: int = 0, start: int = -1, end: int = -1) -> partial[Record]:
+        """Record, less its content."""
+        number = f":{line}" if line else ""
+        origin = {"file": self.name, "line": line, "start": start, "end": end}
+        return partial(Record, self.id + number, self.source, self.path + number, **origin)  # type: ignore[arg-type]
+
+
+def _read_piece(source: Source, piece: Piece) -> Records:
+    file = piece.file
+    prefix = file.name if file.name == source.name else f"{source.name}/{file.name}"
+    place = _Place(file.path, file.name, prefix, source.name)
+    kind = kind_of(file.name)
+    if kind is None:
+        raise UserError(f"{file.path}: no reader knows this kind of file")
+    columns = _columns_of_head(source, file) if piece.start and kind.content == "jsonl" else None
+    with opened(file.path) as raw:
+        yield from _content(source, place, kind, raw, piece, columns)
+
+
+def _content(
+    source: Source,
+    place: _Place,
+    kind: Kind,
+    raw: Any,
+    piece: Piece | None = None,
+    columns: Columns | None = None,
+) -> Records:
+    content = kind.content
+    if content in (*DOCUMENTS, "warc") and source.named != Columns():
+        raise UserError(f"{place.path}: is a {content} file; data source {source.name} names columns")
+    try:
+        stream = inflated(raw, place.path, kind.compression)
+        if content in DOCUMENTS:
+            yield _document(place, content, stream)
+        elif content == "warc":
+            yield from _warc(place, stream)
+        elif content in ARCHIVES:
+            for name, inner, member in members(stream, place.path, content):
+                # Who names columns wants the rows, not the README beside them.
+                if inner.content not in DOCUMENTS or source.named == Columns():
+                    yield from _content(source, place.member(name), inner, member)
+        elif content in TABLES:
+            yield from _table(source, place, content, raw, piece)
+        else:
+            yield from _records(_rows(place, content, stream, piece), source, place, columns)
+    except Unreadable as reason:
+        yield BadRow(place.path, str(reason))
+
+
+def _document(place: _Place, content: str, stream: Any) -> Record:
+    if content == "text":
+        text, size = read_text(stream)
+        return place.record(0, 0, size)(text=text)
+    if content == "html":
+        return place.record()(text=read_html(stream, place.path))
+    with seekable(stream) as file:
+        return place.record()(text=read_pdf(file, place.path))
+
+
+def _warc(place: _Place, stream: Any) -> Records:
+    for page in read_warc(stream, place.path):
+        if page.reason is not None:
+            yield BadRow(f"{place.path}:{page.number} ({page.url})", page.reason)
+        else:
+            yield place.record(page.number, page.start, page.end)(text=page.text, url=page.url)
+
+
+def _table(source: Source, place: _Place, content: str, raw: Any, piece: Piece | None) -> Records:
+    with seekable(raw) as file:
+        schema = table_schema(file, place.path, content)
+        columns = source.named.resolve(tuple(schema.names), place.path)
+        check_columns(schema, columns, place.path)
+        wanted = [name for name in columns if name is not None]
+        if content == "arrow":
+            rows = read_arrow(file, place.path, wanted)
+        elif piece is None:
+            rows = read_parquet(file, place.path, wanted)
+        else:
+            rows = read_parquet(file, place.path, wanted, piece.start, piece.end, piece.first_line)
+        yield from _records(rows, source, place, columns)
+
+
+def _rows(place: _Place, content: str, stream: Any, piece: Piece | None) -> Rows:
+    if content == "json":
+        return read_json(stream, place.path)
+    if content != "jsonl":
+        return read_delimited(stream, place.path, "," if content == "csv" else "\t")
+    if piece is None:
+        return read_jsonl(stream)
+    if piece.start:
+        stream.seek(piece.start)
+    return read_jsonl(stream, piece.start, piece.end, piece.first_line)
+
+
+def _records(rows: Rows, source: Source, place: _Place, columns: Columns | None) -> Records:
+    for row in rows:
+        make = place.record(row.line, row.start, row.end)
+        try:
+            if isinstance(row.value, str):
+                raise ValueError(row.value)
+            if columns is None:
+                columns = source.named.resolve(tuple(row.value), place.path)
+            yield record_from_row(row.value, columns, make)
+        except ValueError as error:
+            yield BadRow(f"{place.path}:{row.line}", str(error))
+
+
+def _columns_of_head(source: Source, file: InputFile) -> Columns | None:
+    """What the file's first good row decides, also for pieces that do not begin with it."""
+    with opened(file.path) as raw:
+        for row in read_jsonl(raw):
+            if isinstance(row.value, dict):
+                return source.named.resolve(tuple(row.value), file.path)
+    return None
