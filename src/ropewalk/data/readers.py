@@ -252,3 +252,8 @@ _ROW_READERS: dict[str, Callable[[Path], Rows]] = {
     ".csv": _read_csv,
     ".parquet": _read_parquet,
 }
+
+
+def read_rows(path: Path) -> Rows:
+    """The rows of one file of `ROWS`, whatever their columns."""
+    return _ROW_READERS[path.suffix.lower()](path)
