@@ -16,6 +16,12 @@ def command(
     ] = None,
     base: Annotated[bool, typer.Option("--base", help="Ask the tasks of evaluate.base.")] = False,
     name: Annotated[str | None, typer.Option(help="Name of the result.")] = None,
+    contamination: Annotated[
+        str | None,
+        typer.Option(
+            help="Account of which rows are in the training data; by default that of the run's prepared data."
+        ),
+    ] = None,
     overwrite: Overwrite = False,
     json: Json = False,
     debug: Debug = False,
@@ -44,6 +50,7 @@ def command(
             checked,
             name=name,
             base=base,
+            contamination=contamination,
             overwrite=overwrite,
             progress=stage.progress,
         )

@@ -1,11 +1,10 @@
 """The cleaning steps there are, and what the words of the recipe's data.clean ask of them."""
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from ropewalk.clean.c4 import C4
-from ropewalk.clean.contamination import Contamination, EvaluationItem
+from ropewalk.clean.contamination import Contamination
 from ropewalk.clean.duplicates.exact import ExactDuplicates
 from ropewalk.clean.duplicates.minhash import NearDuplicates
 from ropewalk.clean.duplicates.pieces import DuplicateLines, DuplicateParagraphs
@@ -18,6 +17,7 @@ from ropewalk.clean.rules import Rule
 from ropewalk.clean.step import Step
 from ropewalk.data.cleaning import Plan, rules_of
 from ropewalk.data.edits import Action
+from ropewalk.data.evaluation_sets import read_evaluation_set
 
 DUPLICATES = {
     "exact": Rule("exact_duplicate", "exact_duplicate_of = -1", "the text of another document", "data.clean"),
@@ -66,11 +66,7 @@ def steps_of(clean: Mapping[str, Any]) -> tuple[Step, ...]:
     """All there are, in the order in which they may run."""
     steps: list[Step] = [Quality(), Repetition(), C4(), Language(), Pii()]
     if clean["against"]:
-        steps.append(Contamination(items_of(clean["against"])))
+        sets = [read_evaluation_set(path) for path in clean["against"]]
+        steps.append(Contamination([item for one in sets for item in one.items]))
     steps += [ExactDuplicates(), NearDuplicates(threshold=clean["similarity"])]
     return (*steps, DuplicateParagraphs(), DuplicateLines(), DuplicateSubstrings())
-
-
-def items_of(paths: Sequence[str]) -> list[EvaluationItem]:
-    """The rows of evaluation files: a conversation's or prompt's last turn is the answer."""
-    raise NotImplementedError(Path(paths[0]))

@@ -2,17 +2,18 @@
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ropewalk.data.readers import Source, files_of
 from ropewalk.errors import UserError
+from ropewalk.evaluate.clean_subset import ACCOUNT, contaminated_rows, read_account
 from ropewalk.evaluate.panel import Sample, panel_markdown, run_panel
 from ropewalk.evaluate.perplexity import PerplexityResult, perplexity
 from ropewalk.evaluate.tasks import TaskResult, run_task
-from ropewalk.files import atomic_write
+from ropewalk.files import atomic_write, read_json_object
 from ropewalk.model import Transformer, load_model, load_tokenizer
 from ropewalk.recipe import Recipe, load_recipe, resolve
 
@@ -51,6 +52,9 @@ class Evaluation:
         for task in self.tasks:
             on = f"{task.name} ({len(task.rows)} rows, {task.shots}-shot)"
             lines += [f"| {metric} | {on} | {score:.2f} |" for metric, score in task.scores.items()]
+            if task.clean is not None:
+                on = f"{task.name} ({task.clean.rows} of {len(task.rows)} rows not in the training data)"
+                lines += [f"| {metric} | {on} | {score:.2f} |" for metric, score in task.clean.scores.items()]
         return "\n".join(lines) + "\n"
 
     def markdown(self) -> str:
@@ -76,6 +80,7 @@ def evaluate(
     loaded: tuple[Transformer, Any] | None = None,
     base: bool = False,
     directory: str | Path | None = None,
+    contamination: str | Path | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Evaluation:
@@ -84,8 +89,10 @@ def evaluate(
     Without `source` it is the recipe's own starting model, without `recipe` the run's. `base` asks the
     tasks in `evaluate.base` where there are any. `loaded` is (model, tokenizer) of `source`, to save
     loading it. The result is written to `directory`, by default the run's; where there is none, it is
-    only returned. Raises UserError where there is nothing to measure, and before any work where the
-    result exists (unless `overwrite`).
+    only returned. `contamination` is an account of which rows are in the training data, by default that of
+    the run's prepared data where they have one: tasks it knows are scored on the other rows too.
+    Raises UserError where there is nothing to measure, and before any work where the result exists (unless
+    `overwrite`).
     """
     run = Path(source) if source is not None and (Path(source) / "recipe.yaml").is_file() else None
     if recipe is None:
@@ -109,11 +116,23 @@ def evaluate(
             raise UserError(f"{existing} exists; give --overwrite to replace it")
     for field, path in _files(wanted.perplexity, tasks):
         files_of(Source(path, field))
+    account = contamination or _account_of(run)
+    known = {} if account is None else read_account(account)
     model, tokenizer = loaded or _load(str(origin), resolved, same=source is None)
-    evaluation = _measure(model, tokenizer, resolved, tasks, name, str(origin), progress)
+    evaluation = _measure(model, tokenizer, resolved, tasks, known, name, str(origin), progress)
     if directory is not None:
         evaluation.write(directory)
     return evaluation
+
+
+def _account_of(run: Path | None) -> Path | None:
+    """The account of contamination in the folder of data that a run was trained on, where there is one."""
+    if run is None or not (run / "lineage.json").is_file():
+        return None
+    data = read_json_object(run / "lineage.json").get("data")
+    directory = data.get("directory") if isinstance(data, dict) else None
+    account = Path(directory) / ACCOUNT if isinstance(directory, str) else None
+    return account if account is not None and account.is_file() else None
 
 
 def _files(perplexity_paths: Sequence[str], tasks: Sequence[Any]) -> list[tuple[str, str]]:
@@ -139,6 +158,7 @@ def _measure(
     tokenizer: Any,
     recipe: Recipe,
     tasks: Sequence[Any],
+    account: Mapping[str, frozenset[int]],
     name: str,
     source: str,
     progress: Progress | None,
@@ -154,7 +174,14 @@ def _measure(
         for path in wanted.perplexity
     }
     results = [
-        run_task(model, tokenizer, **dict(task), batch_size=wanted.batch_size, progress=part(task.name))
+        run_task(
+            model,
+            tokenizer,
+            **dict(task),
+            batch_size=wanted.batch_size,
+            contaminated=contaminated_rows(account, task.path) if account else None,
+            progress=part(task.name),
+        )
         for task in tasks
     ]
     panel = run_panel(model, tokenizer, wanted.prompts, wanted.max_new_tokens, wanted.batch_size)

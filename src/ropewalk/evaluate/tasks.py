@@ -7,6 +7,7 @@ from typing import Any
 
 from ropewalk.data.records import Record
 from ropewalk.errors import UserError
+from ropewalk.evaluate.clean_subset import CleanSubset, clean_subset
 from ropewalk.evaluate.metrics import score_corpus, score_row
 from ropewalk.evaluate.rows import read_records
 from ropewalk.model import Transformer
@@ -31,15 +32,20 @@ class Example:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """Scores from 0 to 100 over all rows, and each row's prompt, answer, reference and scores."""
+    """Scores from 0 to 100 over all rows, and each row's prompt, answer, reference and scores.
+
+    `clean` is of the rows that are not in the training data, where it is known which are.
+    """
 
     name: str
     shots: int
     scores: dict[str, float]
     rows: list[dict[str, Any]]
+    clean: CleanSubset | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        return {"name": self.name, "shots": self.shots, "scores": self.scores, "rows": self.rows}
+        own = {"name": self.name, "shots": self.shots, "scores": self.scores, "rows": self.rows}
+        return own if self.clean is None else {**own, "clean": self.clean.as_dict()}
 
 
 def run_task(
@@ -56,13 +62,15 @@ def run_task(
     max_new_tokens: int = 64,
     stop: Sequence[str] = (),
     batch_size: int = 16,
+    contaminated: frozenset[int] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> TaskResult:
     """Greedy answers to the prompts of `path`, compared with their references.
 
     With a chat template, prompts are user turns and the `shots` examples are turns before them; without
     one, all is plain text with blank lines between examples. `instruction` stands before every prompt.
-    `progress(rows done, of)`. Raises UserError that names the line of a bad row.
+    Rows in `contaminated` (numbers from 0) are left out of the scores in `clean`. `progress(rows done, of)`.
+    Raises UserError that names the line of a bad row.
     """
     score_row(metrics, "", "")  # a missing extra is said now, not after the work
     examples = read_examples(path)[:limit]
@@ -94,7 +102,8 @@ def run_task(
         {"prompt": example.prompt, "answer": a, "reference": r, "scores": score_row(metrics, a, r)}
         for example, a, r in zip(examples, answers, references, strict=True)
     ]
-    return TaskResult(name, shots, score_corpus(metrics, answers, references), rows)
+    clean = None if contaminated is None else clean_subset(metrics, rows, contaminated)
+    return TaskResult(name, shots, score_corpus(metrics, answers, references), rows, clean)
 
 
 def read_examples(path: str | Path) -> list[Example]:

@@ -1,9 +1,10 @@
-"""Finding items of evaluation sets in training texts. In: `EvaluationItem`s, texts. Out: attributes, an account.
+"""Finding items of evaluation sets in training texts. In: items and texts. Out: attributes, an account.
 
 May import: numpy, pyarrow, the rest of `clean`, files, errors.
 """
 
+from ropewalk.clean.contamination.account import Account
 from ropewalk.clean.contamination.items import EvaluationItem
 from ropewalk.clean.contamination.step import Contamination
 
-__all__ = ["Contamination", "EvaluationItem"]
+__all__ = ["Account", "Contamination", "EvaluationItem"]

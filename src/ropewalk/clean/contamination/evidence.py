@@ -1,4 +1,4 @@
-"""Whether a question that was found is evidence of its item: how telling it is, and whether its answer follows.
+"""Whether a question that was found is evidence of its item: how telling it is, and if its answer follows.
 
 All is weighed in bits, as if words stood by themselves: a sequence of b bits is met by chance at one place of
 2^b. The threshold and the extras are set by measurement (bench/data_contamination.py): with 14,000 items less
@@ -23,7 +23,7 @@ _ENOUGH_ELSEWHERE = 20.0
 """Bits of answer and choices that a question which several items share needs besides."""
 _TELLING = 10.0
 """A question without a word of so many bits is a turn of phrase, however it is put."""
-_ASKED, _EDGE = 8.0, 3.0
+_ASKED, _EDGE = 10.0, 3.0
 _WINDOW = 64
 """Words after a question in which its answer is looked for, besides its choices' own."""
 _CHANCE = 6.0

@@ -13,24 +13,45 @@ RARE = 14.0
 _PRIOR = 20_000
 """Words of unknown text that the sets' own words are counted among: a word seen once says nothing."""
 # The commonest words of English prose, the first first: the r-th is about every 10 r-th word (Zipf's law).
-_COMMON = """the of and to a in is that it for as was with be by on not he his are or this from at but have an
-had they which you were one all we can there has her been if their more will would who so no she other its may
-these what them than some him into only do any time my now such about then when out up use like how could me
-our two first new after also should most where over made many must your each through did between while set
-before being same much used does number because even see very way just well make example using different
-list file name work get take here part long own say go why people three world day year years life man men good
-great little old small large high place end house hand state city country war case point thing things fact form
-word words line order kind water night home side head eyes face body women woman children school group system
-power money name names later still back down off too again under last every never against both another right left
-during without however since until within upon among thus though per like around several found given called
-known said came come went make makes made know think want need needs give gives put keep let seem show shows
-find look turn start open change move run set call become result note second half half four five six ten hundred
-value type types function code data method class object default return string text user process error possible
-single certain general common important true need allow allows following support current version
-whose whom""".split()
-_EXAMINATIONS = """following true false correct incorrect answer answers question questions statement statements
-option options best describes describe above below given choose select""".split()
+_COMMON = """
+the of and to a in is that it for as was with be by on not he his are or this from at but have an had
+they which you were one all we can there has her been if their more will would who so no she other its
+may these what them than some him into only do any time my now such about then when out up use like how
+could me our two first new after also should most where over made many must your each through did
+between while set before being same much used does number because even see very way just well make
+example using different list file name work get take here part long own say go why people three world
+day year years life man men good great little old small large high place end house hand state city
+country war case point thing things fact form word words line order kind water night home side head eyes
+face body women woman children school group system power money names later still back down off too again
+under last every never against both another right left during without however since until within upon
+among thus though per around several found given called known said came come went makes know think want
+need needs give gives put keep let seem show shows find look turn start open change move run call become
+result note second half four five six ten hundred value type types function code data method class
+object default return string text user process error possible single certain general common important
+true allow allows following support current version whose whom
+""".split()
+_EVERYDAY = """
+matter difference meaning means mean purpose reason cause color size sort best better worst problem
+issue idea question title subject story book page letter paper price cost food family father mother son
+daughter brother sister friend love death god king lord lady sir master young black white red blue green
+light dark road street town door room table car sea earth air fire sun moon river mountain tree horse
+dog fish today tomorrow yesterday morning evening week month hour minute season summer winter early late
+soon ago once twice always sometimes often usually probably perhaps maybe enough almost nothing
+something anything everything everyone someone anyone nobody happen happened speak tell told ask asked
+talk feel felt believe remember hear heard read write wrote written build built bring brought hold held
+leave lose lost meet met pay play sit stand wait walk watch win live lives lived die died born wish hope
+fear reach follow create add remove delete increase decrease full empty real sure ready free easy hard
+strong weak rich poor alone together away near far north south east west main major similar total
+average area level rate amount age century president government law court party army capital science art
+music history language english american united states national public social political human modern
+simple available necessary various
+""".split()
+_EVERYDAY_BITS = 9.5
 # Words of examinations tell nothing: they follow from each other wherever questions are asked.
+_EXAMINATIONS = """
+following true false correct incorrect answer answers question questions statement statements option
+options best describes describe above below given choose select
+""".split()
 _EXAMINATION_BITS = 2.0
 _SHORT_BITS = 7.0
 """Of a letter or a number of one or two digits."""
@@ -67,13 +88,12 @@ def forms(texts: Iterable[str]) -> list[list[np.ndarray]]:
         plain = _ANNOTATION.sub("", text)
         ways.append(list(dict.fromkeys([text, _INSIDE.sub("", plain), plain])))
     words = words_of([way for several in ways for way in several]).only
+    sequences = np.split(words.hashes, words.offsets[1:-1])
     found, row = [], 0
     for several in ways:
-        hashes = [
-            words.hashes[words.offsets[i] : words.offsets[i + 1]] for i in range(row, row + len(several))
-        ]
+        mine = sequences[row : row + len(several)]
+        found.append(list({one.tobytes(): one for one in mine}.values()))
         row += len(several)
-        found.append(list({one.tobytes(): one for one in hashes}.values()))
     return found
 
 
@@ -93,8 +113,10 @@ class Rarity:
 
     def __init__(self, sequences: Sequence[np.ndarray]) -> None:
         """`sequences` are different questions, as hashes."""
-        known = {
-            _hash(word): 3.3 + float(np.log2(rank)) for rank, word in enumerate(dict.fromkeys(_COMMON), 1)
+        known = {_hash(word): _EVERYDAY_BITS for word in _EVERYDAY}
+        known |= {
+            _hash(word): min(3.3 + float(np.log2(rank)), _EVERYDAY_BITS)
+            for rank, word in enumerate(_COMMON, 1)
         }
         known |= {_hash(word): _EXAMINATION_BITS for word in _EXAMINATIONS}
         known |= {_hash(word): _SHORT_BITS for word in (*map(str, range(100)), *"bcdefghijklmnopqrstuvwxyz")}
@@ -103,9 +125,11 @@ class Rarity:
             words, counts = np.unique(np.concatenate([np.unique(s) for s in sequences]), return_counts=True)
             total = sum(map(len, sequences)) + _PRIOR
             often = counts > 3
+            asking = {_hash(word) for word in _ASKING}
             bits = -np.log2((counts[often] - 3) / total)
             for word, value in zip(words[often].tolist(), bits.tolist(), strict=True):
-                known[word] = min(known.get(word, RARE), value)
+                if word not in asking:  # common in questions, and not where questions are not asked
+                    known[word] = min(known.get(word, RARE), value)
         self._known = known
 
     def bits(self, words: np.ndarray) -> list[float]:

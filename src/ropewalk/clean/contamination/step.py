@@ -35,19 +35,19 @@ SHARE = 0.5
 class Contamination:
     """Finds questions of evaluation sets in texts, whatever their case, punctuation and white space.
 
-    Of a question of 13 words or more at least `share` of its n-grams of 13 words must be found close to each
-    other, less those that more than 3 questions have. A shorter one must be found whole, and be telling: by its
-    words' rarity, by being asked, by standing by itself, or by its answer nearby. Questions under 4 words are
-    not looked for. One set's questions and answers are its `EvaluationItem`s; equal questions count once.
+    Of a question of 13 words or more at least `share` of its n-grams of 13 words must be found close
+    together, less those that more than 3 questions have. A shorter one must be found whole, and be telling:
+    by its words' rarity, by being asked, by standing by itself, or by its answer nearby. Questions under 4
+    words are not looked for.
     """
 
     name = "contamination"
     version = 1
-    attributes = {
-        "contaminated": "a question of an evaluation set is in the text (true or false)",
+    attributes: Mapping[str, str] = {
+        "contaminated": "a question of an evaluation set is in the text",
         "contaminated_by": "the sets of these questions, in alphabetical order",
         "contamination": "largest share of a question's n-grams found in the text, 0 to 1",
-        "contamination_items": "the questions found: set, item, share, place in characters, answer found or not",
+        "contamination_items": "questions found: set, item, share, place in characters, answer there or not",
         "contamination_spans": "places of questions and their answers, by set",
     }
 
@@ -153,7 +153,7 @@ def _table(texts: int, found: Mapping[int, list[Occurrence]], largest: np.ndarra
 
 
 def _apart(occurrences: Sequence[Occurrence]) -> list[Occurrence]:
-    """Each item once at each place (it is looked for in several ways of writing), in the order of the text."""
+    """Each item once at each place (several ways of writing are looked for), in the order of the text."""
     kept: dict[tuple[str, str], list[Occurrence]] = {}
     for one in sorted(occurrences, key=lambda o: (-o.share, o.answer is None, o.start, o.end)):
         same = kept.setdefault((one.item.set, one.item.id), [])

@@ -54,6 +54,33 @@ class _Place:
         return partial(Record, self.id + number, self.source, self.path + number, **origin)  # type: ignore[arg-type]
 
 
+def read_rows(file: InputFile) -> Iterator[tuple[str, dict[str, Any] | str]]:
+    """(where, row as it is, or what is wrong with it) of a file, whatever its columns: of a document its text.
+    Raises UserError for an archive, and as `read_source`."""
+    kind = kind_of(file.name)
+    if kind is None or kind.content in (*ARCHIVES, "warc"):
+        raise UserError(f"{file.path}: rows are read of tables, JSON and documents only")
+    place = _Place(file.path, file.name, file.name, "")
+    with opened(file.path) as raw:
+        try:
+            if kind.content in TABLES:
+                with seekable(raw) as table:
+                    names = list(table_schema(table, file.path, kind.content).names)
+                    read = read_arrow if kind.content == "arrow" else read_parquet
+                    yield from (
+                        (f"{file.path}:{row.line}", row.value) for row in read(table, file.path, names)
+                    )
+                return
+            stream = inflated(raw, file.path, kind.compression)
+            if kind.content in DOCUMENTS:
+                yield file.path, {"text": _document(place, kind.content, stream).text}
+            else:
+                rows = _rows(place, kind.content, stream, None)
+                yield from ((f"{file.path}:{row.line}", row.value) for row in rows)
+        except Unreadable as reason:
+            yield file.path, str(reason)
+
+
 def _read_piece(source: Source, piece: Piece) -> Records:
     file = piece.file
     prefix = file.name if file.name == source.name else f"{source.name}/{file.name}"
