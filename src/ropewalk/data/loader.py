@@ -24,10 +24,10 @@ class Loader:
     """Rows of `sequence_length` tokens, without end: epoch after epoch of the mixture (see mixture.py).
 
     packing: best_fit and none keep documents whole; concat lays them end to end and cuts at the rows' ends.
-    What is cut off goes on in another row as a segment of its own, at position 0: what stood before it is not
-    there to be seen, as in a text whose beginning has been cut off, and positions stay below the row's length,
-    which is all that the model knows. Its first token is scored nowhere; each token of a document is in one
-    row. weights, temperature: see `Mixture`. curriculum: see order.py.
+    What is cut off goes on in another row as a segment of its own, at position 0: nothing before it can be
+    seen there, as in a text without its beginning, and positions stay below the row's length, however long
+    the document is. Its first token is not scored. Each token of a document is in one row.
+    weights, temperature: see `Mixture`. curriculum: see order.py.
     Raises UserError as `Order` and `Mixture` do.
     """
 
@@ -60,6 +60,11 @@ class Loader:
         """Epochs, whole and part, that so many rows are."""
         epoch, row = self.order.find(samples)
         return epoch + row / self.order.rows_in(epoch)
+
+    def passes(self, samples: int) -> dict[str, float]:
+        """How often so many rows show a document of each source (of all, as "", without a mixture)."""
+        epochs = self.epochs(samples)
+        return {name: epochs * repeats for name, repeats in self.mixture.repeats().items()}
 
     def state(self, samples_seen: int) -> dict[str, Any]:
         """All there is to know about a position in the data."""

@@ -7,8 +7,8 @@ n / D is how often a document comes in an epoch: exactly that often where it is 
 less, and after any number of epochs two documents of a source differ by one time at most. Nothing is left out
 of a run that is long enough, and nothing comes again before the rest of its source has come.
 
-The shares of tokens are exact over whole rounds of the circles; in one epoch they vary with the lengths of the
-documents whose turn it is.
+The shares of tokens are exact over whole rounds of the circles; in one epoch they vary with the lengths of
+the documents whose turn it is.
 """
 
 import hashlib

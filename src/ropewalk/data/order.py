@@ -1,8 +1,8 @@
 """Which documents each row of each epoch holds, as a pure function of (fingerprint, seed, settings, number).
 
-An epoch is: the documents of the mixture in a random order, put into rows by the packing, and the rows in a
-random order. best_fit and none deal the documents to the places of the packing, each to one of its own length.
-concat lays them end to end and cuts at the rows' ends; an epoch's last row is filled up with padding.
+An epoch is: the documents of the mixture in a random order, put into rows by the packing, and the rows in
+a random order. best_fit and none deal the documents to the places of the packing, each to one of its own
+length. concat lays them end to end and cuts at the rows' ends; the last row is filled up with padding.
 
 With a curriculum the documents are first parted by length or score into STAGES parts of about equally many
 tokens, the shortest or lowest first. Each stage is put into rows by itself as above, so that inside it the
@@ -49,8 +49,8 @@ class _Stage(NamedTuple):
 
 
 class _Epoch(NamedTuple):
-    """`documents` in their places. Row r of the packing has those from starts[r] to starts[r + 1]; with concat
-    those that lie in the tokens r S to (r + 1) S, where document i begins at begins[i]."""
+    """`documents` in their places. Row r of the packing has those from starts[r] to starts[r + 1]; with
+    concat those that lie in the tokens r S to (r + 1) S, where document i begins at begins[i]."""
 
     documents: np.ndarray
     order: np.ndarray
@@ -85,7 +85,7 @@ class Order:
         self.mixture = mixture or Mixture(shards)
         self._shards, self._seed = shards, seed
         self._row_tokens, self._packing, self._curriculum = sequence_length, packing, curriculum
-        # Two threads may read here. What is kept is replaced whole, and whoever comes second only works twice.
+        # Two threads may read here: what is kept is replaced whole, at worst something is computed twice.
         self._ends: list[int] = []  # rows up to the end of each epoch so far, where epochs differ
         self._stages: dict[int, list[_Stage]] = {}
         self._epochs: dict[int, _Epoch] = {}

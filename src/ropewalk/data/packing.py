@@ -41,6 +41,13 @@ def pack(lengths: np.ndarray, capacity: int, packing: Literal["best_fit", "none"
     return _expand(_best_fit(np.bincount(lengths), capacity))
 
 
+def rows_needed(lengths: np.ndarray, capacity: int) -> dict[str, int]:
+    """Rows of an epoch by packing; only concat has room for documents longer than a row."""
+    fits = not len(lengths) or lengths.max() <= capacity
+    rows = {name: len(pack(lengths, capacity, name)) for name in ("best_fit", "none")} if fits else {}
+    return {**rows, "concat": -(-int(lengths.sum()) // capacity)}
+
+
 def _best_fit(counts: np.ndarray, capacity: int) -> list[tuple[int, Pattern]]:
     """(number of rows, what each of them holds), for `counts[length]` documents of each length."""
     rooms: dict[int, list[tuple[int, Pattern]]] = {}
