@@ -254,16 +254,27 @@ def write(tmp_path: Path) -> Callable[[str, str | bytes], Path]:
 
 @pytest.fixture
 def make_shards(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
-    """make_shards(lengths, seed=0, shard_tokens=...) writes documents of random tokens and opens them."""
+    """make_shards(lengths, seed=0, shard_tokens=...) writes documents of random tokens and opens them.
+
+    Document i is "d<i>", from sources[i] (by default "even" and "odd" in turn), with scores[i] where given.
+    """
     from ropewalk.data.shards import ShardWriter, TokenShards
 
-    def make(lengths: list[int], seed: int = 0, vocab: int = 1000, **options: Any) -> TokenShards:
+    def make(
+        lengths: list[int],
+        seed: int = 0,
+        vocab: int = 1000,
+        sources: list[str] | None = None,
+        scores: list[float] | None = None,
+        **options: Any,
+    ) -> TokenShards:
         random = np.random.default_rng(seed)
         folder = tmp_path_factory.mktemp("shards") / "train"
         writer = ShardWriter(folder, vocab, **options)
         for i, length in enumerate(lengths):
             ids, scored = random.integers(0, vocab, length), random.random(length) < 0.5
-            writer.add(ids, scored, f"d{i}", "even" if i % 2 == 0 else "odd")
+            source = sources[i] if sources else ("even", "odd")[i % 2]
+            writer.add(ids, scored, f"d{i}", source, scores[i] if scores else None)
         writer.close()
         return TokenShards.open(folder)
 

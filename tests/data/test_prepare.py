@@ -255,6 +255,30 @@ def test_truncation_that_leaves_nothing_scored_is_an_error(run, write):
     assert left_out["rows"][0] == f"{path}:2 (piece 0)"
 
 
+def test_documents_laid_end_to_end_are_kept_whole(write, tmp_path, tiny_llama_dir):
+    """With packing concat nothing is too long, conversations neither; the report counts its rows."""
+    talks, text = write("a.jsonl", jsonl([talk(), LONG])), write("b.txt", " ".join(WORDS * 30))
+    recipe = {
+        "name": "x",
+        "model": {"source": str(tiny_llama_dir)},
+        "data": {
+            "train": [{"path": str(talks), "weight": 1.0}, {"path": str(text), "weight": 1.0}],
+            "validation_fraction": 0,
+            "sequence_length": 64,
+            "packing": "concat",
+            "directory": str(tmp_path / "out"),
+        },
+        "train": {"steps": 1},
+    }
+    prepared = prepare(recipe)
+    assert ids_of(prepared.train) == ["a.jsonl:1", "a.jsonl:2", "b.txt"]
+    assert prepared.train.lengths[1:].min() > 64
+    assert prepared.report["train"]["rows"] == {"concat": -(-prepared.train.tokens // 64)}
+    assert "| documents end to end (filled) |" in (prepared.directory / "report.md").read_text()
+    recipe["data"]["train"][0]["weight"] = 2.0
+    assert prepare(recipe).directory == prepared.directory, "weights are a matter of training"
+
+
 def test_long_text_is_split_by_default(run, write, tokenizers):
     text = " ".join(WORDS * 30)
     prepared = run(write("a.txt", text))

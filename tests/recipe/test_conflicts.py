@@ -10,13 +10,13 @@ GPU = Machine(cores=4, cpu_bfloat16=True, gpu=True, gpu_bfloat16=True)
 CPU = Machine(cores=4, cpu_bfloat16=True)
 
 
-def recipe(adapt=None, optimizer=None, model=None, parallel=None, **train):
+def recipe(adapt=None, optimizer=None, model=None, parallel=None, data=None, **train):
     fields = {"steps": 10, "batch_size": 4, "micro_batch_size": 4, "clip": 0.0, **train}
     return Recipe.model_validate(
         {
             "name": "pairs",
             "model": model or {"source": "somewhere"},
-            "data": {"train": [{"path": "x.jsonl"}]},
+            "data": {"train": [{"path": "x.jsonl"}], **(data or {})},
             "adapt": adapt or {},
             "train": {**fields, "optimizer": optimizer or {}},
             "parallel": parallel or {},
@@ -28,6 +28,7 @@ PIPELINE, ZBV = {"pipeline": 2}, {"pipeline": 2, "pipeline_schedule": "zbv"}
 MICRO: dict[str, int] = {"micro_batch_size": 1}
 SCRATCH = {"config": {"model_type": "llama"}, "tokenizer": "somewhere"}
 REFUSED = [
+    (dict(data={"packing": "concat", "too_long": "drop"}), "data.too_long", "data.packing: best_fit"),
     (dict(optimizer={"in_backward": True}, clip=1.0), "train.optimizer.in_backward", "train.clip: 0"),
     (dict(optimizer={"in_backward": True}, micro_batch_size=2), "in_backward", "train.micro_batch_size: 4"),
     (dict(optimizer={"in_backward": True, "offload": True}), "in_backward", "one of the two"),
@@ -93,6 +94,7 @@ def test_a_pair_is_refused_with_the_reason_and_the_way_out(fields, where, way_ou
 
 
 ACCEPTED = [
+    dict(data={"packing": "concat", "temperature": 2.0, "curriculum": "length"}),
     dict(adapt={"method": "lora", "quantize": "nf4", "b_rate": 16, "rank_stabilized": True}, clip=1.0),
     dict(optimizer={"in_backward": True, "masters": False, "state_bits": 8}),
     dict(optimizer={"offload": True, "name": "muon"}, clip=1.0, micro_batch_size=1),

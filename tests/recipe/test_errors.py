@@ -227,3 +227,26 @@ def test_a_frozen_recipe_stays_as_it_is(write):
     recipe = load_recipe(write(GOOD))
     with pytest.raises(ValueError, match="frozen"):
         recipe.train.steps = 3
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (
+            "{train: [{path: a, weight: 2}, {path: b}]}",
+            "give every source of data.train a weight or none; b has none",
+        ),
+        (
+            "{train: [{path: a, weight: 2}], temperature: 2}",
+            "give weights of sources or data.temperature, not both",
+        ),
+        ("{train: [{path: a, weight: 0}]}", "data.train.0.weight"),
+        ("{train: [{path: a}], temperature: 0.5}", "data.temperature"),
+        ("{train: [{path: a}], validation: [{path: b, weight: 1}]}", "data.validation.0.weight: unknown key"),
+    ],
+)
+def test_mixtures_that_say_too_little_or_too_much(write, data, said):
+    text = f"name: x\nmodel: {{source: folder}}\ndata: {data}\ntrain: {{steps: 1}}\n"
+    found = message(write(text))
+    assert said in found
+    assert "x.yaml:3" in found

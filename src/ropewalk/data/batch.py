@@ -12,7 +12,7 @@ class Batch:
     tokens     int64, token ids; padding at the end of a row is any valid id
     labels     int64, the token to predict *at* each position (already shifted left by one
                within its document); -100 where nothing is scored
-    positions  int64, index within the document, from 0; 0 in padding
+    positions  int64, index within the document, or what the row has of it, from 0; 0 in padding
     segments   int64, index of the document in its row, from 0, in increasing runs; -1 in padding
     documents  for each row, the ids of its documents in order (for error messages)
     """

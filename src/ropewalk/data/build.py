@@ -60,6 +60,9 @@ class Build:
         table = documents.columns(*_LEDGER.names[:8])
         ids, sources = table["id"].to_pylist(), table["source"].to_pylist()
         hashes = table["hash"].to_pylist()
+        scores: list[float | None] = [None] * len(ids)
+        if verdicts is not None:
+            scores = verdicts.table["score"].to_pylist()
         split: list[str | None] = [None] * len(ids)
         places = np.zeros((len(ids), 2), np.int64)
         for row, piece, count, part in pieces:
@@ -73,7 +76,7 @@ class Build:
             if name not in self.writers:
                 self.writers[name] = ShardWriter(self.folder / name, self.vocab_size)
             id = ids[row] if count == 1 else f"{ids[row]}#{piece}"
-            self.writers[name].add(part.ids, part.scored, id, sources[row])
+            self.writers[name].add(part.ids, part.scored, id, sources[row], scores[row])
             self.tally.splits[name].add(sources[row], part)
             places[row, 1] += 1
         self._write_ledger(table, split, places, verdicts)

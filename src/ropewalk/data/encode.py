@@ -185,7 +185,7 @@ class _Encoder:
     def _fit(self, record: Record, tokens: Tokens) -> list[Tokens]:
         """The document in pieces that fit in a row, as data.too_long says."""
         limit, count, policy = self.options.sequence_length, len(tokens.ids), self.options.too_long
-        if count <= limit:
+        if count <= limit or policy == "keep":
             return [tokens]
         if policy == "auto":
             policy = "split" if record.text is not None else "error"

@@ -84,13 +84,13 @@ def prepare(
         data.sequence_length,
         0.0 if data.validation else data.validation_fraction,
         recipe.seed,
-        data.too_long,
+        "keep" if data.packing == "concat" else data.too_long,
         data.score,
         data.append_eos,
         data.max_bad_rows,
     )
     return prepare_sources(
-        name_sources([source.model_dump() for source in data.train]),
+        name_sources([source.model_dump(exclude={"weight"}) for source in data.train]),
         name_sources([source.model_dump() for source in data.validation]),
         tokenizer,
         options,

@@ -9,7 +9,9 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-PackingName = Literal["best_fit", "none"]
+PackingName = Literal["best_fit", "none", "concat"]
+"""concat needs no packing: rows are cut from the documents laid end to end (order.py)."""
+
 Pattern = tuple["Pattern", int, int] | None
 """What a row holds: (what it held before, length, how many of it were added)."""
 
@@ -24,7 +26,7 @@ class Rows(NamedTuple):
         return len(self.starts) - 1
 
 
-def pack(lengths: np.ndarray, capacity: int, packing: PackingName = "best_fit") -> Rows:
+def pack(lengths: np.ndarray, capacity: int, packing: Literal["best_fit", "none"] = "best_fit") -> Rows:
     """Rows of at most `capacity` tokens for documents of `lengths`; every length is placed exactly once.
 
     best_fit: the longest first, each into the row where it leaves the least room (best-fit decreasing;
@@ -37,6 +39,13 @@ def pack(lengths: np.ndarray, capacity: int, packing: PackingName = "best_fit") 
     if packing == "none" or not len(lengths):
         return Rows(np.sort(lengths)[::-1], np.arange(len(lengths) + 1))
     return _expand(_best_fit(np.bincount(lengths), capacity))
+
+
+def rows_needed(lengths: np.ndarray, capacity: int) -> dict[str, int]:
+    """Rows of an epoch by packing; only concat has room for documents longer than a row."""
+    fits = not len(lengths) or lengths.max() <= capacity
+    rows = {name: len(pack(lengths, capacity, name)) for name in ("best_fit", "none")} if fits else {}
+    return {**rows, "concat": -(-int(lengths.sum()) // capacity)}
 
 
 def _best_fit(counts: np.ndarray, capacity: int) -> list[tuple[int, Pattern]]:

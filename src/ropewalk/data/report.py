@@ -11,12 +11,17 @@ from typing import Any
 import numpy as np
 
 from ropewalk.data.encode import NAMED, Account
-from ropewalk.data.packing import pack
+from ropewalk.data.packing import rows_needed
 from ropewalk.data.records import BadRow
 from ropewalk.data.tokenize import Tokens
 
 SAMPLES = 5
 _SHOWN = 20
+_PACKINGS = {
+    "best_fit": "rows packed best-fit",
+    "none": "one document a row",
+    "concat": "documents end to end",
+}
 _SAMPLE_CHARACTERS = 2000
 
 
@@ -39,7 +44,7 @@ class SplitTally:
     def report(self, sequence_length: int) -> dict[str, Any]:
         lengths = np.array(self.lengths, dtype=np.int64)
         tokens = int(lengths.sum())
-        rows = {name: len(pack(lengths, sequence_length, name)) for name in ("best_fit", "none")}
+        rows = rows_needed(lengths, sequence_length)
         edges = 2 ** np.arange(int(lengths.max()).bit_length() + 1)
         counts = np.histogram(lengths, bins=edges)[0].tolist()
         low, middle, high, top = np.percentile(lengths, [0, 50, 95, 100], method="lower").tolist()
@@ -154,15 +159,13 @@ def markdown(report: dict[str, Any]) -> str:
     """report.md."""
     read = ", ".join(f"{count:,} {kind}" for kind, count in report["read"].items())
     lines = ["# Prepared data", "", f"Read: {read}. Rows of {report['sequence_length']:,} tokens.", ""]
-    lines += [
-        "| | documents | tokens | scored | rows packed best-fit (filled) | one document a row (filled) |"
-    ]
-    lines += ["|---|---|---|---|---|---|"]
     splits = {name: report[name] for name in ("train", "validation") if report[name]}
+    packings = [name for name in _PACKINGS if all(name in split["rows"] for split in splits.values())]
+    titles = "".join(f" {_PACKINGS[name]} (filled) |" for name in packings)
+    lines += [f"| | documents | tokens | scored |{titles}", "|---|---|---|---|" + "---|" * len(packings)]
     for name, split in splits.items():
         rows = " | ".join(
-            f"{split['rows'][packing]:,} ({split['packing_efficiency'][packing]:.1%})"
-            for packing in ("best_fit", "none")
+            f"{split['rows'][packing]:,} ({split['packing_efficiency'][packing]:.1%})" for packing in packings
         )
         lines += [_row(name, split) + f" {rows} |"]
     if not report["validation"]:

@@ -2,7 +2,8 @@
 
     tokens-00000.bin     little-endian uint16, or uint32 from a vocabulary of 65,537 on
     scored-00000.bin     one bit for each token, the first in the lowest bit
-    documents.parquet    shard, start, end (tokens from the shard's beginning), id, source; in order
+    documents.parquet    shard, start, end (tokens from the shard's beginning), id, source; in order; and,
+                         where documents were given scores, score
     MANIFEST.json        type, counts, and the size and SHA-256 of every file; written last
 
 A document lies in one shard. Its first token is never scored, so that a label never crosses documents.
@@ -10,6 +11,7 @@ A document lies in one shard. Its first token is never scored, so that a label n
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -58,13 +60,27 @@ class ShardWriter:
         self._bits: list[np.ndarray] = []
         self._buffered = 0
         self._rows: list[tuple[int, int, int, str, str]] = []
+        self._with_scores = False
+        self._scores: list[float] = []
+        self._scores_hash = hashlib.sha256()
         self._lengths = hashlib.sha256()
         self._files: list[Path] = []
+        self._table: pq.ParquetWriter | None = None
         directory.mkdir(parents=True)
-        self._table = pq.ParquetWriter(directory / "documents.parquet", _TABLE)
 
-    def add(self, ids: np.ndarray, scored: np.ndarray, id: str, source: str) -> None:
-        """ids [n] of any integer type, scored [n] bool."""
+    def add(
+        self, ids: np.ndarray, scored: np.ndarray, id: str, source: str, score: float | None = None
+    ) -> None:
+        """ids [n] of any integer type, scored [n] bool. `score` orders documents in a curriculum, the lowest
+        first. Raises ValueError for one that is not finite, and where only some documents have one."""
+        if not self.documents:
+            self._with_scores = score is not None
+        if self._with_scores != (score is not None):
+            raise ValueError(f"{id}: all documents have a score, or none")
+        if score is not None:
+            if not math.isfinite(score):
+                raise ValueError(f"{id}: its score is {score}")
+            self._scores.append(score)
         if self._filled and self._filled + len(ids) > self._shard_tokens:
             self._flush(everything=True)
             self._shard, self._filled = self._shard + 1, 0
@@ -86,8 +102,7 @@ class ShardWriter:
     def close(self) -> None:
         """Writes what is left, and the manifest."""
         self._flush(everything=True)
-        self._write_rows()
-        self._table.close()
+        self._write_rows(last=True)
         files = {
             path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
             for path in (*self._files, self.directory / "documents.parquet")
@@ -96,6 +111,7 @@ class ShardWriter:
             self._dtype,
             self._lengths.hexdigest(),
             *(files[path.name]["sha256"] for path in self._files),
+            *([self._scores_hash.hexdigest()] if self._with_scores else []),
         ]
         manifest = {
             "format": FORMAT,
@@ -129,12 +145,19 @@ class ShardWriter:
         with open(path, "ab") as file:
             file.write(data)
 
-    def _write_rows(self) -> None:
+    def _write_rows(self, last: bool = False) -> None:
+        schema = _TABLE.append(pa.field("score", pa.float64())) if self._with_scores else _TABLE
+        if self._table is None:  # not before the first document says whether there are scores
+            self._table = pq.ParquetWriter(self.directory / "documents.parquet", schema)
         if self._rows:
             columns = dict(zip(_TABLE.names, map(list, zip(*self._rows, strict=True)), strict=True))
             self._lengths.update(np.array([row[2] - row[1] for row in self._rows], dtype="<i8").tobytes())
-            self._table.write_table(pa.table(columns, schema=_TABLE))
-            self._rows = []
+            self._scores_hash.update(np.array(self._scores, dtype="<f8").tobytes())
+            columns |= {"score": self._scores} if self._with_scores else {}
+            self._table.write_table(pa.table(columns, schema=schema))
+            self._rows, self._scores = [], []
+        if last:
+            self._table.close()
 
 
 @dataclass(frozen=True)
@@ -201,11 +224,35 @@ class TokenShards:
         i = range(len(self))[i]
         at = self.starts[i] + np.arange(self.lengths[i])
         tokens, scored = self._read(int(self.shard[i]), at)
-        return Document(tokens, scored, self._names["id"][i].as_py(), self._names["source"][i].as_py())
+        names, codes = self.sources
+        return Document(tokens, scored, self._ids[i].as_py(), names[codes[i]])
 
     def ids(self, documents: np.ndarray) -> list[str]:
         """The ids of some documents, in the order asked for."""
-        return self._names["id"].take(pa.array(documents)).to_pylist()
+        return self._ids.take(pa.array(documents)).to_pylist()
+
+    @cached_property
+    def sources(self) -> tuple[list[str], np.ndarray]:
+        """(names in the order of their first documents, which of them [n] each document comes from)."""
+        path = self.directory / "documents.parquet"
+        column = pq.read_table(path, columns=["source"], read_dictionary=["source"])["source"]
+        joined = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
+        codes = joined.indices.to_numpy().astype(np.int64)
+        present, first, codes = np.unique(codes, return_index=True, return_inverse=True)
+        order = np.argsort(first)
+        names = joined.dictionary.take(pa.array(present[order])).to_pylist()
+        return names, np.argsort(order)[codes]
+
+    @cached_property
+    def scores(self) -> np.ndarray | None:
+        """[n] float64; None where documents were given none. Raises DamagedDataError for a hole in them."""
+        path = self.directory / "documents.parquet"
+        if "score" not in pq.read_schema(path).names:
+            return None
+        scores = pq.read_table(path, columns=["score"])["score"].to_numpy().astype(np.float64)
+        if not np.isfinite(scores).all():
+            raise DamagedDataError(f"{path}: a document without a score; prepare the data again")
+        return scores
 
     def read(self, at: np.ndarray, shard: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and scored (bool) at the places `at` [n], counted from the beginning of a shard: the first
@@ -224,8 +271,8 @@ class TokenShards:
         return self._tokens[shard][at], (bits & 1).astype(bool)
 
     @cached_property
-    def _names(self) -> pa.Table:
-        return pq.read_table(self.directory / "documents.parquet", columns=["id", "source"]).combine_chunks()
+    def _ids(self) -> pa.ChunkedArray:
+        return pq.read_table(self.directory / "documents.parquet", columns=["id"])["id"].combine_chunks()
 
 
 def _manifest(directory: Path) -> dict[str, Any]:

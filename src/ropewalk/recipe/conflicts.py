@@ -10,10 +10,16 @@ from ropewalk.recipe.schema import Recipe
 
 def refuse_conflicts(recipe: Recipe) -> None:
     """Raises UserError with every pair of a resolved recipe that cannot work or would have no effect."""
-    parts = (_of_adapters, _of_layout, _of_optimizer, _of_activations)
+    parts = (_of_data, _of_adapters, _of_layout, _of_optimizer, _of_activations)
     found = [conflict for part in parts for conflict in part(recipe)]
     if found:
         raise UserError("; ".join(f"{key}: {why}" for key, why in found))
+
+
+def _of_data(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    if recipe.data.packing == "concat" and recipe.data.too_long != "auto":
+        why = "with packing concat a document may be longer than a row and is cut at the rows' ends"
+        yield "data.too_long", f"{why}; leave it out, or set data.packing: best_fit"
 
 
 def _of_adapters(recipe: Recipe) -> Iterator[tuple[str, str]]:

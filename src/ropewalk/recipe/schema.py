@@ -107,17 +107,28 @@ class Clean(Section):
     """SQL expression kept with each document, for data.curriculum=score."""
 
 
+class TrainingSource(Source):
+    """One set of documents to train on."""
+
+    weight: PositiveNumber | None = None
+    """Share of an epoch's tokens beside the other sources'; all have one or none. docs/recipe.md."""
+
+
 class Data(Section):
-    train: tuple[Source, ...]
+    train: tuple[TrainingSource, ...]
     """What to train on."""
+    temperature: Annotated[Number, Field(ge=1.0)] = 1.0
+    """Shares of sources as tokens^(1/temperature): above 1, small ones get more (arXiv 1911.02116)."""
+    curriculum: Literal["none", "length", "score"] = "none"
+    """Documents of an epoch in ten stages: shortest first, or those of the lowest score."""
     validation: tuple[Source, ...] = ()
     """What to validate on; where empty, documents are split off the training sources by hash."""
     validation_fraction: Fraction = 0.02
     """Share of documents split off for validation when data.validation is empty; 0 for none."""
     sequence_length: Positive = 1024
-    """Tokens in a row; no document in a row is longer."""
-    packing: Literal["best_fit", "none"] = "best_fit"
-    """Put several documents in a row (they never see each other), or one."""
+    """Tokens in a row; no document is longer, but with packing concat."""
+    packing: Literal["best_fit", "none", "concat"] = "best_fit"
+    """Rows: whole documents, several (none sees another) or one; concat: all end to end, cut into rows."""
     too_long: Literal["auto", "error", "truncate", "split", "drop"] = "auto"
     """A document longer than a row: auto splits plain text and refuses conversations. The report counts."""
     score: Literal["auto", "all", "assistant"] = "auto"
@@ -129,10 +140,19 @@ class Data(Section):
     max_bad_rows: Count = 0
     """How many unreadable rows may be skipped (they are listed in the report)."""
     workers: Count = 0
-    """Threads that render and tokenize; 0: as many as there are cores."""
+    """Processes that read and clean, threads that tokenize; 0: as many as there are cores."""
     clean: Clean = Clean()
     directory: str = "prepared"
     """Where prepared data is kept; each data set in a folder named by the content it was made from."""
+
+    @model_validator(mode="after")
+    def _one_mixture(self) -> "Data":
+        without = [source.path for source in self.train if source.weight is None]
+        if without and len(without) < len(self.train):
+            raise ValueError(f"give every source of data.train a weight or none; {without[0]} has none")
+        if not without and self.temperature != 1.0:
+            raise ValueError("give weights of sources or data.temperature, not both")
+        return self
 
 
 class Adapt(Section):

@@ -23,6 +23,7 @@ from ropewalk.train.checkpoint import list_checkpoints, newest_valid_checkpoint
 from ropewalk.train.goodput import left_behind, note_end, note_start
 from ropewalk.train.job import Job, lineage, model_identity, open_job
 from ropewalk.train.loop import run_loop
+from ropewalk.train.passes import stated, warnings
 from ropewalk.train.progress import Reporter
 from ropewalk.train.report import write_report
 from ropewalk.train.signals import StopRequest
@@ -187,6 +188,8 @@ def _together(call: str, arguments: list[Any], recipe: Recipe) -> TrainResult:
 def finish(job: Job, run: RunDirectory, reporter: Reporter) -> TrainResult:
     """Runs the loop to its end or to a stop, and says how it went."""
     trainable, adapted = job.built.trainable, job.built.adapted
+    samples = job.steps * job.rows
+    sources = stated(job.loader, samples)
     run.log(
         {
             "kind": "start",
@@ -194,14 +197,19 @@ def finish(job: Job, run: RunDirectory, reporter: Reporter) -> TrainResult:
             "steps": job.steps,
             "trainable": trainable,
             "time": time.time(),
+            **({"sources": job.loader.passes(samples)} if sources else {}),
         }
     )
     what = f"{trainable:,} parameters" + (f" in {len(adapted)} places" if adapted else "")
-    epochs = job.steps * job.rows / job.loader.rows_per_epoch()
+    epochs = job.loader.epochs(samples)
     reporter.say(
         f"{run.path}: {job.steps} steps of {job.rows} rows ({epochs:.3g} epochs) on {job.device}, "
         f"training {what}" + (f", going on after step {job.step}" if job.step else "")
     )
+    if sources:
+        reporter.say(f"sources: {sources}")
+    for warning in warnings(job.loader, samples) if job.world.first and not job.step else ():
+        reporter.warn(warning)
     if adapted and (sentence := left_out(job.built.whole)):
         reporter.say(sentence)
     if job.compile_seconds is not None:

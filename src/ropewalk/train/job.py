@@ -12,6 +12,7 @@ import torch
 
 from ropewalk.adapt import rate_factors
 from ropewalk.data import Loader, Prepared, TokenShards
+from ropewalk.data.entry import name_sources
 from ropewalk.errors import UserError
 from ropewalk.files import sha256
 from ropewalk.model import resolve_source
@@ -213,7 +214,9 @@ def open_job(
     built = build(recipe, device, checkpoint)
     loader = rows_of(recipe, data, built.tokenizer)
     validation = (
-        rows_of(recipe, held_out, built.tokenizer) if held_out is not None and len(held_out) else None
+        rows_of(recipe, held_out, built.tokenizer, mixed=False)
+        if held_out is not None and len(held_out)
+        else None
     )
     steps = total_steps(recipe, loader)
     # before the optimizer, which takes gradients away
@@ -268,9 +271,15 @@ def _written(built: Built, optimizer: Optimizer, world: World) -> float:
     return total
 
 
-def rows_of(recipe: Recipe, shards: TokenShards, tokenizer: Any) -> Loader:
-    """The rows of a resolved recipe's run."""
+def rows_of(recipe: Recipe, shards: TokenShards, tokenizer: Any, mixed: bool = True) -> Loader:
+    """The rows of a resolved recipe's run; not `mixed`: those of held-out data, each document once."""
     data, pad = recipe.data, tokenizer.pad_token_id
+    names = name_sources([source.model_dump(exclude={"weight"}) for source in data.train])
+    weights = {
+        name.name: source.weight
+        for name, source in zip(names, data.train, strict=True)
+        if source.weight is not None
+    }
     return Loader(
         shards,
         data.sequence_length,
@@ -278,6 +287,9 @@ def rows_of(recipe: Recipe, shards: TokenShards, tokenizer: Any) -> Loader:
         recipe.train.batch_size or 1,
         recipe.seed,
         pad if pad is not None else 0,
+        weights=weights if mixed else None,
+        temperature=data.temperature if mixed else 1.0,
+        curriculum=data.curriculum if mixed else "none",
     )
 
 

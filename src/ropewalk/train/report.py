@@ -8,6 +8,7 @@ from ropewalk.evaluate import Sample, panel_markdown
 from ropewalk.track import RunDirectory
 from ropewalk.train.goodput import goodput
 from ropewalk.train.job import Job
+from ropewalk.train.passes import stated
 from ropewalk.train.stragglers import EVERY
 
 
@@ -66,6 +67,8 @@ def _lines(job: Job, run: RunDirectory) -> list[str]:
         ("peak memory", f"{peak / 2**20:,.0f} MiB"),
         ("optimizer's memory", f"{job.optimizer.state_bytes() / 2**20:,.0f} MiB"),
     ]
+    if sources := stated(job.loader, job.steps * job.rows):
+        rows.append(("sources", sources))
     rows += _trouble(run)
     lines = [
         f"# {run.path.name}",
