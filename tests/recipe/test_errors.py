@@ -79,7 +79,7 @@ def test_the_example_of_the_design(write):
             "learning_rate: -1",
             "train.optimizer.learning_rate: must be a number above 0, not -1",
         ),
-        ("    - path: a.jsonl", "    - text: t", "data.train.0.path: missing (A .jsonl"),
+        ("    - path: a.jsonl", "    - text: t", "data.train.0.path: missing (A file (JSONL"),
         (
             "    - path: a.jsonl",
             "    - pth: t",

@@ -1,6 +1,6 @@
 """The cleaning steps there are, and what the words of the recipe's data.clean ask of them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ropewalk.clean.c4 import C4
@@ -17,7 +17,7 @@ from ropewalk.clean.rules import Rule
 from ropewalk.clean.step import Step
 from ropewalk.data.cleaning import Plan, rules_of
 from ropewalk.data.edits import Action
-from ropewalk.data.evaluation_sets import read_evaluation_set
+from ropewalk.data.evaluation_sets import EvaluationSet, read_evaluation_set
 
 DUPLICATES = {
     "exact": Rule("exact_duplicate", "exact_duplicate_of = -1", "the text of another document", "data.clean"),
@@ -51,22 +51,23 @@ def plan_of(clean: Mapping[str, Any]) -> Plan:
         edits["pii"] = "replace"
     elif clean["pii"] == "drop":
         rules.append(_PII)
+    sets = tuple(read_evaluation_set(path) for path in clean["against"])
     return Plan(
         repair=clean["repair"],
-        steps=steps_of(clean),
+        steps=steps_of(clean, sets),
         rules=rules_of(clean["rules"], clean["keep"], rules),
         edits=edits,
         asked=tuple(asked),
         prefer=clean["prefer"],
         score=clean["score"],
+        sets=sets,
     )
 
 
-def steps_of(clean: Mapping[str, Any]) -> tuple[Step, ...]:
+def steps_of(clean: Mapping[str, Any], sets: Sequence[EvaluationSet]) -> tuple[Step, ...]:
     """All there are, in the order in which they may run."""
     steps: list[Step] = [Quality(), Repetition(), C4(), Language(), Pii()]
-    if clean["against"]:
-        sets = [read_evaluation_set(path) for path in clean["against"]]
+    if sets:
         steps.append(Contamination([item for one in sets for item in one.items]))
     steps += [ExactDuplicates(), NearDuplicates(threshold=clean["similarity"])]
     return (*steps, DuplicateParagraphs(), DuplicateLines(), DuplicateSubstrings())

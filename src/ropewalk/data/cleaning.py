@@ -18,6 +18,7 @@ from ropewalk.clean.rules import PRESETS, Rule, columns_of, steps_for
 from ropewalk.clean.step import Joined, Step
 from ropewalk.data.attributes import Attributes, JoinedParts
 from ropewalk.data.edits import Action
+from ropewalk.data.evaluation_sets import EvaluationSet
 from ropewalk.data.parts import key
 from ropewalk.data.verdicts import SCHEMA, edits_column
 from ropewalk.errors import UserError
@@ -43,6 +44,8 @@ class Plan:
     asked: tuple[str, ...] = ()
     prefer: str | None = None
     score: str | None = None
+    sets: tuple[EvaluationSet, ...] = ()
+    """what `contamination_items` are of"""
 
     def __bool__(self) -> bool:
         """Whether there is anything to be looked at."""
@@ -160,6 +163,8 @@ class Cleaner:
         scores: Any = pa.nulls(size, pa.float64())
         if self.plan.score:
             (scores,) = self._evaluate(unit, {SCORE: self.plan.score}, "DOUBLE")
+            if not np.isfinite(scores.fill_null(np.nan).to_numpy()).all():
+                raise UserError(f"{SCORE}: is no number for some documents; put a coalesce(..., 0) around it")
         columns = {
             "verdict": [row[0] if row else None for row in failed],
             "failed": failed,

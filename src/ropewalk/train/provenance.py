@@ -4,8 +4,7 @@ The tables of the query, which `sql` may ask as well:
     steps      step, batch, row, slot (place in the row), document (number among the token shards' documents),
                first (token of it), tokens
     pieces     document, shard, start, end: where its tokens lie in train/
-    documents  the ledger of everything that was read (see data.build): id, source, file, line, split, verdict, ...
-    attributes row (of documents), and what cleaning found in it: only in a query that asks for it
+    documents  the ledger of everything that was read (see data.build): id, file, line, split, verdict, ...
 """
 
 from dataclasses import dataclass
@@ -80,7 +79,7 @@ class Provenance:
         return self.sql(TRACE, first=step, last=step)
 
     def where(self, id: str) -> dict[str, Any]:
-        """What became of a document, and the steps that see it. Raises UserError where there is no such one."""
+        """What became of a document, and the steps that see it. Raises UserError where there is none."""
         found = self.sql(WHERE, {"id": id}).to_pylist()
         if not found:
             near = self.sql("SELECT id FROM documents ORDER BY levenshtein(id, $id), id LIMIT 1", {"id": id})

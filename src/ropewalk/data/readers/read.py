@@ -55,7 +55,7 @@ class _Place:
 
 
 def read_rows(file: InputFile) -> Iterator[tuple[str, dict[str, Any] | str]]:
-    """(where, row as it is, or what is wrong with it) of a file, whatever its columns: of a document its text.
+    """(where, row, or what is wrong with it) of a file, whatever columns it has; of a document its text.
     Raises UserError for an archive, and as `read_source`."""
     kind = kind_of(file.name)
     if kind is None or kind.content in (*ARCHIVES, "warc"):
