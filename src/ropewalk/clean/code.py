@@ -18,7 +18,7 @@ SUFFIXES = {
     "py": "python", "pyi": "python", "js": "javascript", "mjs": "javascript", "jsx": "javascript",
     "ts": "typescript", "tsx": "typescript", "java": "java", "c": "c", "h": "c", "cc": "cpp", "cpp": "cpp",
     "cxx": "cpp", "hpp": "cpp", "cu": "cuda", "rs": "rust", "go": "go", "sh": "shell", "bash": "shell",
-    "sql": "select insert varchar primary foreign references truncate", "html": "html", "htm": "html", "css": "css", "rb": "ruby", "php": "php", "kt": "kotlin",
+    "sql": "sql", "html": "html", "htm": "html", "css": "css", "rb": "ruby", "php": "php", "kt": "kotlin",
     "swift": "swift", "scala": "scala", "cs": "csharp", "lua": "lua", "r": "r", "jl": "julia",
     "hs": "haskell",
     "json": "json", "yaml": "yaml", "yml": "yaml", "toml": "toml", "xml": "xml", "tex": "tex",
@@ -28,8 +28,8 @@ _WORDS = {  # what one language has and the others seldom: words, and runs of si
     "javascript": "function const var let === !== => typeof undefined async await document window prototype",
     "java": "public private protected void final extends implements throws package override string boolean",
     "c": "include struct void char sizeof typedef null unsigned endif ifdef define -> printf",
-    "cpp": "include struct void char sizeof typedef null unsigned endif ifdef define -> printf pragma inline "
-    "std :: template typename namespace nullptr virtual constexpr cout auto <<",  # of two equal, the first: c
+    "cpp": "include struct void char sizeof typedef null unsigned endif ifdef define -> printf "
+    "std :: template typename namespace nullptr virtual constexpr cout <<",  # of two equal, the first: c
     "rust": "fn mut impl pub crate trait println unwrap ok some -> & match use enum",
     "go": "func package := defer chan nil err fmt range interface struct",
     "shell": "fi then echo esac done exit $ ${ || ]; bin bash export",
