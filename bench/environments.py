@@ -15,7 +15,17 @@ PEERS: dict[str, list[list[str]]] = {
     "liger": [["torch==2.13.0"], [*_TRL, "liger-kernel"]],
     "unsloth": [["unsloth"]],
     # spacy is its word tokenizer for English; a blank pipeline, so that nothing is downloaded
-    "datatrove": [["datatrove==0.10.1", "spacy==3.8.18", "nltk==3.10.4", "regex", "orjson", "numpy"]],
+    "datatrove": [
+        [
+            "datatrove==0.10.1",
+            "spacy==3.8.18",
+            "nltk==3.10.4",
+            "xxhash<4",
+            "regex",
+            "orjson",
+            "tokenizers",
+        ]
+    ],
 }
 GPU_ONLY = {"liger", "unsloth"}
 """They bring Triton kernels and some gigabytes with them, and do nothing without a GPU."""
