@@ -4,6 +4,7 @@ single words aside: what n-grams cannot see. It costs a product with all questio
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from ropewalk.clean.contamination.step import digest
 from ropewalk.clean.contamination.vectors import Vectors
 from ropewalk.clean.step import Texts
 
-SIMILAR = 0.72
+SIMILAR = 0.6
 """Least cosine that counts; for `CharacterNgrams`, chosen by measurement (bench/data_contamination.py)."""
 _SIZES = (10, 20, 40)
 """Words of the passages that are compared; a question with the passages that are nearest to its own size."""
@@ -58,9 +59,8 @@ class Paraphrases:
         self._vectors = vectors
         counts = np.array([len(ways[0]) for ways in forms(item.question for item in items)], np.int64)
         size = np.argmin(np.abs(np.log(np.maximum(counts, 1)[:, None] / np.array(_SIZES))), 1)
-        self._items = [
-            [items[i] for i in np.flatnonzero((size == s) & (counts >= _FEWEST))] for s in range(3)
-        ]
+        chosen = [np.flatnonzero((size == s) & (counts >= _FEWEST)).tolist() for s in range(len(_SIZES))]
+        self._items = [[items[i] for i in numbers] for numbers in chosen]
         self._own = [vectors([item.question for item in own]) if own else None for own in self._items]
         self._settings = {"similar": similar, "vectors": vectors_name, "items": digest(items)}
 
@@ -96,7 +96,7 @@ def passages(text: str, words: int) -> Iterator[tuple[int, int]]:
     sentence on; a long sentence is one by itself."""
     edges = [0, *(match.end() for match in _SENTENCE.finditer(text)), len(text)]
     edges = [edge for i, edge in enumerate(edges) if i == 0 or edge > edges[i - 1]]
-    counts = [len(text[a:b].split()) for a, b in zip(edges, edges[1:], strict=False)]
+    counts = [len(text[a:b].split()) for a, b in pairwise(edges)]
     for first, count in enumerate(counts):
         last, total = first, count
         while last + 1 < len(counts) and abs(total + counts[last + 1] - words) < abs(total - words):

@@ -37,16 +37,14 @@ class CharacterNgrams:
     def _counts(self, texts: Sequence[str]) -> np.ndarray:
         """[texts, dimensions] float32."""
         plain = [_APART.sub(" ", f" {text.lower()}") for text in texts]
-        codes = np.frombuffer("".join(plain).encode("utf-32-le", "surrogatepass"), np.uint32).astype(
-            np.uint64
-        )
+        codes = np.frombuffer("".join(plain).encode("utf-32-le", "surrogatepass"), np.uint32)
         text = np.repeat(np.arange(len(texts)), [len(one) for one in plain])
         size = len(codes) - _LENGTH + 1
         if size <= 0:
             return np.zeros((len(texts), self.dimensions), np.float32)
         rolled = np.zeros(size, np.uint64)
         for k in range(_LENGTH):
-            rolled = mix(rolled + codes[k : k + size])
+            rolled = mix(rolled + codes[k : k + size].astype(np.uint64))
         inside = text[:size] == text[_LENGTH - 1 :]
         bucket = (rolled[inside] % np.uint64(self.dimensions)).astype(np.int64)
         place = text[:size][inside] * self.dimensions + bucket
@@ -80,6 +78,7 @@ def model_vectors(source: str, batch_size: int = 32, device: str = "auto") -> Ve
                 hidden = model(tokens).float()
             mean = (hidden * counted[..., None]).sum(1) / counted.sum(1, keepdim=True)
             means.append(mean.cpu().numpy())
+        return _unit(np.concatenate(means)) if means else np.zeros((0, 1), np.float32)
 
     return vectors
 
