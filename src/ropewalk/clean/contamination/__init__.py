@@ -1,10 +1,12 @@
 """Finding items of evaluation sets in training texts. In: items and texts. Out: attributes, an account.
 
-May import: numpy, pyarrow, the rest of `clean`, files, errors.
+May import: numpy, pyarrow, the rest of `clean`, files, errors; model inside a function.
 """
 
 from ropewalk.clean.contamination.account import Account
 from ropewalk.clean.contamination.items import EvaluationItem
+from ropewalk.clean.contamination.paraphrase import Paraphrases
 from ropewalk.clean.contamination.step import Contamination
+from ropewalk.clean.contamination.vectors import CharacterNgrams, model_vectors
 
-__all__ = ["Account", "Contamination", "EvaluationItem"]
+__all__ = ["Account", "CharacterNgrams", "Contamination", "EvaluationItem", "Paraphrases", "model_vectors"]

@@ -32,6 +32,12 @@ SHARE = 0.5
 """Least share of a question's n-grams that counts as finding it."""
 
 
+def digest(items: Sequence[EvaluationItem]) -> str:
+    """Says of two lists of items whether they are the same."""
+    told = json.dumps([[i.set, i.id, i.question, i.answer, i.choices] for i in items])
+    return hashlib.sha256(told.encode()).hexdigest()
+
+
 class Contamination:
     """Finds questions of evaluation sets in texts, whatever their case, punctuation and white space.
 
@@ -55,14 +61,10 @@ class Contamination:
         self.share = share
         self._evidence = Evidence(items)
         self._index = Index(self._evidence.questions)
-        told = json.dumps([[i.set, i.id, i.question, i.answer, i.choices] for i in items], ensure_ascii=False)
-        self._items = {
-            "count": len(items),
-            "sha256": hashlib.sha256(told.encode("utf-8", "surrogatepass")).hexdigest(),
-        }
+        self._settings = {"share": share, "items": digest(items)}
 
     def settings(self) -> Any:
-        return {"share": self.share, "items": self._items}
+        return self._settings
 
     @property
     def too_short(self) -> list[EvaluationItem]:
