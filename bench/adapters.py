@@ -27,7 +27,7 @@ SHAPE = {
     "tie_word_embeddings": True,
     "max_position_embeddings": 8192,
 }
-METHODS = ("full", "lora", "lora+nf4", "dora", "bottleneck", "ia3", "bitfit", "prefix", "prompt")
+METHODS = ("full", "lora", "lora+nf4", "lora+int8", "dora", "bottleneck", "ia3", "bitfit", "prefix", "prompt")
 STEPS = 5
 
 
@@ -47,7 +47,7 @@ def build(method: str, layers: int) -> Any:
     init_weights(model, 0)
     name, _, quantized = method.partition("+")
     if quantized:
-        quantize_base(model.requires_grad_(False))
+        quantize_base(model.requires_grad_(False), kind=quantized)  # type: ignore[arg-type]
     if name != "full":
         apply_adapter(model, AdapterConfig(name))
     return model.train()

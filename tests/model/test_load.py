@@ -19,7 +19,7 @@ from ropewalk.adapt import quantize_base
 from ropewalk.errors import UserError
 from ropewalk.model import from_config, load_model, load_tokenizer, save_model
 from ropewalk.model.safetensors_file import read_header
-from ropewalk.ops import NF4Tensor
+from ropewalk.ops import QUANTIZED, QuantizedTensor
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
 
@@ -243,13 +243,14 @@ def test_what_cannot_be_loaded_into_is_said(model_dir: Path) -> None:
             load_model(model_dir, device="cuda")
 
 
-def test_quantized_while_it_is_read_is_quantized_after_loading(model_dir: Path) -> None:
-    """The same bits, with the linear weights of the blocks in 4 bits and everything else plain."""
-    loaded, after = load_model(model_dir, "bfloat16", quantize=True), load_model(model_dir, "bfloat16")
-    names = quantize_base(after.requires_grad_(False))
-    quantized = [name for name, p in loaded.named_parameters() if isinstance(p, NF4Tensor)]
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_quantized_while_it_is_read_is_quantized_after_loading(model_dir: Path, kind: Any) -> None:
+    """The same bits, with the linear weights of the blocks in 4 or 8 and everything else plain."""
+    loaded, after = load_model(model_dir, "bfloat16", quantize=kind), load_model(model_dir, "bfloat16")
+    names = quantize_base(after.requires_grad_(False), kind=kind)
+    quantized = [name for name, p in loaded.named_parameters() if isinstance(p, QUANTIZED[kind])]
     assert quantized == [f"{name}.weight" for name in names]
     assert not any(loaded.get_parameter(name).requires_grad for name in quantized)
-    assert not isinstance(loaded.embed.weight, NF4Tensor)
+    assert not isinstance(loaded.embed.weight, QuantizedTensor)
     tokens = torch.arange(12)[None]
     assert torch.equal(loaded(tokens), after(tokens))

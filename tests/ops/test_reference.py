@@ -31,7 +31,7 @@ def test_no_operation_uses_a_function_of_its_own():
     x = torch.randn(6, 64, requires_grad=True)
     head, labels, scored = torch.randn(9, 64), torch.arange(6), torch.ones(6, dtype=torch.bool)
     a, b = torch.randn(2, 64), torch.randn(9, 2)
-    packed = ops.NF4Tensor.quantize(head)
+    packed, in_8_bits = ops.NF4Tensor.quantize(head), ops.Int8Tensor.quantize(head)
     q = x.view(1, 6, 4, 16)
     prefix = x[:2].view(2, 4, 16), x[:2].view(2, 4, 16)
     layout = ops.AttentionLayout.rows(1, 6)
@@ -39,7 +39,8 @@ def test_no_operation_uses_a_function_of_its_own():
         "rms_norm": lambda: ops.rms_norm(x, torch.ones(64), 1e-6),
         "lora_linear": lambda: ops.lora_linear(x, head, None, a, b, 1.0),
         "lora_linear on NF4": lambda: ops.lora_linear(x, packed, None, a, b, 1.0),
-        "nf4_linear": lambda: torch.nn.functional.linear(x, packed),
+        "quantized_linear": lambda: torch.nn.functional.linear(x, packed),
+        "quantized_linear on int8": lambda: torch.nn.functional.linear(x, in_8_bits),
         "attention": lambda: ops.attention(q, q, q, layout=layout, prefix=prefix),
         "linear_cross_entropy": lambda: ops.linear_cross_entropy(x, head, labels),
         "linear_logprobs": lambda: ops.linear_logprobs(x, head, labels),

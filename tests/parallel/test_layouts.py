@@ -104,6 +104,7 @@ EXPERTS: dict[int, list[tuple[str, dict[str, Any], str]]] = {
         ("qwen3_moe", {"tensor": 2, "expert": 2}, ""),
         ("qwen3_moe", {"shard": 2, "expert": 2, "stage": 1}, "recomputed"),
         ("qwen3_moe", {"shard": 2, "expert": 2}, "qlora"),
+        ("qwen3_moe", {"shard": 2, "expert": 2}, "lora on int8"),
         ("qwen3_moe", {"shard": 2, "expert": 2}, "experts frozen"),
         ("sparse", {"shard": 2, "expert": 2}, ""),
     ],
@@ -136,6 +137,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "in backward": {"train": {"micro_batch_size": None, "clip": 0.0, "optimizer.in_backward": True}},
     "lora": {"adapt": {"method": "lora", "rank": 4}},
     "qlora": {"adapt": {"method": "lora", "rank": 4, "quantize": "nf4"}},
+    "lora on int8": {"adapt": {"method": "lora", "rank": 4, "quantize": "int8"}},
     "frozen": {"adapt": {"freeze": ["embed.*", "blocks.0.*"]}},
     # nothing is trained before the experts of block 0, nor the half of the experts that one process has
     "experts frozen": {
@@ -267,6 +269,7 @@ PIPELINES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "selective": ("deep", {}, {"train": {"checkpointing": "selective"}}),
     "lora, zbv": ("deep", ZBV, VARIANTS["lora"]),
     "qlora": ("deep", {}, VARIANTS["qlora"]),
+    "lora on int8": ("deep", {}, VARIANTS["lora on int8"]),
     "frozen": ("deep", {"pipeline_schedule": "interleaved-zb"}, {"adapt": {"freeze": FIRST_BLOCKS}}),
 }
 """Over two processes: family, schedule, what is trained how."""
@@ -284,7 +287,8 @@ def test_pipelines_of_two_processes_train_what_one_trains(recipes, train_in) -> 
         if key not in alone:
             alone[key] = rw.train(recipes(family, **fields), progress=False)
         assert_same_training(runs[name], alone[key])
-        what = next((word for word in ("recomputed", "lora", "qlora", "frozen") if name.startswith(word)), "")
+        kinds = ("recomputed", "lora on int8", "lora", "qlora", "frozen")
+        what = next((word for word in kinds if name.startswith(word)), "")
         note(2, {"pipeline": 2} | schedule, f"{family}, {what}".removesuffix(", "), runs[name], alone[key])
 
 
@@ -299,7 +303,8 @@ def test_two_processes_train_what_one_trains(recipes, train_in) -> None:  # type
     cases |= {f"llama, {name}": ("llama", {"shard": 2}, VARIANTS[name]) for name in DENSE}
     in_part = {"method": "dora", "rank": 2, "targets": ["q_proj"]}  # of a matrix that gpt2 stores as one
     cases["gpt2, dora in part"] = ("gpt2", {"shard": 2}, {"adapt": in_part})
-    cases["llama, qlora, replicated"] = ("llama", {"replicate": 2, "shard": 1}, VARIANTS["qlora"])
+    for name in ("qlora", "lora on int8"):
+        cases[f"llama, {name}, replicated"] = ("llama", {"replicate": 2, "shard": 1}, VARIANTS[name])
     cases |= {
         f"wide, {name}, tensor": ("wide", {"tensor": 2}, VARIANTS[name]) for name in DENSE if name != "lion"
     }

@@ -93,14 +93,18 @@ def test_a_run_goes_on_in_any_number_of_processes(
 ) -> None:
     """In as many: the same bits. In others, more and fewer: the same training but for the order of sums.
 
-    Also where samples are the first thing that is to do.
+    Also where samples are the first thing that is to do; and of adapters on a base in 8 bits.
     """
     fields = {"steps": 6, "batch_size": 4, "micro_batch_size": 1, "checkpoint_every": 3, "keep": 9}
     panel = {"prompts": ["rope"], "max_new_tokens": 2}
     recipe = make_recipe(**fields, sample_every=3, evaluate=panel)
     divided = recipe | {"parallel": {"shard": 2}}
-    whole = Path(train_in(2, {"whole": ("train", [divided, [], False])})["whole"]["run"])
+    adapters = divided | {"adapt": {"method": "lora", "quantize": "int8"}}
+    calls = {"whole": ("train", [divided, [], False]), "int8": ("train", [adapters, [], False])}
+    whole, int8 = (Path(found["run"]) for found in train_in(2, calls).values())
     copies = {name: copy_until(whole, 3, tmp_path / name) for name in ("same", "fewer", "more")}
+    rw.resume(copied := copy_until(int8, 3, tmp_path / "int8"), ["parallel.shard=1"], progress=False)
+    assert losses(copied) == pytest.approx(losses(int8), rel=1e-5)
     two = train_in(2, {"same": ("resume", [str(copies["same"]), [], False])})
     assert two["same"]["steps"] == 6
     assert losses(copies["same"]) == losses(whole)

@@ -53,6 +53,7 @@ CASES: dict[str, tuple[Layout, dict[str, Any]]] = {
     "replicas": (Layout(shard=1, replicate=2), {}),
     "LoRA": (Layout(shard=2), {"method": "lora", "checkpointing": "full"}),
     "QLoRA": (Layout(shard=2), {"method": "lora", "quantize": "nf4"}),
+    "LoRA on int8": (Layout(shard=2), {"method": "lora", "quantize": "int8"}),
     "tensor": (Layout(shard=1, tensor=2), {}),
     "tensor, recomputed": (Layout(shard=1, tensor=2), {"checkpointing": "full"}),
     "context": (Layout(shard=1, context=2, context_exchange="ring"), {}),

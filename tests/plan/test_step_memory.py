@@ -11,13 +11,13 @@ import torch
 
 from ropewalk.data import prepare
 from ropewalk.model import ModelConfig, Transformer, config_from_fields
-from ropewalk.ops import NF4Tensor, nf4, product
+from ropewalk.ops import QuantizedTensor, product, quantized
 from ropewalk.parallel.launch import launch
 from ropewalk.plan import block_memory
 from ropewalk.plan.block_memory import kept_share
 from ropewalk.plan.step_memory import _Step, step_memory
 from ropewalk.plan.trace import Tracker, model_of, note_update, trace_step, watching
-from ropewalk.plan.weights import nf4_bytes, parameters
+from ropewalk.plan.weights import parameters
 from ropewalk.plan.work import Work, work_of
 from ropewalk.recipe import load_recipe, resolve
 from ropewalk.train import activations
@@ -25,6 +25,7 @@ from ropewalk.train.job import Job, open_job
 from ropewalk.train.loop import ahead, train_step
 
 NEAR = 0.05
+QUANTIZED = ("quantized codes", "quantized constants")
 LLAMA = config_from_fields(
     {
         "model_type": "llama",
@@ -97,6 +98,7 @@ QUICK = {
     "bfloat16, 2 micro-batches": work(accumulation=2),
     "LoRA": work(method="lora"),
     "QLoRA": work(method="lora", quantize="nf4", rank=8),
+    "LoRA on int8": work(method="lora", quantize="int8", rank=8),
     "recomputed": work(checkpointing="full", micro_batch_size=4),
     "selective": work(checkpointing="selective"),
     "budget 0.3": work(checkpointing_budget=0.3),
@@ -154,7 +156,7 @@ def compared(cases: dict[str, Work]) -> list[tuple[str, int, int, str]]:
 
 def forget_buffers() -> None:
     """What operations of earlier tests keep for the next."""
-    nf4._buffers.__dict__.clear()
+    quantized._buffers.__dict__.clear()
     product._buffers.__dict__.clear()
 
 
@@ -165,7 +167,7 @@ def check(one: Work) -> None:
     assert counted.moment == seen.moment or seen.peaks[counted.moment] > (1 - NEAR) * seen.total_bytes
     for phase in ("forward", "loss", "backward"):
         assert counted.moments[phase] == pytest.approx(seen.peaks[phase], rel=NEAR), phase
-    for name in ("weights trained", "weights frozen", "quantized codes", "optimizer states", "masters"):
+    for name in ("weights trained", "weights frozen", "optimizer states", "masters", *QUANTIZED):
         assert counted.terms.get(name, 0) == seen.terms.get(name, 0), name
 
 
@@ -181,7 +183,7 @@ def test_the_peak_is_what_a_step_takes_of_other_kinds(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["bfloat16", "QLoRA", "gpt2"])
+@pytest.mark.parametrize("name", ["bfloat16", "QLoRA", "LoRA on int8", "gpt2"])
 def test_fake_tensors_take_what_real_ones_do(name: str) -> None:
     forget_buffers()
     real, fake = trace_step(QUICK[name], fake=False), trace_step(QUICK[name])
@@ -267,8 +269,9 @@ def test_parameters_are_those_of_the_model(one: Work) -> None:
     assert sum(p.size * p.count for p in counted) == sum(p.numel() for p in found)
     trained = sum(p.numel() for p in found if p.requires_grad)
     assert sum(p.size * p.count for p in counted if p.trained) == trained
-    codes = sum(p.data.nbytes for p in found if isinstance(p.data, NF4Tensor))
-    assert sum(sum(nf4_bytes(p.size)) * p.count for p in counted if p.quantized) == codes
+    held = sum(p.data.nbytes for p in found if isinstance(p.data, QuantizedTensor))
+    few = [p for p in counted if p.quantized != "none"]
+    assert sum(sum(p.quantized_bytes()) * p.count for p in few) == held
 
 
 @pytest.mark.parametrize("config", [LLAMA, GPT2, OLMO2, GEMMA3], ids=["llama", "gpt2", "olmo2", "gemma3"])
@@ -298,7 +301,9 @@ def test_what_saves_memory_does() -> None:
 
     assert total(checkpointing="full") < total(checkpointing="selective") < total()
     assert total(checkpointing="full") < total(checkpointing="full", checkpointing_every=3) < total()
-    assert total(method="lora", quantize="nf4") < total(method="lora") < total()
+    lora = [total(method="lora", quantize=kind) for kind in ("nf4", "int8", "none")]
+    assert lora == sorted(set(lora))
+    assert lora[-1] < total()
     assert total(state_bits=4) < total(state_bits=8) < total()
     assert total(masters=False) < total()
     assert total(optimizer="adafactor") < total(optimizer="lion") < total()
@@ -342,7 +347,7 @@ def test_processes_of_a_layout_take_what_is_counted(tmp_path: Path) -> None:
     out = tmp_path / "found.json"
     assert launch([str(Path(__file__).with_name("memory_worker.py")), str(out)], 2) == 0
     found = json.loads(out.read_text())
-    assert len(found) == 16
+    assert len(found) == 17
     for name, pairs in found.items():
         for counted, seen in pairs:
             # of experts, some gradients are counted that are gone by then: 5% too much, never too little

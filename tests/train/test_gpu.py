@@ -40,6 +40,10 @@ ADAPTED = {
     for method in ("lora", "dora", "prompt", "prefix", "bottleneck", "ia3")
 } | {
     "qlora": dict(adapt={"method": "lora", "quantize": "nf4"}),
+    "lora on int8": dict(adapt={"method": "lora", "quantize": "int8"}),
+    "lora on int8 in bfloat16": dict(
+        adapt={"method": "lora", "quantize": "int8"}, checkpointing="full", **HALF
+    ),
     "qlora in bfloat16": dict(adapt={"method": "lora", "quantize": "nf4"}, checkpointing="full", **HALF),
     "prefix in bfloat16": dict(adapt={"method": "prefix"}, **HALF),
 }
@@ -66,7 +70,12 @@ def test_a_resumed_run_is_the_uninterrupted_one(make_recipe, name):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"cuda_graphs": True}, {"adapt": {"method": "lora", "quantize": "nf4"}, "checkpointing": "full"}],
+    [
+        {},
+        {"cuda_graphs": True},
+        {"adapt": {"method": "lora", "quantize": "nf4"}, "checkpointing": "full"},
+        {"adapt": {"method": "lora", "quantize": "int8"}},
+    ],
     ids=str,
 )
 def test_compiled_is_as_written(make_recipe, tmp_path, monkeypatch, fields):

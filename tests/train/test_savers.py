@@ -63,6 +63,7 @@ TRAINED = {
     "lora": dict(adapt={"method": "lora", "rank": 4}),
     "rslora and lora+": dict(adapt={"method": "lora", "rank": 4, "rank_stabilized": True, "b_rate": 16}),
     "qlora": dict(adapt={"method": "lora", "rank": 4, "quantize": "nf4"}),
+    "lora on int8": dict(adapt={"method": "lora", "rank": 4, "quantize": "int8"}, checkpointing="full"),
     "qlora in bfloat16": dict(
         adapt={"method": "lora", "rank": 4, "quantize": "nf4"}, precision="bfloat16", checkpointing="full"
     ),

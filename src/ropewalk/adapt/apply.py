@@ -16,8 +16,7 @@ from ropewalk.model.cache import KVCache
 from ropewalk.model.families_weights import weight_map
 from ropewalk.model.transformer import Transformer
 from ropewalk.model.virtual import VirtualTokens
-from ropewalk.ops.linear import Linear
-from ropewalk.ops.nf4 import NF4Tensor
+from ropewalk.ops import QUANTIZED, Linear, QuantizedTensor
 
 
 @dataclass(frozen=True)
@@ -155,28 +154,33 @@ def merge(model: Transformer, requantize: bool = False) -> list[str]:
     """Works the adapters into the weights and takes them away, in place; nothing stays frozen.
 
     Merged weights have the base's dtype: in float32 the logits stay within rounding, in bfloat16 the sum is
-    rounded to bfloat16. A base in 4 bits becomes a plain one of its dtype throughout, or with `requantize` is
-    rounded to 4 bits again, layer by layer, and stays frozen: smaller, but not quite what was trained.
+    rounded to bfloat16. A quantized base becomes a plain one of its dtype throughout, or with `requantize` is
+    quantized again, layer by layer, and stays frozen: smaller, but not quite what was trained.
     Returns the names of what cannot be merged and stays, working as before: bottleneck adapters and virtual
     tokens.
     """
     for name, layer in list(adapted_layers(model)):
-        quantized = isinstance(layer.base.weight, NF4Tensor)
+        kind = type(layer.base.weight)
         merged = layer.merged()
         if merged is not None:
             model.set_submodule(name, merged, strict=True)
-            if quantized and requantize:
-                _quantize(merged)
+            if requantize and issubclass(kind, QuantizedTensor):
+                _quantize(merged, kind)
     for module in model.modules():
         if isinstance(module, nn.Linear) and not requantize:
             plain_weight(module)
     for parameter in model.parameters():
-        parameter.requires_grad_(not isinstance(parameter, NF4Tensor))
+        parameter.requires_grad_(not isinstance(parameter, QuantizedTensor))
     return unmerged(model)
 
 
-def quantize_base(model: Transformer, names: Sequence[str] | None = None) -> list[str]:
-    """Holds the frozen linear weights of the blocks in 4 bits (NF4, arXiv 2305.14314), in place; their names.
+def quantize_base(
+    model: Transformer, names: Sequence[str] | None = None, kind: Literal["nf4", "int8"] = "nf4"
+) -> list[str]:
+    """Holds the frozen linear weights of the blocks in few bits, in place; their names.
+
+    In 4 (NF4, arXiv 2305.14314) or in 8 with a scale for each row (arXiv 2208.07339); those already quantized
+    stay as they are.
 
     `names`: only these layers. Routers of experts stay as they are: they are small, and a rounded one sends
     tokens elsewhere. Magnitudes of DoRA are not touched: quantize before they are made, or train on.
@@ -186,14 +190,14 @@ def quantize_base(model: Transformer, names: Sequence[str] | None = None) -> lis
         name = name.removesuffix(".base")
         if not isinstance(module, Linear) or (names is not None and name not in names):
             continue
-        if not module.weight.requires_grad and not isinstance(module.weight, NF4Tensor):
-            _quantize(module)
+        if not module.weight.requires_grad and not isinstance(module.weight, QuantizedTensor):
+            _quantize(module, QUANTIZED[kind])
             quantized.append(name)
     return quantized
 
 
-def _quantize(module: nn.Linear) -> None:
-    module.weight = nn.Parameter(NF4Tensor.quantize(module.weight), requires_grad=False)
+def _quantize(module: nn.Linear, kind: type[QuantizedTensor]) -> None:
+    module.weight = nn.Parameter(kind.quantize(module.weight), requires_grad=False)
 
 
 def freeze(model: Transformer, patterns: Sequence[str]) -> list[str]:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ropewalk.ops.nf4 import NF4Tensor
+from ropewalk.ops.quantized import QuantizedTensor
 
 
 class AdaptedLinear(nn.Module):
@@ -18,7 +18,7 @@ class AdaptedLinear(nn.Module):
         self.dropout = dropout
 
     def merged(self) -> nn.Linear | None:
-        """The base with the adapter worked into its weights in place, an NF4 weight as a 16-bit one.
+        """The base with the adapter worked into its weights in place, a quantized weight as a plain one.
 
         None where no weight can do what the adapter does.
         """
@@ -85,8 +85,8 @@ class BottleneckLinear(AdaptedLinear):
 
 
 def plain_weight(base: nn.Linear) -> nn.Parameter:
-    """The layer's weight; one in 4 bits is replaced by what it stands for, in its dtype."""
-    if isinstance(base.weight, NF4Tensor):
+    """The layer's weight; a quantized one is replaced by what it stands for, in its dtype."""
+    if isinstance(base.weight, QuantizedTensor):
         base.weight = nn.Parameter(base.weight.dequantize(), requires_grad=False)
     return base.get_parameter("weight")
 
@@ -94,7 +94,7 @@ def plain_weight(base: nn.Linear) -> nn.Parameter:
 def plain_values(base: nn.Linear) -> Tensor:
     """What the layer's weight stands for, as a plain tensor; no copy where it is one."""
     weight = base.weight
-    return weight.dequantize() if isinstance(weight, NF4Tensor) else weight.detach()
+    return weight.dequantize() if isinstance(weight, QuantizedTensor) else weight.detach()
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:

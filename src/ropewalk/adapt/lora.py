@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ropewalk.adapt.layers import AdaptedLinear, plain_weight
 from ropewalk.ops.lora import lora_linear
-from ropewalk.ops.nf4 import dense
+from ropewalk.ops.quantized import dense
 
 
 class LoRALinear(AdaptedLinear):

@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
@@ -21,7 +22,7 @@ from ropewalk.model.families_weights import WeightRule, stored_name, weight_map
 from ropewalk.model.safetensors_file import FLOATS, StoredTensor, read_chunks, read_header
 from ropewalk.model.source import base_of_adapter, resolve_source
 from ropewalk.model.transformer import Transformer
-from ropewalk.ops import Linear, NF4Tensor
+from ropewalk.ops import QUANTIZED, Linear
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -31,12 +32,12 @@ def load_model(
     dtype: str | torch.dtype = "float32",
     device: str | torch.device = "cpu",
     revision: str | None = None,
-    quantize: bool = False,
+    quantize: Literal["none", "nf4", "int8"] = "none",
 ) -> Transformer:
     """The model that `source` names (see `resolve_source`), in evaluation mode.
 
-    With `quantize` the linear weights of the blocks become NF4Tensors, frozen, each as soon as it is read:
-    there are never all of them in 16 bits.
+    With `quantize` the linear weights of the blocks are held in 4 or 8 bits (NF4Tensor, Int8Tensor), frozen,
+    each as soon as it is read: there are never all of them in 16 bits.
 
     Of a LoRA run it is the base model with the adapter merged into its weights. Raises UserError, naming the
     file, when weights are missing, superfluous, of the wrong shape, damaged, not finite or pickled.
@@ -50,7 +51,7 @@ def load_model(
 
         model = load_model(base[0], dtype, device, base[1], quantize)
         load_adapter(model, directory)
-        merge(model, requantize=quantize)
+        merge(model, requantize=quantize != "none")
         return model.eval()
     config = read_config(directory)
     matched = _match(config, directory)
@@ -59,24 +60,24 @@ def load_model(
     with torch.device("meta"):
         model = Transformer(config)
     model.to(_DTYPES[dtype] if isinstance(dtype, str) else dtype)
-    in_4_bits = _take_linear_weights(model) if quantize else {}
+    to_quantize = _take_linear_weights(model) if quantize != "none" else {}
     # not to_empty(): the first empty_like() of a meta tensor imports sympy, half a second and 50 MB
     model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for rule, stored in matched:
-            if in_4_bits.keys().isdisjoint(rule.parts):
+            if to_quantize.keys().isdisjoint(rule.parts):
                 _fill(rule, stored, [parameters[name] for name in rule.parts])
                 continue
             values = _read(stored, torch.empty(rule.shape, dtype=model.embed.weight.dtype))
             for name, part in zip(rule.parts, rule.split(values), strict=True):
-                quantized = NF4Tensor.quantize(part.to(device))
-                in_4_bits[name].weight = nn.Parameter(quantized, requires_grad=False)
+                quantized = QUANTIZED[quantize].quantize(part.to(device))
+                to_quantize[name].weight = nn.Parameter(quantized, requires_grad=False)
     return model.eval()
 
 
 def _take_linear_weights(model: Transformer) -> dict[str, nn.Linear]:
-    """Removes the weights that NF4 will hold; parameter name -> its module. (Routers and embeddings stay.)"""
+    """Removes the weights to be quantized; parameter name -> its module. (Routers and embeddings stay.)"""
     found: dict[str, nn.Linear] = {
         f"{name}.weight": module
         for name, module in model.blocks.named_modules(prefix="blocks")

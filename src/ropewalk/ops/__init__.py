@@ -7,6 +7,7 @@ from ropewalk.ops.attention import attention, attention_cached, attention_refere
 from ropewalk.ops.attention_layout import AttentionLayout
 from ropewalk.ops.attention_parts import RowPart
 from ropewalk.ops.head import VocabularyPart
+from ropewalk.ops.int8 import Int8Tensor
 from ropewalk.ops.linear import Linear
 from ropewalk.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from ropewalk.ops.linear_kl import (
@@ -17,15 +18,22 @@ from ropewalk.ops.linear_kl import (
 )
 from ropewalk.ops.linear_logprobs import linear_logprobs, linear_logprobs_reference
 from ropewalk.ops.lora import lora_linear, lora_linear_reference
-from ropewalk.ops.nf4 import NF4Tensor, nf4_linear
+from ropewalk.ops.nf4 import NF4Tensor
 from ropewalk.ops.norm import rms_norm, rms_norm_reference
+from ropewalk.ops.quantized import QuantizedTensor, quantized_linear
 from ropewalk.ops.reference import references, using_references
 from ropewalk.ops.rope import apply_rope, rope_frequencies, rope_tables
 
+QUANTIZED: dict[str, type[QuantizedTensor]] = {"nf4": NF4Tensor, "int8": Int8Tensor}
+"""The kinds of frozen weights in few bits, under their names in recipes."""
+
 __all__ = [
+    "QUANTIZED",
     "AttentionLayout",
+    "Int8Tensor",
     "Linear",
     "NF4Tensor",
+    "QuantizedTensor",
     "RowPart",
     "VocabularyPart",
     "apply_rope",
@@ -43,7 +51,7 @@ __all__ = [
     "linear_logprobs_reference",
     "lora_linear",
     "lora_linear_reference",
-    "nf4_linear",
+    "quantized_linear",
     "references",
     "rms_norm",
     "rms_norm_reference",

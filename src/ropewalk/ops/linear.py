@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from ropewalk.ops.nf4 import NF4Tensor
 from ropewalk.ops.product import product, widens
+from ropewalk.ops.quantized import QuantizedTensor
 from ropewalk.ops.reference import using_references
 
 
@@ -24,13 +24,13 @@ class Linear(nn.Linear):
             and not torch.is_grad_enabled()
             and input.dtype is torch.bfloat16
             and input.device.type == "cpu"
-            and not isinstance(weight, NF4Tensor)
+            and not isinstance(weight, QuantizedTensor)
             and not using_references()
         ):
             row = input.reshape(-1)
             out = weight.mv(row) if self.bias is None else torch.addmv(self.bias, weight, row)
             return out.view(*input.shape[:-1], -1)
         rows = input.reshape(-1, input.shape[-1])
-        if not isinstance(weight, NF4Tensor) and widens(rows, weight.t()):
+        if not isinstance(weight, QuantizedTensor) and widens(rows, weight.t()):
             return product(rows, weight.t(), self.bias).view(*input.shape[:-1], -1)
         return nn.functional.linear(input, weight, self.bias)

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ropewalk.ops.nf4 import NF4Tensor, dense
 from ropewalk.ops.product import add_product, product
+from ropewalk.ops.quantized import QuantizedTensor, dense
 from ropewalk.ops.reference import using_references
 
 
@@ -18,9 +18,9 @@ def lora_linear(
     """`x @ weight.T + bias + scale * (x @ lora_a.T) @ lora_b.T`; weight and bias are frozen: no gradients.
 
     x [..., in], weight [out, in], bias [out], lora_a [r, in], lora_b [out, r], all of one dtype ->
-    [..., out]. The weight may be an NF4Tensor that dequantizes to that dtype: it is dequantized anew for each
-    of the two products with it, into a buffer that all weights share. Every small product goes through the
-    rank, each sum is added in place by the product that makes it, and besides the weights only x and
+    [..., out]. The weight may be a QuantizedTensor that dequantizes to that dtype: it is dequantized anew for
+    each of the two products with it, into a buffer that all weights share. Every small product goes through
+    the rank, each sum is added in place by the product that makes it, and besides the weights only x and
     x @ lora_a.T are kept for the backward pass. No double backward.
     """
     if using_references():
@@ -32,7 +32,7 @@ def lora_linear_reference(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scale: float
 ) -> Tensor:
     """The same in plain PyTorch."""
-    if isinstance(weight, NF4Tensor):
+    if isinstance(weight, QuantizedTensor):
         weight = weight.dequantize()
     return F.linear(x, weight, bias) + scale * F.linear(F.linear(x, lora_a), lora_b)
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ropewalk.errors import UserError
+from ropewalk.ops.quantized import check_finite, is_traced
 
 
 def _dynamic_levels() -> tuple[float, ...]:
@@ -59,8 +59,7 @@ def quantize_values(flat: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         codes_here = _nearest(scaled.flatten(), LEVELS)
         packed = codes[start // 2 : start // 2 + values.numel() // 2]
         torch.bitwise_or(codes_here[::2] << 4, codes_here[1::2], out=packed)
-    if not absmax.isfinite().all():
-        raise UserError("a weight with values that are not finite cannot be quantized; look for NaN in it")
+    check_finite(absmax)
     offset = absmax.mean() if blocks else absmax.new_zeros(())
     return codes, *_quantize_scales(absmax - offset), offset
 
@@ -152,11 +151,6 @@ def _pairs(device: torch.device) -> Tensor:
     """`[256]`: the two float32 values of each byte, as one 8-byte element."""
     levels, byte = torch.tensor(LEVELS), torch.arange(256)
     return torch.stack((levels[byte >> 4], levels[byte & 15]), 1).view(torch.int64).flatten().to(device)
-
-
-def is_traced(tensor: Tensor) -> bool:
-    """Whether what is done with the tensor is only written down (compiled, or fake): nothing may be kept."""
-    return torch.compiler.is_compiling() or type(tensor) is not Tensor
 
 
 def _chunk(tensor: Tensor) -> int:

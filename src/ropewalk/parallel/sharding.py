@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ropewalk.layout import Layout
 from ropewalk.model import Transformer
 from ropewalk.model.moe import MixtureOfExperts
-from ropewalk.ops import NF4Tensor
+from ropewalk.ops import QuantizedTensor
 from ropewalk.parallel.context import divide_rows
 from ropewalk.parallel.expert import divide_experts
 from ropewalk.parallel.slices import is_expert
@@ -83,7 +83,7 @@ def _not_gathered(model: Transformer, world: World) -> Iterator[nn.Parameter]:
     for name, parameter in model.named_parameters():
         apart = world.experts is not None and is_expert(name)
         parts = world.layout.expert_parts if apart else world.layout.shard
-        if parts == 1 and isinstance(parameter, NF4Tensor):
+        if parts == 1 and isinstance(parameter, QuantizedTensor):
             yield parameter
 
 

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from ropewalk.errors import RopewalkError
 from ropewalk.model import Transformer
 from ropewalk.model.moe import MixtureOfExperts, RouterStatistics
-from ropewalk.ops import NF4Tensor, VocabularyPart
+from ropewalk.ops import QuantizedTensor, VocabularyPart
 from ropewalk.parallel.sharding import replace
 from ropewalk.parallel.slices import sliced_along
 from ropewalk.parallel.world import World
@@ -52,7 +52,7 @@ def divide(model: Transformer, world: World) -> None:
 def _piece(parameter: Tensor, dim: int, index: int, degree: int) -> Tensor:
     size = parameter.shape[dim] // degree
     data = parameter.detach()
-    if isinstance(data, NF4Tensor):
+    if isinstance(data, QuantizedTensor):
         rows = data[index * size : (index + 1) * size] if dim == 0 else None
         return data.columns(index * size, size) if rows is None else rows.clone()
     return data.narrow(dim, index * size, size).clone(memory_format=torch.contiguous_format)

@@ -240,7 +240,7 @@ def block_shape(work: Work, layer: int, block: tuple[Parameter, ...], needs: boo
         method=work.method,
         rank=work.rank,
         dropout=work.dropout > 0,
-        quantized=work.quantize == "nf4",
+        quantized=work.quantize,
         prefix=virtual,
         arrival=arrival,
     )

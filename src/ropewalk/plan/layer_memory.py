@@ -57,7 +57,7 @@ class Shape:
     method: str
     rank: int
     dropout: bool
-    quantized: bool
+    quantized: Literal["none", "nf4", "int8"]
     prefix: int
     """virtual tokens before every document that need a gradient"""
     arrival: Arrival = "keep"
@@ -171,12 +171,13 @@ class Layers:
         return self.tape.operation([x], x.room.size, extra=factors)
 
     def dense(self, inputs: int, outputs: int) -> int:
-        """An NF4 weight's values, where they are made for one product (a CPU has a buffer for them), and what
-        `ops.nf4_codes.write_values` makes them with."""
-        if not self.shape.quantized or self.shape.device == "cpu":
+        """A quantized weight's values, where they are made for one product (a CPU has a buffer for them), and
+        what `ops.nf4_codes.write_values` makes NF4's with."""
+        if self.shape.quantized == "none" or self.shape.device == "cpu":
             return 0
         numbers = inputs * outputs
-        return numbers * self.shape.bytes + 6 * min(_DEVICE_CHUNK, numbers)
+        beside = 6 * min(_DEVICE_CHUNK, numbers) if self.shape.quantized == "nf4" else 0
+        return numbers * self.shape.bytes + beside
 
     def plain(self, x: Value, name: str, inputs: int, outputs: int, count: int | None = None) -> Value:
         shape = self.shape
@@ -187,7 +188,7 @@ class Layers:
         return self.tape.operation(
             [x],
             count * outputs * shape.bytes,
-            saves=[x] if weight or (self.widens and not shape.quantized) else [],
+            saves=[x] if weight or (self.widens and shape.quantized == "none") else [],
             weight=True,
             trained=made,
             temporary=dense,

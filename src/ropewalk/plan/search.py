@@ -259,7 +259,9 @@ def _changes(work: Work) -> Iterator[tuple[str, Work]]:
             yield "train.optimizer.offload=true", replace(work, offload=True)
         yield "adapt.method=lora", replace(work, method="lora")
         yield "adapt.method=lora adapt.quantize=nf4", replace(work, method="lora", quantize="nf4")
-    elif work.method == "lora" and work.quantize == "none":
+    elif work.method == "lora" and work.quantize != "nf4":
+        if work.quantize == "none":
+            yield "adapt.quantize=int8", replace(work, quantize="int8")
         yield "adapt.quantize=nf4", replace(work, quantize="nf4")
     if work.sequence_length > 1024:
         half = work.sequence_length // 2

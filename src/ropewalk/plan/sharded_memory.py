@@ -3,7 +3,7 @@
 Seen with two processes on a CPU (torch 2.13). A unit is a block, or what is outside the blocks.
 """
 
-from ropewalk.plan.weights import Parameter, Parameters, nf4_bytes, part_of
+from ropewalk.plan.weights import Parameter, Parameters, part_of
 from ropewalk.plan.work import Work
 
 Unit = tuple[Parameter, ...]
@@ -43,10 +43,10 @@ class Sharding:
     def _whole(self, unit: Unit) -> int:
         size = 0
         for p in unit:
-            if not p.quantized:
+            if p.quantized == "none":
                 size += p.size * p.count * self.work.parameter_bytes
             elif self.work.layout.shard > 1:  # else it is not gathered
-                size += sum(nf4_bytes(p.size)) * p.count
+                size += sum(p.quantized_bytes()) * p.count
         return size
 
     def before(self) -> int:

@@ -16,7 +16,7 @@ from ropewalk.plan.layer_memory import Shape, scratch_bytes
 from ropewalk.plan.sharded_memory import Sharding
 from ropewalk.plan.tape import Arrival
 from ropewalk.plan.update_memory import Held, held, update_peak
-from ropewalk.plan.weights import Parameter, nf4_bytes, parameters, part_of
+from ropewalk.plan.weights import Parameter, parameters, part_of
 from ropewalk.plan.work import Work
 
 
@@ -112,9 +112,9 @@ class _Step:
         found = {"weights trained": 0, "weights frozen": 0, "quantized codes": 0, "quantized constants": 0}
         for p in self.all:
             numbers = part_of(p, self.work.layout) * p.count
-            if p.quantized:
+            if p.quantized != "none":
                 shared = self.work.layout.shard > 1  # else fully_shard leaves it whole
-                codes, constants = nf4_bytes(part_of(p, self.work.layout) if shared else p.size)
+                codes, constants = p.quantized_bytes(part_of(p, self.work.layout) if shared else None)
                 found["quantized codes"] += codes * p.count
                 found["quantized constants"] += constants * p.count
             else:
@@ -139,10 +139,10 @@ class _Step:
         return size
 
     def buffers(self) -> int:
-        """What operations keep for the next: on a CPU one NF4 weight's values; tables of low-bit states."""
+        """What operations keep for the next: on a CPU a quantized weight's values; low-bit states' tables."""
         size = 0
-        if self.work.quantize == "nf4" and self.work.device == "cpu":
-            size += max(p.size for p in self.all if p.quantized) * self.bytes
+        if self.work.quantize != "none" and self.work.device == "cpu":
+            size += max(p.size for p in self.all if p.quantized != "none") * self.bytes
         if self.work.state_bits < 32:
             size += 2 * 5 * 65536
         if self.work.device == "cpu" and self.bytes == 2 and float32_is_faster():

@@ -29,6 +29,8 @@ SCHEDULES = {
     "zbv": "zbv",
 }
 """A layout's schedule -> that of `pipeline_schedule`."""
+CODE_BYTES = {"nf4": 0.52, "int8": 1.0}
+"""Of a quantized weight, for each number."""
 STATE_BYTES = {"adamw": 28, "lion": 20, "muon": 20, "adafactor": 20}
 """Read and written by an update for each parameter: gradient, master, states, the 16-bit weight."""
 
@@ -148,8 +150,9 @@ def block_time(work: Work, kernels: Kernels, cluster: Cluster, moe: bool, window
         r = work.rank
         low = sum(kernels.product(m, r, k, c) + kernels.product(m, n, r, c) for m, n, k, c in products)
         forward, to_inputs, to_weights = forward + low, to_inputs + low, low
-    if work.quantize == "nf4":
-        unpacked = kernels.copied(2.5 * block_weights(config, moe) / t)  # half a byte read, two written
+    if work.quantize != "none":
+        # half a byte or one is read, two are written
+        unpacked = kernels.copied((CODE_BYTES[work.quantize] + 2) * block_weights(config, moe) / t)
         forward, to_inputs = forward + unpacked, to_inputs + unpacked
     gates = 2 if config.mlp_gated else 1
     near = work.own_tokens * config.hidden_size / (t if work.sequence_parallel else 1)
@@ -307,7 +310,7 @@ def _sharding(work: Work, cluster: Cluster, forward: float, backward: float) -> 
 
     seconds = 0.0
     if group > 1:
-        width = 0.52 if work.quantize == "nf4" else 4 if work.precision == "float32" else 2
+        width = CODE_BYTES.get(work.quantize, 4 if work.precision == "float32" else 2)
         gathered = over("all_gather", weights * width, group, layout.tensor)
         reduced = over("reduce_scatter", trained * work.reduce_bytes, group, layout.tensor)
         if layout.stage == 3:

@@ -23,8 +23,7 @@ from ropewalk.adapt import AdapterConfig, apply_adapter, freeze, quantize_base
 from ropewalk.data import Batch
 from ropewalk.errors import UserError
 from ropewalk.model import Transformer, from_config
-from ropewalk.ops import Linear, NF4Tensor
-from ropewalk.ops.nf4_codes import BLOCK, GROUP
+from ropewalk.ops import QUANTIZED, Linear, QuantizedTensor
 from ropewalk.parallel import World, local
 from ropewalk.plan.work import Work
 from ropewalk.train.activations import save_activations
@@ -117,7 +116,7 @@ class Tracker(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def _note(self, tensor: Tensor, fresh: bool) -> list[Seen]:
-        if isinstance(tensor, NF4Tensor):
+        if isinstance(tensor, QuantizedTensor):
             return [seen for part in tensor.parts().values() for seen in self._note(part, fresh)]
         storage = tensor.untyped_storage()
         key = id(storage)
@@ -201,7 +200,7 @@ def watching(job: Job, parts: Sequence[Batch], tracker: Tracker) -> Iterator[Non
     model = job.built.model
     for parameter in model.parameters():
         value = local(parameter)
-        if isinstance(value, NF4Tensor):
+        if isinstance(value, QuantizedTensor):
             for name, part in value.parts().items():
                 tracker.tag(part, "quantized codes" if name == "codes" else "quantized constants")
         else:
@@ -258,8 +257,10 @@ def model_of(work: Work) -> Transformer:
                 if parameter is not None:
                     module._parameters[name] = nn.Parameter(parameter.detach().to(dtype))
         model.tie_head()
-    if work.quantize == "nf4":
-        quantize_base(model.requires_grad_(False)) if not pretends else _quantized_fakes(model)
+    if work.quantize != "none" and pretends:
+        _quantized_fakes(model, work.quantize)
+    elif work.quantize != "none":
+        quantize_base(model.requires_grad_(False), kind=work.quantize)
     if work.method != "full":
         options = work.method, work.rank, 2.0 * work.rank, work.dropout, work.targets, False, work.tokens
         apply_adapter(model, AdapterConfig(*options))
@@ -277,14 +278,11 @@ def model_of(work: Work) -> Transformer:
     return model
 
 
-def _quantized_fakes(model: Transformer) -> None:
+def _quantized_fakes(model: Transformer, kind: str) -> None:
     """What `quantize_base` leaves, without the numbers that it decides by."""
     for module in model.requires_grad_(False).blocks.modules():
         if isinstance(module, Linear):
-            weight, blocks = module.weight, -(-module.weight.numel() // BLOCK)
-            sizes = (blocks * BLOCK // 2, torch.uint8), (blocks, torch.uint8), (-(-blocks // GROUP), None)
-            parts = [torch.empty(size, dtype=dtype) for size, dtype in sizes]
-            whole = NF4Tensor([*parts, torch.empty(())], weight.shape, weight.dtype)
+            whole = QUANTIZED[kind].unfilled(module.weight.shape, module.weight.dtype)
             module.weight = nn.Parameter(whole, requires_grad=False)
 
 

@@ -5,12 +5,13 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from typing import Literal
 
 from ropewalk.adapt.apply import PLACES
 from ropewalk.layout import Layout
 from ropewalk.model.config import ModelConfig
 from ropewalk.model.families_weights import weight_map
-from ropewalk.ops.nf4_codes import BLOCK, GROUP
+from ropewalk.ops import QUANTIZED
 from ropewalk.parallel.slices import is_expert, sliced_along
 from ropewalk.plan.work import Work
 
@@ -24,13 +25,19 @@ class Parameter:
     name: str
     shape: tuple[int, ...]
     trained: bool
-    quantized: bool = False
+    quantized: Literal["none", "nf4", "int8"] = "none"
     count: int = 1
 
     @property
     def size(self) -> int:
         """Numbers in one of them."""
         return math.prod(self.shape)
+
+    def quantized_bytes(self, numbers: int | None = None) -> tuple[int, int]:
+        """Bytes of the codes of a quantized one, or of its rows of so many numbers, and of the constants."""
+        rows, *others = self.shape
+        rows = rows if numbers is None else numbers // math.prod(others)
+        return QUANTIZED[self.quantized].part_bytes((rows, *others))
 
 
 @dataclass(frozen=True)
@@ -89,7 +96,7 @@ def _block(work: Work, layer: int, stored: dict[str, str]) -> Iterator[Parameter
     config = work.config
     for name, shape, copies in block_shapes(config, layer in config.moe_layers):
         whole, matrix = f"blocks.{layer}.{name}", name.endswith("_proj.weight")
-        quantized = work.quantize == "nf4" and matrix
+        quantized = work.quantize if matrix else "none"
         yield Parameter(name, shape, _is_trained(work, whole, stored), quantized, copies)
         module = name.removesuffix(".weight")
         if matrix and is_adapted(work, module, f"blocks.{layer}.{module}", stored):
@@ -182,12 +189,6 @@ def _sliced(parameter: Parameter, work: Work) -> Parameter:
     shape = list(parameter.shape)
     shape[dim] = -(-shape[dim] // work.layout.tensor)
     return replace(parameter, shape=tuple(shape))
-
-
-def nf4_bytes(size: int) -> tuple[int, int]:
-    """Bytes of the codes of so many numbers, and of their double-quantized constants."""
-    blocks = -(-size // BLOCK)
-    return blocks * BLOCK // 2, blocks + 4 * -(-blocks // GROUP) + 4
 
 
 def part_of(parameter: Parameter, layout: Layout) -> int:

@@ -32,7 +32,7 @@ class Work:
     precision: Literal["float32", "bfloat16", "float8"] = "bfloat16"
 
     method: Literal["full", "lora", "dora", "prompt", "prefix", "bottleneck", "ia3", "bitfit"] = "full"
-    quantize: Literal["none", "nf4"] = "none"
+    quantize: Literal["none", "nf4", "int8"] = "none"
     rank: int = 16
     dropout: float = 0.0
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"

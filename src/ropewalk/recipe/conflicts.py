@@ -28,7 +28,7 @@ def _of_adapters(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if method != "full" and recipe.model.source is None:
         yield "adapt.method", f"{method} adapts a pretrained model; give model.source, or set it to full"
     if adapt.quantize != "none" and method in ("full", "bitfit"):
-        why = f"4-bit weights cannot be trained or saved in place, as method {method} would"
+        why = f"quantized weights cannot be trained or saved in place, as method {method} would"
         yield "adapt.quantize", f"{why}; set adapt.method: lora"
     if adapt.freeze and method != "full":
         yield "adapt.freeze", f"method {method} freezes the whole model already; leave it out"

@@ -25,6 +25,7 @@ SYNONYMS = {
     "activation_memory_budget": "train.checkpointing_budget",
     "budget": "train.checkpointing_budget",
     "load_in_4bit": "adapt.quantize",
+    "load_in_8bit": "adapt.quantize",
     "use_dora": "adapt.method",
     "use_rslora": "adapt.rank_stabilized",
     "loraplus_lr_ratio": "adapt.b_rate",

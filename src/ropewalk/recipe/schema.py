@@ -157,8 +157,8 @@ class Data(Section):
 class Adapt(Section):
     method: Literal["full", "lora", "dora", "prompt", "prefix", "bottleneck", "ia3", "bitfit"] = "full"
     """Train every weight, or little beside frozen ones; docs/adapt.md compares them."""
-    quantize: Literal["none", "nf4"] = "none"
-    """Keep the frozen matrices in 4 bits: with method lora this is QLoRA (arXiv 2305.14314)."""
+    quantize: Literal["none", "nf4", "int8"] = "none"
+    """Keep the frozen matrices in 4 bits (with lora: QLoRA, arXiv 2305.14314), or in 8 with a scale a row."""
     rank: Positive = 16
     """Rank of the LoRA matrices; width of bottleneck adapters."""
     alpha: PositiveNumber | None = None

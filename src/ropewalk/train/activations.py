@@ -17,7 +17,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from ropewalk.model import Transformer
 from ropewalk.model.layers import Context
 from ropewalk.model.transformer import Block, RunBlock
-from ropewalk.ops import NF4Tensor
+from ropewalk.ops import QuantizedTensor
 from ropewalk.train.host_memory import pinned
 
 _TILE = 16384
@@ -110,12 +110,12 @@ def _within(budget: float, count: int, selective: float) -> tuple[Mode, ...]:
 def _kept_share(model: Transformer) -> float:
     """Of what a block keeps, the share that `selective` keeps: counted on 64 tokens."""
     block, config = model.blocks[0], model.config
-    plain = [p for p in model.parameters() if not isinstance(p, NF4Tensor)]
+    plain = [p for p in model.parameters() if not isinstance(p, QuantizedTensor)]
     parameters = {p.untyped_storage().data_ptr() for p in plain}
     seen: tuple[dict[int, int], dict[int, int]] = {}, {}
 
     def count(kind: int, tensor: Tensor) -> Tensor:
-        if isinstance(tensor, NF4Tensor):  # a weight
+        if isinstance(tensor, QuantizedTensor):  # a weight
             return tensor
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in parameters:

@@ -94,8 +94,7 @@ def weights_before(
     for checkpoint in reversed(list_checkpoints(run.checkpoints_path)):
         done = int(checkpoint.name.removeprefix("step-"))
         if 0 < done < step and find_damage(checkpoint) is None:
-            quantize = recipe.adapt.quantize == "nf4"
-            dtype = DTYPES[recipe.train.precision]
+            quantize, dtype = recipe.adapt.quantize, DTYPES[recipe.train.precision]
             return load_model(checkpoint, dtype, device, quantize=quantize), checkpoint.name, done
     plain: dict[str, Any] = {"compile": False}
     if recipe.train.precision == "float8":  # which only training uses

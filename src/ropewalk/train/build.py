@@ -151,8 +151,7 @@ def _weights(recipe: Recipe, device: torch.device, checkpoint: Path | None) -> T
     if source is None:
         assert recipe.model.config is not None
         return from_config(recipe.model.config, seed=recipe.seed).to(device=device, dtype=dtype)
-    quantize = recipe.adapt.quantize == "nf4"
-    return load_model(source, dtype, device, revision, quantize)
+    return load_model(source, dtype, device, revision, recipe.adapt.quantize)
 
 
 def load_run_tokenizer(recipe: Recipe) -> Any:

@@ -6,7 +6,7 @@ from ropewalk.adapt import adapter_parameters
 from ropewalk.data import Batch
 from ropewalk.errors import RopewalkError
 from ropewalk.model import Transformer
-from ropewalk.ops import NF4Tensor
+from ropewalk.ops import QuantizedTensor
 from ropewalk.parallel import local
 
 SHOWN = 12
@@ -51,7 +51,7 @@ def broken_parameter(model: Transformer) -> str | None:
 
     (Quantized weights are frozen, and were finite when they were made.)
     """
-    plain = ((name, p) for name, p in model.named_parameters() if not isinstance(p, NF4Tensor))
+    plain = ((name, p) for name, p in model.named_parameters() if not isinstance(p, QuantizedTensor))
     return next((name for name, p in plain if not bool(torch.isfinite(local(p)).all())), None)
 
 

@@ -40,7 +40,7 @@ from ropewalk.files import (
     naming_full_disk,
     remove_leftovers,
 )
-from ropewalk.ops import NF4Tensor
+from ropewalk.ops import QuantizedTensor
 from ropewalk.parallel import Part, Stored, World, local, part_file, parts_of, write_parts
 from ropewalk.train.checkpoint import checkpoint_name, file_entry, list_checkpoints, prune, write_manifest
 from ropewalk.train.host_memory import HostCopies, fill
@@ -301,4 +301,4 @@ def _values(contents: Contents, state: Stored, frozen: Stored) -> Callable[[str]
 
 
 def _plain(tensor: Tensor) -> Tensor:
-    return tensor.dequantize() if isinstance(tensor, NF4Tensor) else tensor
+    return tensor.dequantize() if isinstance(tensor, QuantizedTensor) else tensor
