@@ -192,9 +192,7 @@ def judge(
     """
     data = load_recipe(recipe, overrides).data
     plan, store = plan_of(data.clean.model_dump()), (Path(data.directory) / "parts").absolute()
-    parts = [
-        name_sources([source.model_dump() for source in part]) for part in (data.train, data.validation)
-    ]
+    parts = [name_sources([source.model_dump() for source in part]) for part in (data.train, data.validation)]
     inputs = _inputs(*parts)
     reads = [_reads(item, store, plan.repair, data.max_bad_rows) for item in inputs]
     with Makers(data.workers, on, progress) as makers:
@@ -203,9 +201,7 @@ def judge(
     return View(store, _described(inputs, reads, judged), cleaning)
 
 
-def prepared_folder(
-    recipe: Recipe | str | Path | Mapping[str, Any], overrides: Sequence[str] = ()
-) -> Path:
+def prepared_folder(recipe: Recipe | str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Path:
     """Where `prepare` has put this recipe's data. Raises UserError where it has not yet."""
     recipe = load_recipe(recipe, overrides)
     train, validation, tokenizer, options, plan = _job(recipe)

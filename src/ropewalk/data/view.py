@@ -6,7 +6,7 @@ it knows the ledger too. It is read a unit at a time.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,9 @@ def described(
     known = attributes.available if attributes is not None else frozenset()
     files = attributes.files(sorted(known)) if attributes is not None and known else [[]] * len(units)
     return {
-        "attributes": {name: text for step in steps for name, text in step.attributes.items() if name in known},
+        "attributes": {
+            name: text for step in steps for name, text in step.attributes.items() if name in known
+        },
         "units": [
             {
                 "source": source,
@@ -114,6 +116,12 @@ class View:
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{path}: not of this version; run ropewalk prepare --overwrite") from None
         return cls(folder.absolute().parent / "parts", parts, report.get("cleaning"), folder, report)
+
+    def extend(self, attributes: Mapping[str, str], files: Sequence[Sequence[Path]]) -> None:
+        """More attributes, and for each part the files in which they are."""
+        self.attributes = {**self.attributes, **attributes}
+        pairs = zip(self.parts, files, strict=True)
+        self.parts = [replace(part, attributes=(*part.attributes, *more)) for part, more in pairs]
 
     @cached_property
     def sizes(self) -> list[int]:

@@ -209,7 +209,9 @@ class Frequent:
     def top(self) -> list[tuple[str, int]]:
         """(example, count) of those that were there twice at least, the most frequent first."""
         pairs = zip(self.hashes[: self.SHOWN].tolist(), self.counts.tolist(), strict=False)
-        return [(self.examples[value], n) for value, n in pairs if n + self.error > 1 and value in self.examples]
+        return [
+            (self.examples[value], n) for value, n in pairs if n + self.error > 1 and value in self.examples
+        ]
 
     def dump(self) -> dict[str, Any]:
         return {
