@@ -28,6 +28,7 @@ from ropewalk.data.parts import Makers, Progress, key
 from ropewalk.data.readers import InputFile, Source, cut, files_of, stamp, survey
 from ropewalk.data.report import markdown
 from ropewalk.data.shards import DamagedDataError, TokenShards
+from ropewalk.data.view import View, described
 from ropewalk.errors import UserError
 from ropewalk.files import atomic_directory
 from ropewalk.model import load_tokenizer
@@ -49,6 +50,15 @@ class Prepared:
     train: TokenShards
     validation: TokenShards | None
     report: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What was read, and what the rules say of it: a verdict file for each unit, or None without rules."""
+
+    units: list[Unit]
+    cleaner: Cleaner | None
+    verdicts: list[Path | None]
 
 
 @dataclass(frozen=True)
@@ -76,6 +86,20 @@ def prepare(
     RopewalkError for a full disk.
     """
     recipe = load_recipe(recipe, overrides)
+    job = _job(recipe)
+    return prepare_sources(
+        *job[:4],
+        Path(recipe.data.directory),
+        plan=job[4],
+        workers=recipe.data.workers,
+        on=on,
+        overwrite=overwrite,
+        progress=progress,
+    )
+
+
+def _job(recipe: Recipe) -> tuple[list[Source], list[Source], Any, Options, Plan]:
+    """What a recipe says of its data, as plain values: (train, validation, tokenizer, options, plan)."""
     data = recipe.data
     origin = recipe.model.tokenizer or recipe.model.source
     assert origin is not None  # the schema sees to it
@@ -89,18 +113,14 @@ def prepare(
         data.append_eos,
         data.max_bad_rows,
     )
-    return prepare_sources(
-        name_sources([source.model_dump(exclude={"weight"}) for source in data.train]),
-        name_sources([source.model_dump() for source in data.validation]),
-        tokenizer,
-        options,
-        Path(data.directory),
-        plan=plan_of(data.clean.model_dump()),
-        workers=data.workers,
-        on=on,
-        overwrite=overwrite,
-        progress=progress,
-    )
+    return *_sources(recipe), tokenizer, options, plan_of(data.clean.model_dump())
+
+
+def _sources(recipe: Recipe) -> tuple[list[Source], list[Source]]:
+    """(train, validation)."""
+    parts = recipe.data.train, recipe.data.validation
+    train, held = ([source.model_dump(exclude={"weight"}) for source in part] for part in parts)
+    return name_sources(train), name_sources(held)
 
 
 def name_sources(sources: Sequence[Mapping[str, Any]]) -> list[Source]:
@@ -128,29 +148,22 @@ def prepare_sources(
     progress: Progress | None = None,
 ) -> Prepared:
     """As `prepare`, from plain values. `plan` is how documents are cleaned; workers change no result."""
-    if not train:
-        raise UserError("data.train: names no source; give at least one")
     plan = plan or Plan()
     chat = tokenization(tokenizer, options).has_template
-    inputs = [Input(s, *files_of(s), held_out=i >= len(train)) for i, s in enumerate([*train, *validation])]
+    inputs = _inputs(train, validation)
     store = (directory / "parts").absolute()
     reads = [_reads(item, store, plan.repair, options.max_bad_rows) for item in inputs]
     made_from = _made_from(inputs, reads, tokenizer, options, plan)
-    fingerprint = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
-    slug = re.sub(r"[^A-Za-z0-9_-]+", "-", PurePath(train[0].name).stem).strip("-") or "data"
-    target = directory / f"{slug}-{fingerprint[:12]}"
+    fingerprint = _fingerprint(made_from)
+    target = _target(directory, train, fingerprint)
     if target.exists() and not overwrite:
         try:
             return _open(target, fingerprint, verify=True)
         except DamagedDataError as error:
             logging.getLogger(__name__).warning("%s: is damaged, and made anew (%s)", target, error)
     with Makers(workers, on, progress) as makers:
-        units = _read(inputs, reads, makers)
-        cleaner = None
-        if plan:
-            cleaner = Cleaner(Attributes(store, units, makers), plan)
-            cleaner.run()
-        verdicts = cleaner.verdicts() if cleaner else [None] * len(units)
+        judged = _judged(inputs, reads, store, plan, makers)
+        units, cleaner, verdicts = judged.units, judged.cleaner, judged.verdicts
         encodes = _encodes(units, verdicts, store, tokenizer, options, makers.workers, made_from)
         makers.make("tokenize", encodes, here=True)
     with atomic_directory(target, overwrite=True) as folder:
@@ -166,9 +179,85 @@ def prepare_sources(
             report["cleaning"] = cleaner.report()
         (folder / "report.md").write_text(markdown(report), encoding="utf-8")
         account = {"fingerprint": fingerprint, "made_from": made_from, "report": report}
+        account["parts"] = _described(inputs, reads, judged)
         text = json.dumps(account, indent=1, ensure_ascii=False)
         (folder / "prepared.json").write_text(text, encoding="utf-8")
     return _open(target, fingerprint, verify=False)
+
+
+def judge(
+    recipe: Recipe | str | Path | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    on: str | None = None,
+    progress: Progress | None = None,
+) -> View:
+    """The recipe's documents, and what its rules would drop, without tokenizing any.
+
+    What was read and measured is kept (in parts/), so that other thresholds take seconds. Raises as `prepare`.
+    """
+    recipe = load_recipe(recipe, overrides)
+    data = recipe.data
+    plan, store = plan_of(data.clean.model_dump()), (Path(data.directory) / "parts").absolute()
+    inputs = _inputs(*_sources(recipe))
+    reads = [_reads(item, store, plan.repair, data.max_bad_rows) for item in inputs]
+    with Makers(data.workers, on, progress) as makers:
+        judged = _judged(inputs, reads, store, plan, makers)
+    cleaning = judged.cleaner.report() if judged.cleaner else None
+    return View(store, _described(inputs, reads, judged), cleaning)
+
+
+def prepared_folder(recipe: Recipe | str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Path:
+    """Where `prepare` has put this recipe's data. Raises UserError where it has not yet."""
+    recipe = load_recipe(recipe, overrides)
+    train, validation, tokenizer, options, plan = _job(recipe)
+    directory = Path(recipe.data.directory)
+    inputs = _inputs(train, validation)
+    store = (directory / "parts").absolute()
+    reads = [_reads(item, store, plan.repair, options.max_bad_rows) for item in inputs]
+    target = _target(directory, train, _fingerprint(_made_from(inputs, reads, tokenizer, options, plan)))
+    if not (target / "prepared.json").is_file():
+        raise UserError(f"{target}: not prepared yet; run ropewalk prepare with this recipe first")
+    return target
+
+
+def _inputs(train: Sequence[Source], validation: Sequence[Source]) -> list[Input]:
+    if not train:
+        raise UserError("data.train: names no source; give at least one")
+    return [Input(s, *files_of(s), held_out=i >= len(train)) for i, s in enumerate([*train, *validation])]
+
+
+def _fingerprint(made_from: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
+
+
+def _target(directory: Path, train: Sequence[Source], fingerprint: str) -> Path:
+    slug = re.sub(r"[^A-Za-z0-9_-]+", "-", PurePath(train[0].name).stem).strip("-") or "data"
+    return directory / f"{slug}-{fingerprint[:12]}"
+
+
+def _judged(
+    inputs: Sequence[Input],
+    reads: Sequence[Sequence[ReadUnit]],
+    store: Path,
+    plan: Plan,
+    makers: Makers,
+) -> Judged:
+    units = _read(inputs, reads, makers)
+    if not plan:
+        return Judged(units, None, [None] * len(units))
+    cleaner = Cleaner(Attributes(store, units, makers), plan)
+    cleaner.run()
+    return Judged(units, cleaner, [*cleaner.verdicts()])
+
+
+def _described(
+    inputs: Sequence[Input], reads: Sequence[Sequence[ReadUnit]], judged: Judged
+) -> dict[str, Any]:
+    sources = [item.source.name for item, tasks in zip(inputs, reads, strict=True) for _ in tasks]
+    attributes = judged.cleaner.attributes if judged.cleaner else None
+    steps = judged.cleaner.steps if judged.cleaner else []
+    return described(sources, judged.units, attributes, judged.verdicts, steps)
 
 
 def _reads(item: Input, store: Path, repair: bool, allowed: int) -> list[ReadUnit]:

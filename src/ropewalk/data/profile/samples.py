@@ -1,0 +1,106 @@
+"""Documents to look at: the beginning of each, or the part where something is, with the places marked."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ropewalk.clean.lines import Lines
+from ropewalk.clean.step import Texts
+from ropewalk.data.view import View
+
+CHARACTERS = 500
+BEFORE = 80
+"""Characters that are shown before the first place that is marked."""
+Place = tuple[int, int]
+"""Characters start to end of a text."""
+
+
+def shown(text: str, marks: Iterable[Place] = (), characters: int = CHARACTERS) -> dict[str, Any]:
+    """The text's beginning, or from a little before the first mark: {text, marks in it, before, after}, the
+    last two in characters that are not shown."""
+    marks = sorted(marks)
+    start = max(marks[0][0] - BEFORE, 0) if marks and marks[0][0] > characters // 2 else 0
+    end = min(start + characters, len(text))
+    inside = [[max(a, start) - start, min(b, end) - start] for a, b in marks if a < end and b > start]
+    return {"text": text[start:end], "marks": _apart(inside), "before": start, "after": len(text) - end}
+
+
+def _apart(marks: Sequence[list[int]]) -> list[list[int]]:
+    """Ascending, none in two."""
+    result: list[list[int]] = []
+    for a, b in marks:
+        if result and a <= result[-1][1]:
+            result[-1][1] = max(b, result[-1][1])
+        else:
+            result.append([a, b])
+    return result
+
+
+def reasons(text: str, columns: Iterable[str], values: Mapping[str, Any]) -> list[Place]:
+    """Where in a text lies what a rule over these attributes saw: places that an attribute names, repeated
+    lines and paragraphs, repeated n-grams. Of most attributes there is no such place."""
+    found: list[Place] = []
+    for name in columns:
+        value = values.get(name)
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            found += [(place["start"], place["end"]) for place in value]
+        elif name.startswith("duplicate_paragraph"):
+            found += _repeated(Texts([text]).lines.paragraphs)
+        elif name.startswith(("duplicate_line", "repeated_line")):
+            found += _repeated(Texts([text]).lines.filled)
+        elif name.endswith("gram_characters"):
+            found += _ngrams(text, int("".join(filter(str.isdigit, name))), name.startswith("top"))
+    return found
+
+
+def _repeated(lines: Lines) -> list[Place]:
+    here = lines.where(lines.repeated)
+    return list(zip(here.starts.tolist(), here.ends.tolist(), strict=True))
+
+
+def _ngrams(text: str, n: int, most: bool) -> list[Place]:
+    """Those that were there before, or the most frequent."""
+    words = Texts([text]).words
+    hashes, first = words.ngrams(n)
+    if not len(hashes):
+        return []
+    _, at, inverse, counts = np.unique(hashes, return_index=True, return_inverse=True, return_counts=True)
+    if most:
+        chosen = inverse == np.argmax(counts)
+    else:
+        chosen = at[inverse] != np.arange(len(hashes))
+    starts, ends = words.starts[first[chosen]], words.ends[first[chosen] + n - 1]
+    return list(zip(starts.tolist(), ends.tolist(), strict=True))
+
+
+class Wanted:
+    """Documents that are to be shown: asked for one by one, read all at once, each part's in one go."""
+
+    def __init__(self, view: View) -> None:
+        self.view = view
+        self._places: set[tuple[int, int]] = set()
+        self._texts: dict[tuple[int, int], tuple[str, str]] = {}
+
+    def want(self, part: int, row: int) -> None:
+        self._places.add((part, row))
+
+    def read(self) -> None:
+        by_part: dict[int, list[int]] = {}
+        for part, row in sorted(self._places):
+            by_part.setdefault(part, []).append(row)
+        for part, rows in by_part.items():
+            for row, record in zip(rows, self.view.parts[part].read().at(np.array(rows)), strict=True):
+                self._texts[part, row] = record.id, record.plain
+
+    def text(self, part: int, row: int) -> str:
+        return self._texts[part, row][1]
+
+    def sample(self, part: int, row: int, marks: Iterable[Place] = (), **more: Any) -> dict[str, Any]:
+        id, text = self._texts[part, row]
+        return {"id": id, "source": self.view.parts[part].source, **shown(text, marks), **more}
+
+    def values(self, part: int, row: int, names: Sequence[str]) -> dict[str, Any]:
+        if not names:
+            return {}
+        return self.view.table(part, names).slice(row, 1).to_pylist()[0]

@@ -1,0 +1,42 @@
+"""The numbers to which a rule compares an attribute, for drawing them."""
+
+import json
+from typing import Any
+
+
+def thresholds(expression: str) -> dict[str, list[float]]:
+    """Attribute -> numbers in the expression that it is compared to, ascending; by DuckDB's own parser."""
+    import duckdb
+
+    with duckdb.connect() as connection:
+        found = connection.execute("select json_serialize_sql(?)", [f"select {expression}"]).fetchone()
+    result: dict[str, set[float]] = {}
+    _walk(json.loads(found[0]) if found else None, result)
+    return {name: sorted(values) for name, values in result.items()}
+
+
+def _walk(node: Any, result: dict[str, set[float]]) -> None:
+    if isinstance(node, list):
+        for part in node:
+            _walk(part, result)
+    if not isinstance(node, dict):
+        return
+    sides = [node.get(name) for name in ("left", "right", "input", "lower", "upper")]
+    if node.get("class") in ("COMPARISON", "BETWEEN"):
+        names = [side["column_names"][0] for side in sides if side and side.get("class") == "COLUMN_REF"]
+        numbers = [value for side in sides if side and (value := _number(side)) is not None]
+        for name in names:
+            result.setdefault(name, set()).update(numbers)
+    for value in node.values():
+        _walk(value, result)
+
+
+def _number(node: dict[str, Any]) -> float | None:
+    if node.get("class") != "CONSTANT":
+        return None
+    constant = node.get("value") or {}
+    value, kind = constant.get("value"), constant.get("type") or {}
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    scale = (kind.get("type_info") or {}).get("scale", 0)  # decimals come as integers
+    return value / 10**scale

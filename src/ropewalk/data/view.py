@@ -1,0 +1,213 @@
+"""Documents as they were read, with everything that is known of each: attributes, verdicts, tokens.
+
+A view is over the files in parts/ that a preparation, or a judgement without one, has made; of prepared data
+it knows the ledger too. It is read a unit at a time.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ropewalk.clean.step import Step
+from ropewalk.data.attributes import Attributes, Unit
+from ropewalk.data.build import LEDGER
+from ropewalk.data.documents import Documents
+from ropewalk.data.shards import TokenShards
+from ropewalk.errors import UserError
+
+OWN = ("id", "source", "file", "line", "start", "end", "hash")
+VERDICT = ("verdict", "failed", "duplicate_of")
+TOKENS = ("split", "piece", "pieces")
+
+
+def described(
+    sources: Sequence[str],
+    units: Sequence[Unit],
+    attributes: Attributes | None,
+    verdicts: Sequence[Path | None],
+    steps: Sequence[Step],
+) -> dict[str, Any]:
+    """The files of each unit in parts/, JSON-able: key `parts` of prepared.json."""
+    known = attributes.available if attributes is not None else frozenset()
+    files = attributes.files(sorted(known)) if attributes is not None and known else [[]] * len(units)
+    return {
+        "attributes": {
+            name: text for step in steps for name, text in step.attributes.items() if name in known
+        },
+        "units": [
+            {
+                "source": source,
+                "held_out": unit.held_out,
+                "documents": unit.documents.name,
+                "attributes": [path.name for path in found],
+                "verdicts": verdict and verdict.name,
+            }
+            for source, unit, found, verdict in zip(sources, units, files, verdicts, strict=True)
+        ],
+    }
+
+
+@dataclass(frozen=True)
+class Part:
+    """The files of one unit of the input."""
+
+    source: str
+    held_out: bool
+    documents: Path
+    attributes: tuple[Path, ...]
+    verdicts: Path | None
+
+    def read(self) -> Documents:
+        return Documents(self.documents)
+
+    @cached_property
+    def columns(self) -> dict[str, pa.DataType]:
+        """The attributes there are, and their types."""
+        return {field.name: field.type for path in self.attributes for field in pq.read_schema(path)}
+
+
+class View:
+    """`store` is parts/; `parts` what `described` made; `cleaning` the cleaner's report; `folder` that of
+    prepared data. Raises UserError for files that are gone."""
+
+    def __init__(
+        self,
+        store: Path,
+        parts: Mapping[str, Any],
+        cleaning: Mapping[str, Any] | None,
+        folder: Path | None = None,
+        report: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.store, self.folder, self.report = store, folder, report
+        self.attributes: Mapping[str, str] = parts["attributes"]
+        """name -> what it is, with its unit"""
+        self.rules: Sequence[Mapping[str, Any]] = cleaning["rules"] if cleaning else ()
+        self.parts = [
+            Part(
+                unit["source"],
+                unit["held_out"],
+                store / unit["documents"],
+                tuple(store / name for name in unit["attributes"]),
+                unit["verdicts"] and store / unit["verdicts"],
+            )
+            for unit in parts["units"]
+        ]
+        for part in self.parts:
+            for path in (part.documents, *part.attributes, *filter(None, [part.verdicts])):
+                if not path.is_file():
+                    raise UserError(f"{path}: is gone; run ropewalk prepare --overwrite to make it again")
+
+    @classmethod
+    def open(cls, folder: Path) -> "View":
+        """Prepared data, from its folder. Raises UserError for a folder that is none."""
+        path = folder / "prepared.json"
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            report, parts = found["report"], found["parts"]
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}; give a folder that ropewalk prepare made") from None
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path}: not of this version; run ropewalk prepare --overwrite") from None
+        return cls(folder.absolute().parent / "parts", parts, report.get("cleaning"), folder, report)
+
+    def extend(self, attributes: Mapping[str, str], files: Sequence[Sequence[Path]]) -> None:
+        """More attributes, and for each part the files in which they are."""
+        self.attributes = {**self.attributes, **attributes}
+        pairs = zip(self.parts, files, strict=True)
+        self.parts = [replace(part, attributes=(*part.attributes, *more)) for part, more in pairs]
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        return [len(part.read()) for part in self.parts]
+
+    @cached_property
+    def begins(self) -> np.ndarray:
+        """[parts + 1] int64: number, in the whole data, of each part's first document."""
+        return np.concatenate([[0], np.cumsum(self.sizes, dtype=np.int64)])
+
+    @property
+    def known(self) -> list[str]:
+        """All columns that `table` has."""
+        tokens = (*TOKENS, "tokens") if self.folder else ()
+        attributes = [name for part in self.parts[:1] for name in part.columns]
+        return [*dict.fromkeys([*OWN, *VERDICT, *tokens, "held_out", "kept", *attributes])]
+
+    def table(self, i: int, names: Sequence[str]) -> pa.Table:
+        """Columns of part i, a row for each of its documents."""
+        part, columns = self.parts[i], {}
+        wanted = {*names, *(("verdict",) if "kept" in names and not self.folder else ())}
+        own = [name for name in OWN if name in wanted]
+        if own:
+            columns |= _named(part.read().columns(*own))
+        verdict = [name for name in VERDICT if name in wanted]
+        if verdict:
+            columns |= _named(self._verdicts(i, verdict))
+        for path in part.attributes:
+            inside = [name for name in pq.read_schema(path).names if name in wanted]
+            if inside:
+                columns |= _named(pq.read_table(path, columns=inside))
+        if self.folder and wanted & {*TOKENS, "tokens", "kept"}:
+            rows = slice(*self.begins[i : i + 2].tolist())
+            columns |= {name: pa.array(self._ledger[name][rows]) for name in TOKENS}
+            columns["tokens"] = pa.array(self.tokens[rows])
+            columns["kept"] = pa.array(self._ledger["pieces"][rows] > 0)
+        elif "kept" in wanted:
+            columns["kept"] = columns["verdict"].is_null()
+        if "held_out" in wanted:
+            columns["held_out"] = pa.array(np.full(self.sizes[i], part.held_out))
+        return pa.table({name: columns[name] for name in names})
+
+    def _verdicts(self, i: int, names: Sequence[str]) -> pa.Table:
+        path, size = self.parts[i].verdicts, self.sizes[i]
+        if path is not None:
+            return pq.read_table(path, columns=list(names))
+        nothing = {
+            "verdict": pa.nulls(size, pa.string()),
+            "failed": pa.nulls(size, pa.list_(pa.string())),
+            "duplicate_of": pa.array(np.full(size, -1)),
+        }
+        return pa.table({name: nothing[name] for name in names})
+
+    @cached_property
+    def _ledger(self) -> dict[str, np.ndarray]:
+        """Where the tokens of each document of the whole data are; 13 bytes a document are kept of it."""
+        assert self.folder is not None
+        table = pq.read_table(self.folder / LEDGER, columns=list(TOKENS), read_dictionary=["split"])
+        if len(table) != self.begins[-1]:
+            raise UserError(f"{self.folder / LEDGER}: does not fit; run ropewalk prepare --overwrite")
+        split = table["split"].cast(pa.string()).to_numpy(zero_copy_only=False)
+        return {
+            "split": split,
+            "piece": table["piece"].to_numpy(),
+            "pieces": table["pieces"].to_numpy(),
+        }
+
+    @cached_property
+    def tokens(self) -> np.ndarray:
+        """[documents] int64 of prepared data: tokens of each, all its pieces together."""
+        assert self.folder is not None
+        ledger = self._ledger
+        result = np.zeros(len(ledger["piece"]), np.int64)
+        for name in ("train", "validation"):
+            here = np.flatnonzero(ledger["split"] == name)
+            if len(here):
+                ends = np.concatenate([[0], np.cumsum(TokenShards.open(self.folder / name).lengths)])
+                first, count = ledger["piece"][here], ledger["pieces"][here]
+                result[here] = ends[first + count] - ends[first]
+        return result
+
+    def place(self, number: int) -> tuple[int, int]:
+        """(part, row) of a document by its number in the whole data."""
+        part = int(np.searchsorted(self.begins, number, side="right")) - 1
+        return part, number - int(self.begins[part])
+
+
+def _named(table: pa.Table) -> dict[str, pa.ChunkedArray]:
+    return dict(zip(table.column_names, table.columns, strict=True))
