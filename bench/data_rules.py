@@ -30,7 +30,7 @@ RUNS = 5
 ENVIRONMENT = {"PYTHONPATH": str(BENCH.parent / "src"), "OMP_NUM_THREADS": "1"}
 
 
-def cases(directory: Path, environments: Path = BENCH, count: int = 3000) -> list[dict[str, Any]]:
+def cases(directory: Path, environments: Path = BENCH, count: int = 1000) -> list[dict[str, Any]]:
     """Speed (the median of 5 runs) and agreement, entries: case, peer, ours, peer_value, unit, ratio."""
     peer = peer_python("datatrove", environments)
     with tempfile.TemporaryDirectory(prefix="ropewalk-bench-") as folder:

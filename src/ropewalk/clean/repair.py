@@ -18,7 +18,7 @@ from ropewalk.errors import UserError
 
 _ENDS = re.compile("\r\n?|[\x85\u2028\u2029]")
 _CONTROLS = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f-\x84\x86-\x9f\ufeff\ufff9-\ufffb\ud800-\udfff]")
-"""C0 and C1 controls but tab, line and form feed, and what are line ends; byte order marks; lone surrogates."""
+"""C0 and C1 controls but tab, form feed and line ends; byte order marks; lone surrogates."""
 PASSES = 8
 """At most: what is removed or undone can leave mojibake of its own, a few layers deep at the worst."""
 

@@ -1,0 +1,94 @@
+"""How well a model foresees a text: well where it has seen much like it, or where the text repeats itself."""
+
+import math
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from ropewalk.clean.step import Texts
+from ropewalk.errors import UserError
+
+LONGEST_TOKEN = 16
+"""Characters: text beyond so many for each token is not looked at."""
+
+
+class Perplexity:
+    """Perplexity under a model of the user's choice, of the first tokens.
+
+    Texts go through the model one by one: in a padded batch sums would be made in another order, and a text's
+    value would depend, in its last digits, on its neighbours. `source` is what `model.load_model` takes.
+    """
+
+    name = "perplexity"
+    version = 1
+
+    def __init__(self, source: str | Path, tokens: int = 512, device: str = "cpu") -> None:
+        if tokens < 2:
+            raise UserError(f"perplexity needs 2 tokens of a text or more; there are {tokens}")
+        self.source, self.tokens, self.device = str(source), tokens, device
+        self.attributes: Mapping[str, str] = {
+            "perplexity": f"exp of the mean loss of tokens 2 to {tokens}, by the model's own tokenizer; null "
+            "where there are fewer than two",
+            "bits_per_byte": "the same loss in bits for a byte of UTF-8: comparable between tokenizers",
+        }
+
+    def settings(self) -> Any:
+        from ropewalk.model import resolve_source
+        from ropewalk.model.source import source_fingerprint
+
+        return {"model": source_fingerprint(resolve_source(self.source)), "tokens": self.tokens}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the model: another process reads its own."""
+        return {name: value for name, value in vars(self).items() if name != "_loaded"}
+
+    @cached_property
+    def _loaded(self) -> tuple[Any, Any]:
+        from ropewalk.model import load_model, load_tokenizer
+
+        model = load_model(self.source, device=self.device)
+        if self.tokens > model.context_length:
+            raise UserError(
+                f"perplexity of {self.tokens} tokens: {self.source} has room for {model.context_length}"
+            )
+        return model, load_tokenizer(self.source)
+
+    def map(self, texts: Texts) -> pa.Table:
+        found = [self._score(text) for text in texts.texts]
+        columns = np.array(found, dtype=np.float64).reshape(len(found), 2)
+        # from_pandas: NaN is null
+        values = [pa.array(column, pa.float64(), from_pandas=True) for column in columns.T]
+        return pa.table(dict(zip(self.attributes, values, strict=True)))
+
+    def _score(self, text: str) -> tuple[float, float]:
+        """(perplexity, bits per byte), rounded to six digits."""
+        from ropewalk.evaluate.perplexity import score_documents
+
+        model, tokenizer = self._loaded
+        text = text[: self.tokens * LONGEST_TOKEN].encode("utf-8", "replace").decode("utf-8")
+        encoding = tokenizer(
+            text,
+            return_offsets_mapping=True,
+            return_special_tokens_mask=True,
+            verbose=False,
+            truncation=False,
+        )
+        ids, special, offsets = (
+            encoding[name][: self.tokens] for name in ("input_ids", "special_tokens_mask", "offset_mapping")
+        )
+        while ids and special[-1]:  # an end that the tokenizer adds is not in the text
+            ids, special, offsets = ids[:-1], special[:-1], offsets[:-1]
+        if len(ids) < 2:
+            return math.nan, math.nan
+        nats = score_documents(model, [ids], self.tokens, self.tokens)[0]
+        size = len(text[0 if special[0] else offsets[0][1] : offsets[-1][1]].encode())
+        perplexity = math.exp(min(nats / (len(ids) - 1), 700.0))
+        return _rounded(perplexity), _rounded(nats / math.log(2) / size) if size else math.nan
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.6g}")
