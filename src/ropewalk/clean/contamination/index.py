@@ -50,27 +50,26 @@ class Index:
                 prefixes[n] = key[length[question] >= n]
             whole[length[question] == n] = key[length[question] == n]
         self._lengths = set(length.tolist())
-        self._own(whole, question, len(questions))
+        self._own(whole, question, _telling(whole, question, at, length[question], len(words)))
         self._tables = {n: _Table(prefix) for n, prefix in prefixes.items()}
         self._table = _Table(self._keys)
 
-    def _own(self, whole: np.ndarray, question: np.ndarray, questions: int) -> None:
-        """Keeps each n-gram once with the questions that have it, less those that too many have."""
+    def _own(self, whole: np.ndarray, question: np.ndarray, telling: np.ndarray) -> None:
+        """Keeps each n-gram that counts once, with the questions that have it."""
+        questions = len(self.words)
+        self.boilerplate = np.bincount(question[telling], minlength=questions) == 0
+        """[questions] bool: nothing in it is its own, so that finding it says little."""
+        kept = telling | self.boilerplate[question]
+        whole, question = whole[kept], question[kept]
         order = np.lexsort((question, whole))
         whole, question = whole[order], question[order]
-        again = np.zeros(len(whole), bool)
-        again[1:] = (whole[1:] == whole[:-1]) & (question[1:] == question[:-1])
-        whole, question = whole[~again], question[~again]
-        often = np.unique(whole, return_counts=True)[1]
-        common = np.repeat(often > BOILERPLATE, often)
-        self.boilerplate = np.bincount(question[~common], minlength=questions) == 0
-        """[questions] bool: nothing in it is its own, so that finding it says little."""
-        kept = ~common | self.boilerplate[question]
-        self.grams = np.bincount(question[kept], minlength=questions)
+        new = np.ones(len(whole), bool)
+        new[1:] = (whole[1:] != whole[:-1]) | (question[1:] != question[:-1])
+        self._question = question[new]
+        self.grams = np.bincount(self._question, minlength=questions)
         """[questions] int64: different n-grams that count."""
-        self._keys, often = np.unique(whole[kept], return_counts=True)
+        self._keys, often = np.unique(whole[new], return_counts=True)
         self._offsets = np.concatenate([[0], np.cumsum(often)])
-        self._question = question[kept]
 
     def find(self, words: Words) -> Hits:
         """Every n-gram of a question in `words`, which are without symbols."""
@@ -97,6 +96,29 @@ class Index:
         row = np.repeat(np.arange(len(gram)), counts)
         nth = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
         return Hits(places[row], self._question[self._offsets[gram[row]] + nth], gram[row])
+
+
+def _telling(
+    whole: np.ndarray, question: np.ndarray, at: np.ndarray, length: np.ndarray, words: int
+) -> np.ndarray:
+    """[n] bool: which n-grams tell their question from others. Not boilerplate, and not what begins or ends
+    in it, so that a question counts as found without the instruction before it; unless nothing else is left.
+
+    An n-gram is `length` words from word `at` on, of `question`; there are `words` in all.
+    """
+    order = np.lexsort((question, whole))
+    new = np.ones(len(whole), bool)
+    new[1:] = (np.diff(question[order]) != 0) | (whole[order][1:] != whole[order][:-1])
+    keys, often = np.unique(whole[order][new], return_counts=True)
+    common = often[np.searchsorted(keys, whole)] > BOILERPLATE
+    edges = np.zeros(words + 1, np.int64)
+    np.add.at(edges, at[common], 1)
+    np.add.at(edges, (at + length)[common], -1)
+    covered = np.cumsum(edges) > 0
+    apart = ~common & ~covered[at] & ~covered[at + length - 1]
+    some = np.zeros(int(question.max(initial=-1)) + 1, bool)
+    some[question[apart]] = True
+    return apart | (~common & ~some[question])
 
 
 def _longer(

@@ -52,7 +52,7 @@ class CharacterNgrams:
         return flat.reshape(len(texts), self.dimensions).astype(np.float32)
 
 
-def model_vectors(source: str, batch_size: int = 32, device: str = "auto") -> Vectors:
+def model_vectors(source: str, batch_size: int = 32, device: str = "cpu") -> Vectors:
     """The mean of a language model's last hidden states over a text's first 512 tokens.
 
     `source` and `device` are as `load_model` takes them. (A model that was trained for embeddings tells
