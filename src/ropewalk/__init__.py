@@ -47,6 +47,7 @@ _HOME = {
     "plan": "plan",
     "estimate": "plan",
     "run": "lane",
+    "ablate": "ablate",
 }
 __all__ = sorted(_HOME)
 
@@ -54,8 +55,8 @@ __all__ = sorted(_HOME)
 class _CommandModule(ModuleType):
     """A module that is also the command of its name: `rw.train(...)` is `ropewalk.train.train(...)`.
 
-    Importing a submodule binds its name in the package, over any function put there; so the five
-    modules that share their name with a command (train, launch, evaluate, doctor, plan) can be called
+    Importing a submodule binds its name in the package, over any function put there; so the six
+    modules that share their name with a command (train, launch, evaluate, doctor, plan, ablate) can be called
     themselves.
     """
 

@@ -15,7 +15,7 @@ LOW = {"model", "ops", "adapt", "parallel"}
 STAGES = set("clean data train launch align evaluate plan sweep compress export serve board compare".split())
 LEAVES = {"errors", "files", "layout", "stage"}
 """Single modules that everybody may use."""
-WHOLE_LANE = {"cli", "lane", "doctor"}
+WHOLE_LANE = {"cli", "lane", "ablate", "doctor"}
 """What stands above the rooms; nothing below may import it."""
 MAY_USE_RECIPE_AND_TRACK = {
     "data": {"entry"},

@@ -2,8 +2,11 @@
 
 import typer
 
-from ropewalk.cli import data_tokenizer
+from ropewalk.cli import data_ablate, data_tokenizer
 
-app = typer.Typer(help="Tokenizers and measures of data.", no_args_is_help=True)
+app = typer.Typer(
+    help="Learn tokenizers, measure data, and try what cleaning is worth.", no_args_is_help=True
+)
 app.command("tokenizer")(data_tokenizer.tokenizer)
 app.command("fertility")(data_tokenizer.fertility)
+app.command("ablate")(data_ablate.ablate)
