@@ -57,7 +57,7 @@ def main() -> None:
     with (out / "kept.jsonl").open("w", encoding="utf-8") as target:
         for file, table in zip(parts.files, step.reduce(parts), strict=True):
             with file.open(encoding="utf-8") as source:
-                for line, of in zip(source, table["duplicate_of"].to_pylist(), strict=True):
+                for line, of in zip(source, table["near_duplicate_of"].to_pylist(), strict=True):
                     if of == -1:
                         target.write(line)
                         kept.append(json.loads(line)["id"])

@@ -79,6 +79,8 @@ class Build:
             self.writers[name].add(part.ids, part.scored, id, sources[row], scores[row])
             self.tally.splits[name].add(sources[row], part)
             places[row, 1] += 1
+        if verdicts is not None:
+            self.tally.dropped.update(v for v in verdicts.table["verdict"].to_pylist() if v is not None)
         self._write_ledger(table, split, places, verdicts)
 
     def _write_ledger(
@@ -99,6 +101,7 @@ class Build:
         options, held_out = self.options, len(self.tally.validation.lengths)
         if not self.tally.train.lengths:
             why = [f"{count:,} {what}" for what, count in self.tally.changes.items()]
+            why += [f"{count:,} dropped by rule {rule}" for rule, count in self.tally.dropped.most_common()]
             if held_out and options.validation_fraction:
                 held = f"{held_out:,} held out by data.validation_fraction={options.validation_fraction:g}"
                 why.append(f"{held} (lower it, or name data.validation)")

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ropewalk.clean.c4 import C4
+from ropewalk.clean.code import Code
 from ropewalk.clean.contamination import Contamination
 from ropewalk.clean.duplicates.exact import ExactDuplicates
 from ropewalk.clean.duplicates.minhash import NearDuplicates
@@ -12,8 +13,10 @@ from ropewalk.clean.duplicates.substrings import DuplicateSubstrings
 from ropewalk.clean.language import Language
 from ropewalk.clean.pii import Pii
 from ropewalk.clean.quality import Quality
+from ropewalk.clean.repair import Repair
 from ropewalk.clean.repetition import Repetition
 from ropewalk.clean.rules import Rule
+from ropewalk.clean.screening import Screening
 from ropewalk.clean.step import Step
 from ropewalk.data.cleaning import Plan, rules_of
 from ropewalk.data.edits import Action
@@ -23,12 +26,8 @@ DUPLICATES = {
     "exact": Rule("exact_duplicate", "exact_duplicate_of = -1", "the text of another document", "data.clean"),
     "near": Rule("near_duplicate", "near_duplicate_of = -1", "nearly another document's text", "data.clean"),
 }
-REPEATS = {
-    "paragraphs": "duplicate_paragraph_spans",
-    "lines": "duplicate_line_spans",
-    "passages": "passage_spans",
-}
-"""Word of data.clean.duplicates -> the attribute with the places that are cut out."""
+REPEATS = ("paragraphs", "lines", "passages")
+"""Words of data.clean.duplicates; the places that are cut out are the attributes repeated_WORD."""
 _CONTAMINATED = Rule(
     "contaminated", "not contaminated", "holds items of an evaluation set", "data.clean.against"
 )
@@ -39,7 +38,7 @@ def plan_of(clean: Mapping[str, Any]) -> Plan:
     """From the fields of recipe.schema.Clean. Raises UserError for files that cannot be read, rules that
     there are not, and expressions that are none."""
     rules = [DUPLICATES[word] for word in clean["duplicates"] if word in DUPLICATES]
-    edits: dict[str, Action] = {REPEATS[word]: "cut" for word in clean["duplicates"] if word in REPEATS}
+    edits: dict[str, Action] = {f"repeated_{word}": "cut" for word in clean["duplicates"] if word in REPEATS}
     asked: list[str] = []
     if clean["against"]:
         asked += ["contaminated", "contamination_items"]
@@ -66,7 +65,7 @@ def plan_of(clean: Mapping[str, Any]) -> Plan:
 
 def steps_of(clean: Mapping[str, Any], sets: Sequence[EvaluationSet]) -> tuple[Step, ...]:
     """All there are, in the order in which they may run."""
-    steps: list[Step] = [Quality(), Repetition(), C4(), Language(), Pii()]
+    steps: list[Step] = [Quality(), Repetition(), C4(), Language(), Pii(), Screening(), Code(), Repair()]
     if sets:
         steps.append(Contamination([item for one in sets for item in one.items]))
     steps += [ExactDuplicates(), NearDuplicates(threshold=clean["similarity"])]

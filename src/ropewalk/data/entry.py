@@ -148,7 +148,7 @@ def prepare_sources(
     progress: Progress | None = None,
 ) -> Prepared:
     """As `prepare`, from plain values. `plan` is how documents are cleaned; workers change no result."""
-    plan = plan or Plan()
+    plan = Plan() if plan is None else plan
     chat = tokenization(tokenizer, options).has_template
     inputs = _inputs(train, validation)
     store = (directory / "parts").absolute()
@@ -194,7 +194,7 @@ def judge(
 ) -> View:
     """The recipe's documents, and what its rules would drop, without tokenizing any.
 
-    What was read and measured is kept (in parts/), so that other thresholds take seconds. Raises as `prepare`.
+    What was read and measured is kept in parts/, so that other thresholds take seconds. Raises as `prepare`.
     """
     recipe = load_recipe(recipe, overrides)
     data = recipe.data

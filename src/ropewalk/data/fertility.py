@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from ropewalk.clean.step import Step, Texts
-from ropewalk.data.catalog import steps_of
+from ropewalk.clean.language import Language
+from ropewalk.clean.step import Texts
 from ropewalk.data.readers import Source
 from ropewalk.data.texts import Progress, batches_of
 
@@ -96,13 +96,13 @@ def fertility(
     By language where a cleaning step says it. Special tokens that a tokenizer adds do not count.
     Raises UserError for a source that cannot be read or has no text.
     """
-    step = next((step for step in steps_of() if "language" in step.attributes), None)
+    step = Language()
     used = {name: np.zeros(_rows(tokenizer), bool) for name, tokenizer in tokenizers.items()}
     parts: dict[str, dict[tuple[str, str | None], Fertility]] = {name: {} for name in tokenizers}
     for source in sources:
         for batch in batches_of(source, progress):
             texts = Texts([record.plain for record in batch], [record.id for record in batch])
-            languages = _languages(step, texts)
+            languages = step.map(texts)["language"].to_pylist()
             for name, tokenizer in tokenizers.items():
                 for language, found in zip(languages, _measure(tokenizer, texts, used[name]), strict=True):
                     part = parts[name].setdefault((source.name, language), Fertility())
@@ -111,10 +111,6 @@ def fertility(
         Suitability(name, len(tokenizer), _unused(tokenizer, used[name]), parts[name])
         for name, tokenizer in tokenizers.items()
     ]
-
-
-def _languages(step: Step | None, texts: Texts) -> list[str | None]:
-    return [None] * len(texts) if step is None else step.map(texts)["language"].to_pylist()
 
 
 def _measure(tokenizer: Any, texts: Texts, used: np.ndarray) -> Iterator[Fertility]:

@@ -76,6 +76,8 @@ class Tally:
     changed: dict[str, list[str]] = field(default_factory=dict)
     """what was done -> names of the rows it was done to"""
     changes: Counter = field(default_factory=Counter)
+    dropped: Counter = field(default_factory=Counter)
+    """rule -> documents of which it is the verdict"""
     truncated_tokens: int = 0
     turns_without_end: int = 0
     notes: list[str] = field(default_factory=list)
@@ -185,6 +187,8 @@ def markdown(report: dict[str, Any]) -> str:
         lengths = split["lengths"]
         lines += ["", "Tokens in a document: " + ", ".join(f"{k} {v:,}" for k, v in lengths.items()) + "."]
         lines += ["", "```", *_bars(split["histogram"]), "```"]
+    if "cleaning" in report:
+        lines += ["", "## Cleaning", "", *_cleaning(report["cleaning"])]
     lines += ["", "## Changed and left out", ""]
     if report["truncated_tokens"]:
         lines += [f"- {report['truncated_tokens']:,} tokens were cut off."]
@@ -207,6 +211,16 @@ def markdown(report: dict[str, Any]) -> str:
 def _row(name: str, counts: dict[str, Any]) -> str:
     share = f"{counts['scored']:,} ({counts['scored_share']:.1%})"
     return f"| {name} | {counts['documents']:,} | {counts['tokens']:,} | {share} |"
+
+
+def _cleaning(cleaning: dict[str, Any]) -> list[str]:
+    count, kept = cleaning["documents"], cleaning["kept"]
+    lines = [f"{kept:,} of {count:,} documents are kept. A document is dropped by the first rule it fails."]
+    lines += ["", "| rule | keeps | dropped | failed | failed alone |", "|---|---|---|---|---|"]
+    for rule in cleaning["rules"]:
+        numbers = " | ".join(f"{rule[name]:,}" for name in ("dropped", "failed", "failed_alone"))
+        lines.append(f"| {rule['rule']} | `{rule['keeps'].replace('|', chr(92) + '|')}` | {numbers} |")
+    return lines
 
 
 def _bars(histogram: list[dict[str, int]]) -> list[str]:

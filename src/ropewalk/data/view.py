@@ -141,7 +141,8 @@ class View:
 
     def table(self, i: int, names: Sequence[str]) -> pa.Table:
         """Columns of part i, a row for each of its documents."""
-        part, columns = self.parts[i], {}
+        part = self.parts[i]
+        columns: dict[str, Any] = {}
         wanted = {*names, *(("verdict",) if "kept" in names and not self.folder else ())}
         own = [name for name in OWN if name in wanted]
         if own:

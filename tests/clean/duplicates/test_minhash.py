@@ -51,7 +51,7 @@ def components(size: int, pairs: list[tuple[int, int]]) -> list[set[int]]:
 def test_pairs_at_the_threshold_are_found_and_no_others(corpus, similarity):
     step = NearDuplicates()
     found = reduced(step, corpus, [100, 0, 250, 250])
-    root = [row if of == -1 else of for row, of in enumerate(found["duplicate_of"])]
+    root = [row if of == -1 else of for row, of in enumerate(found["near_duplicate_of"])]
     similar = [pair for pair, s in similarity.items() if s >= step.threshold]
     assert len(similar) > 200
     recalled = sum(root[a] == root[b] for a, b in similar) / len(similar)
@@ -59,7 +59,7 @@ def test_pairs_at_the_threshold_are_found_and_no_others(corpus, similarity):
     # each cluster is one of the exact ones or a piece of it: not a pair is there that should not be
     exact = components(len(corpus), similar)
     assert all(root[row] in exact[row] for row in range(len(corpus)))
-    assert found["duplicates"] == [Counter(root)[one] for one in root]
+    assert found["near_duplicates"] == [Counter(root)[one] for one in root]
 
 
 def test_clusters_are_the_closure_of_the_checked_candidates(corpus, similarity):
@@ -69,7 +69,7 @@ def test_clusters_are_the_closure_of_the_checked_candidates(corpus, similarity):
     hashes = np.array([table[name].to_numpy() for name in table.column_names if name.startswith("band")])
     pairs = [(a, b) for (a, b), s in similarity.items() if s >= 0.6 and (hashes[:, a] == hashes[:, b]).any()]
     expected = [min(of) for of in components(len(corpus), pairs)]
-    found = reduced(step, corpus)["duplicate_of"]
+    found = reduced(step, corpus)["near_duplicate_of"]
     assert [row if of == -1 else of for row, of in enumerate(found)] == expected
 
 
@@ -93,24 +93,24 @@ def test_the_preferred_of_a_cluster_stays_and_dropped_ones_take_no_part(corpus):
     preference = [float(rng.randrange(4)) for _ in corpus]
     found = reduced(NearDuplicates(), corpus, [300, 300], preference=preference)
     clusters: dict[int, list[int]] = {}
-    for row, of in enumerate(first["duplicate_of"]):
+    for row, of in enumerate(first["near_duplicate_of"]):
         clusters.setdefault(row if of == -1 else of, []).append(row)
     for cluster in clusters.values():
         best = min(cluster, key=lambda row: (preference[row], row))
-        assert {found["duplicate_of"][row] for row in cluster} <= {best, -1}
-        assert found["duplicate_of"][best] == -1
+        assert {found["near_duplicate_of"][row] for row in cluster} <= {best, -1}
+        assert found["near_duplicate_of"][best] == -1
     pair = next(rows for rows in clusters.values() if len(rows) == 2)
     kept = [row != pair[0] for row in range(len(corpus))]
     without = reduced(NearDuplicates(), corpus, [300, 300], kept=kept)
-    assert [without["duplicate_of"][row] for row in pair] == [-1, -1]
-    assert [without["duplicates"][row] for row in pair] == [1, 1]
+    assert [without["near_duplicate_of"][row] for row in pair] == [-1, -1]
+    assert [without["near_duplicates"][row] for row in pair] == [1, 1]
 
 
 def test_short_and_empty_texts(shared):
     texts = ["", "one", "One!", "", "two words", "...", "words two", "two, words", "???"]
     assert isinstance(NearDuplicates(), Joined)
-    assert reduced(NearDuplicates(), texts)["duplicate_of"] == [-1, -1, 1, -1, -1, -1, -1, 4, -1]
-    assert reduced(NearDuplicates(), []) == {"duplicate_of": [], "duplicates": []}
+    assert reduced(NearDuplicates(), texts)["near_duplicate_of"] == [-1, -1, 1, -1, -1, -1, -1, 4, -1]
+    assert reduced(NearDuplicates(), []) == {"near_duplicate_of": [], "near_duplicates": []}
 
 
 def test_true_similarity_is_that_of_python_sets(shared):

@@ -22,7 +22,7 @@ def test_sizes_members_and_similarities(shared):
     parts = MemoryParts(step, texts, [0, 70, 30], preference=preference)
     tables = list(step.reduce(parts))
     report = json.loads(json.dumps(cluster_report(parts, tables, clusters=3, members=4)))
-    of = [value for table in tables for value in table["duplicate_of"].to_pylist()]
+    of = [value for table in tables for value in table["near_duplicate_of"].to_pylist()]
     sizes = Counter(value for value in of if value >= 0)
     assert report["rows"] == 100
     assert report["duplicates"] == sum(value >= 0 for value in of) > 40

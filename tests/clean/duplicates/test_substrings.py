@@ -32,7 +32,7 @@ def by_dictionary(texts, n, kept, preference) -> list[list[tuple[int, int]]]:
 
 
 def spans(found: dict[str, list]) -> list[list[tuple[int, int]]]:
-    return [[(s["start"], s["end"]) for s in row] for row in found["duplicate_substrings"]]
+    return [[(s["start"], s["end"]) for s in row] for row in found["repeated_passages"]]
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 8])
@@ -51,7 +51,7 @@ def test_few_words_that_come_back_all_the_time(n, seed):
         found = reduced(DuplicateSubstrings(n), texts, sizes, batch=batch, kept=kept, preference=preference)
         assert spans(found) == expected
         lengths = [sum(end - start for start, end in row) for row in expected]
-        assert found["duplicate_substrings_characters"] == lengths
+        assert found["repeated_passages_characters"] == lengths
 
 
 @pytest.mark.parametrize("n", [20, 50])

@@ -36,8 +36,8 @@ class NearDuplicates:
     name: ClassVar[str] = "near_duplicates"
     version: ClassVar[int] = 1
     attributes: ClassVar[Mapping[str, str]] = {
-        "duplicate_of": "number of the row kept of the cluster of near duplicates, -1 where it is this one",
-        "duplicates": "how many rows the cluster of near duplicates has",
+        "near_duplicate_of": "number of the row kept of a cluster of near duplicates, -1 where it is this",
+        "near_duplicates": "how many rows the cluster of near duplicates has",
     }
 
     def settings(self) -> Any:
@@ -67,7 +67,7 @@ class NearDuplicates:
             number = _read_sets(parts, rows, candidates, sets)
             for members, sizes in self._groups(parts, rows, taking_part):
                 self._join(members, sizes, number, sets, clusters)
-        yield from cluster_tables(rows, clusters, ("duplicate_of", "duplicates"))
+        yield from cluster_tables(rows, clusters, ("near_duplicate_of", "near_duplicates"))
 
     def _groups(
         self, parts: Parts, rows: Rows, taking_part: np.ndarray

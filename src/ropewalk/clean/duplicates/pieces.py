@@ -98,11 +98,11 @@ class DuplicateLines(_Pieces):
 
     minimum: int = 40
 
-    name: ClassVar[str] = "duplicate_lines"
+    name: ClassVar[str] = "repeated_lines"
     kind: ClassVar[str] = "line"
     attributes: ClassVar[Mapping[str, str]] = {
-        "duplicate_lines": "spans: lines that are in a preferred or earlier place too",
-        "duplicate_lines_characters": "length of these spans together, in characters",
+        "repeated_lines": "spans: lines that are in a preferred or earlier place too",
+        "repeated_lines_characters": "length of these spans together, in characters",
     }
 
 
@@ -112,9 +112,9 @@ class DuplicateParagraphs(_Pieces):
 
     minimum: int = 80
 
-    name: ClassVar[str] = "duplicate_paragraphs"
+    name: ClassVar[str] = "repeated_paragraphs"
     kind: ClassVar[str] = "paragraph"
     attributes: ClassVar[Mapping[str, str]] = {
-        "duplicate_paragraphs": "spans: paragraphs that are in a preferred or earlier place too",
-        "duplicate_paragraphs_characters": "length of these spans together, in characters",
+        "repeated_paragraphs": "spans: paragraphs that are in a preferred or earlier place too",
+        "repeated_paragraphs_characters": "length of these spans together, in characters",
     }

@@ -16,7 +16,7 @@ LINE = 100
 def cluster_report(
     parts: Parts,
     attributes: Sequence[pa.Table],
-    column: str = "duplicate_of",
+    column: str = "near_duplicate_of",
     clusters: int = 10,
     members: int = 5,
     words: int = 5,

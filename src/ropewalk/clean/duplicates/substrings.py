@@ -30,11 +30,11 @@ class DuplicateSubstrings:
 
     words: int = 50
 
-    name: ClassVar[str] = "duplicate_substrings"
+    name: ClassVar[str] = "repeated_passages"
     version: ClassVar[int] = 1
     attributes: ClassVar[Mapping[str, str]] = {
-        "duplicate_substrings": "spans: runs of words that are in a preferred or earlier place too",
-        "duplicate_substrings_characters": "length of these spans together, in characters",
+        "repeated_passages": "spans: runs of words that are in a preferred or earlier place too",
+        "repeated_passages_characters": "length of these spans together, in characters",
     }
 
     def settings(self) -> Any:

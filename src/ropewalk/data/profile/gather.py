@@ -250,7 +250,8 @@ def histogram(numbers: Numbers, limits: Sequence[float]) -> dict[str, Any] | Non
 
 def _repeated(frequent: Frequent, apart: bool = False) -> dict[str, Any]:
     """`apart`: without those of which a part is in a more frequent one."""
-    top, seen = [], set()
+    top: list[dict[str, Any]] = []
+    seen: set[tuple[str, ...]] = set()
     for text, count in frequent.top():
         words = text.casefold().split()
         runs = {tuple(words[i : i + 4]) for i in range(len(words) - 3)}

@@ -1,0 +1,365 @@
+"""From documents to verdicts: what rules keep, what is edited, and that neither processes nor restarts matter."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from ropewalk.data import parts
+from ropewalk.data.catalog import plan_of
+from ropewalk.data.encode import Options
+from ropewalk.data.entry import name_sources, prepare_sources
+from ropewalk.errors import UserError
+from ropewalk.recipe.schema import Clean
+
+PROSE = (
+    "The ropewalk is a long straight building in which loose fibre becomes rope, and the men who work in it "
+    "walk backwards all day with the hemp around their waists to the end of the walk and back again. "
+)
+
+
+def prose(i, sentences=8):
+    """Documents that share few runs of words."""
+    words = PROSE.split()
+    return " ".join(
+        " ".join(
+            words[(i * 7 + k * (i % 5 + 3)) % len(words)] + (str(i * k) if k % 4 == 0 else "")
+            for k in range(12)
+        )
+        + "."
+        for _ in range(sentences)
+    )
+
+
+@pytest.fixture
+def run(tokenizers, tmp_path):
+    """run(rows, keep=..., rules=..., ...) prepares rows below tmp_path/out."""
+
+    def run(
+        rows, *, name="a.jsonl", workers=1, on=None, directory="out", options=(), validation=None, **clean
+    ):
+        path = tmp_path / name
+        path.write_text(
+            "\n".join(json.dumps(row if isinstance(row, dict) else {"text": row}) for row in rows)
+        )
+        held = []
+        if validation is not None:
+            held = [tmp_path / "held.jsonl"]
+            held[0].write_text("\n".join(json.dumps({"text": text}) for text in validation))
+        return prepare_sources(
+            name_sources([{"path": str(path)}]),
+            name_sources([{"path": str(p)} for p in held]),
+            tokenizers["chatml"],
+            Options(**{"sequence_length": 4096, **dict(options)}),
+            tmp_path / directory,
+            plan=plan_of(Clean(**clean).model_dump()),
+            workers=workers,
+            on=on,
+        )
+
+    return run
+
+
+def ledger(prepared):
+    return pq.read_table(prepared.directory / "documents.parquet").to_pylist()
+
+
+def texts(prepared, tokenizers):
+    train = prepared.train
+    return [tokenizers["chatml"].decode(train.document(i).tokens[:-1].tolist()) for i in range(len(train))]
+
+
+def test_a_rule_drops_what_it_says_and_the_ledger_says_why(run):
+    rows = [prose(i) for i in range(6)] + ["too short", "also too short, by far"]
+    prepared = run(rows, keep={"long": "words >= 20", "few_digits": "characters < 100000"})
+    verdicts = [row["verdict"] for row in ledger(prepared)]
+    assert verdicts == [None] * 6 + ["long"] * 2
+    assert [row["split"] for row in ledger(prepared)] == ["train"] * 6 + [None] * 2
+    assert len(prepared.train) == 6
+    cleaning = prepared.report["cleaning"]
+    assert (cleaning["documents"], cleaning["kept"]) == (8, 6)
+    assert [(r["rule"], r["dropped"], r["failed_alone"]) for r in cleaning["rules"]] == [
+        ("long", 2, 2),
+        ("few_digits", 0, 0),
+    ]
+    assert "`words >= 20`" in (prepared.directory / "report.md").read_text()
+
+
+def test_the_first_rule_that_fails_is_the_verdict_and_all_that_fail_are_kept(run):
+    prepared = run([prose(1), "x"], keep={"a": "words > 5", "b": "characters > 5", "c": "words > 0"})
+    assert ledger(prepared)[1]["verdict"] == "a"
+    assert ledger(prepared)[1]["failed"] == ["a", "b"]
+
+
+def test_what_is_unknown_drops_nothing(run):
+    prepared = run([prose(1), prose(2)], keep={"lawful": "license <> 'GPL-3.0-only'"})
+    assert len(prepared.train) == 2
+
+
+def test_a_preset_is_changed_and_left_out_by_name(run):
+    short = " ".join(prose(3).split()[:30])
+    assert len(run([prose(1), short], rules=["gopher"]).train) == 1
+    assert len(run([prose(1), short], rules=["gopher"], keep={"gopher_words": "words > 10"}).train) == 2
+    assert len(run([prose(1), short], rules=["gopher"], keep={"gopher_words": None}).train) == 2
+
+
+@pytest.mark.parametrize(
+    ("clean", "message"),
+    [
+        ({"keep": {"a": "wrds > 5"}}, r"wrds.*did you mean words\?"),
+        ({"keep": {"a": "words >"}}, r"words >.*[Ss]yntax"),
+        ({"keep": {"a": "words > (select 1)"}}, "subquery is not allowed"),
+        (
+            {"keep": {"gopher_word": None}, "rules": ["gopher"]},
+            r"data\.clean\.keep\.gopher_word: .*gopher_words",
+        ),
+        ({"keep": {"a": "language > 5"}}, r"data\.clean\.keep\.a: "),
+        ({"against": ["gone.jsonl"]}, r"gone\.jsonl: no such file"),
+        ({"score": "words / 0"}, r"data\.clean\.score"),
+    ],
+)
+def test_a_mistake_is_one_message_that_names_it(run, clean, message):
+    with pytest.raises(UserError, match=message):
+        run([prose(1), prose(2)], **clean)
+
+
+def test_duplicates_are_left_out_and_point_to_what_is_kept(run):
+    base = prose(1, 30)
+    near = base.replace("walk", "stroll", 1)
+    prepared = run([base, prose(2), base, near], duplicates=["exact", "near"])
+    assert [(row["verdict"], row["duplicate_of"]) for row in ledger(prepared)] == [
+        (None, -1),
+        (None, -1),
+        ("exact_duplicate", 0),
+        ("near_duplicate", 0),
+    ]
+    preferred = run([base, prose(2), base + " More.", near], duplicates=["near"], prefer="characters")
+    assert [row["verdict"] for row in ledger(preferred)] == [
+        "near_duplicate",
+        None,
+        None,
+        "near_duplicate",
+    ] or [row["duplicate_of"] for row in ledger(preferred)] == [3, -1, 3, -1]
+
+
+def test_a_document_that_a_rule_drops_takes_no_other_with_it(run):
+    """Its equal, which the rule keeps, stays: duplicates are looked for among what is left."""
+    base = prose(1, 20)
+    prepared = run([base, {"text": base}], duplicates=["exact"], keep={"not_first": "id <> 'a.jsonl:1'"})
+    assert [row["verdict"] for row in ledger(prepared)] == ["not_first", None]
+
+
+def test_training_documents_that_are_in_the_validation_are_left_out(run):
+    prepared = run(
+        [prose(1, 20), prose(2, 20)],
+        validation=[prose(2, 20), "short"],
+        duplicates=["exact"],
+        keep={"long": "words > 20"},
+    )
+    assert [row["verdict"] for row in ledger(prepared)] == [None, "exact_duplicate", None, None]
+    assert len(prepared.validation) == 2
+
+
+def test_repeated_lines_are_cut_but_for_the_first(run, tokenizers):
+    line = "Share this page with your friends and subscribe to our newsletter for more!"
+    rows = [f"{prose(i)}\n{line}\nThe end of number {i} is here." for i in range(3)]
+    found = texts(run(rows, duplicates=["lines"]), tokenizers)
+    assert [line in text for text in found] == [True, False, False]
+    assert all(f"The end of number {i} is here." in text for i, text in enumerate(found))
+
+
+def test_personal_data_is_masked_by_its_kind(run, tokenizers):
+    rows = [f"{prose(1)} Write to jane.doe@corp.com or to nobody.", prose(2)]
+    found = texts(run(rows, pii="mask"), tokenizers)
+    assert "jane" not in found[0]
+    assert "Write to <email> or to nobody." in found[0]
+    assert [row["verdict"] for row in ledger(run(rows, pii="drop"))] == ["pii", None]
+
+
+def test_personal_data_is_masked_in_conversations(run, tokenizers):
+    talk = {
+        "messages": [
+            {"role": "user", "content": "I am jane.doe@corp.com"},
+            {"role": "assistant", "content": "Hello jane.doe@corp.com!"},
+        ]
+    }
+    (found,) = texts(run([talk], pii="mask"), tokenizers)
+    assert "I am <email>" in found
+    assert "Hello <email>!" in found
+
+
+def questions(tmp_path):
+    path = tmp_path / "test.jsonl"
+    asked = (
+        "Natalia sold clips to forty eight of her friends in April, and then she sold half as many clips in May. "
+        "How many clips did Natalia sell altogether in April and May?"
+    )
+    path.write_text(json.dumps({"question": asked, "answer": "seventy two"}))
+    return path, asked
+
+
+def test_evaluation_items_are_dropped_masked_or_reported(run, tokenizers, tmp_path):
+    path, asked = questions(tmp_path)
+    rows = [prose(1), f"{prose(2)} {asked} {prose(3)}"]
+    dropped = run(rows, against=[str(path)])
+    assert [row["verdict"] for row in ledger(dropped)] == [None, "contaminated"]
+    masked = run(rows, against=[str(path)], contaminated="mask")
+    assert len(masked.train) == 2
+    document = masked.train.document(1)
+    unscored = tokenizers["chatml"].decode(document.tokens[1:][~document.scored[1:]].tolist())
+    assert "Natalia sold clips" in unscored
+    assert "ropewalk" not in unscored
+    assert masked.train.document(0).scored[1:].all()
+    kept = run(rows, against=[str(path)], contaminated="keep")
+    assert kept.train.document(1).scored[1:].all()
+    account = json.loads((kept.directory / "contamination.json").read_text())
+    assert account["sets"]["test.jsonl"]["contaminated"] == ["0"]
+    for clean in (dropped, masked):
+        account = json.loads((clean.directory / "contamination.json").read_text())
+        assert account["sets"]["test.jsonl"]["contaminated"] == [], "it is not trained on"
+        assert clean.report["contamination"]["sets"]["test.jsonl"]["contaminated"] == ["0"], "it was found"
+
+
+def test_a_score_is_kept_with_each_document(run):
+    prepared = run([prose(1), prose(2, 3)], score="words")
+    scores = prepared.train.scores.tolist()
+    assert scores[0] > scores[1] > 0
+
+
+def test_repair_comes_before_everything(run, tokenizers):
+    (found,) = texts(run([f"{prose(1)} caf\u00c3\u00a9"], repair=True), tokenizers)
+    assert found.endswith("café")
+
+
+def content(prepared):
+    return {
+        path.relative_to(prepared.directory.parent).as_posix(): path.read_bytes()
+        for path in sorted(prepared.directory.parent.rglob("*"))
+        if path.is_file()
+    }
+
+
+EVERYTHING = {
+    "rules": ["gopher", "gopher_repetition", "c4", "fineweb"],
+    "keep": {"c4_sentences": None, "fineweb_short": None},
+    "duplicates": ["exact", "near", "paragraphs", "lines", "passages"],
+    "pii": "mask",
+    "score": "words",
+}
+
+
+def many(count=120):
+    rows = [prose(i, 4 + i % 9) for i in range(count)]
+    return rows + rows[::7] + [row.replace("rope", "cord") for row in rows[::11]] + ["short"] * 3
+
+
+@pytest.mark.parametrize("on", [None, "dask"])
+def test_the_result_is_the_same_in_several_processes_byte_for_byte(run, monkeypatch, on):
+    monkeypatch.setattr("ropewalk.data.entry.UNIT_BYTES", 20_000)
+    one = run(many(), workers=1, directory="one", **EVERYTHING)
+    assert len(list((one.directory.parent / "parts").glob("documents-*"))) >= 4
+    assert 0 < len(one.train) < len(many())
+    other = run(many(), workers=2, on=on, directory="other", **EVERYTHING)
+    assert content(one) == content(other)
+
+
+def test_what_is_there_is_not_made_again(run, monkeypatch):
+    """A threshold that moves costs neither reading nor measuring; a lost file costs itself."""
+    monkeypatch.setattr("ropewalk.data.entry.UNIT_BYTES", 20_000)
+    made = []
+    original = parts.run
+    monkeypatch.setattr(
+        parts, "run", lambda task: (made.append(task.path.name.split("-")[0]), original(task))
+    )
+    first = run(many(), keep={"long": "words > 50"})
+    assert {"documents", "quality", "tokens"} <= set(made)
+    made.clear()
+    run(many(), keep={"long": "words > 60"})
+    assert set(made) == {"tokens"}
+    made.clear()
+    next((first.directory.parent / "parts").glob("quality-*")).unlink()
+    run(many(), keep={"long": "words > 70"})
+    assert sorted(set(made)) == ["quality", "tokens"]
+    assert made.count("quality") == 1
+
+
+def test_a_killed_preparation_goes_on_and_ends_as_if_it_had_not_been(
+    run, tmp_path, monkeypatch, tiny_tokenizer_dir
+):
+    monkeypatch.setattr("ropewalk.data.entry.UNIT_BYTES", 20_000)
+    whole = run(many(), directory="whole", **EVERYTHING)
+    script = tmp_path / "killed.py"
+    script.write_text(
+        "import os, sys\n"
+        "from ropewalk.data import entry, parts\n"
+        "entry.UNIT_BYTES = 20_000\n"
+        "done, original = [0], parts.run\n"
+        "def run(task):\n"
+        "    original(task)\n"
+        "    done[0] += 1\n"
+        "    if done[0] == 9:\n"
+        "        os.kill(os.getpid(), 9)\n"
+        "parts.run = run\n"
+        f"entry.prepare({recipe(tmp_path, 'killed', tiny_tokenizer_dir)!r})\n"
+    )
+    killed = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert killed.returncode == -9, killed.stderr
+    left = list((tmp_path / "killed" / "parts").iterdir())
+    assert 0 < len(left)
+    again = run(many(), directory="killed", **EVERYTHING)
+    wanted, found = content(whole), content(again)
+    assert {k: v for k, v in found.items() if not k.endswith(".tmp")} == wanted
+
+
+def recipe(folder, directory, tokenizer):
+    return {
+        "name": "t",
+        "model": {"config": {"model_type": "llama"}, "tokenizer": str(tokenizer)},
+        "data": {
+            "train": [{"path": str(folder / "a.jsonl")}],
+            "directory": str(folder / directory),
+            "sequence_length": 4096,
+            "workers": 1,
+            "clean": EVERYTHING,
+        },
+        "train": {"steps": 1},
+    }
+
+
+def test_a_script_without_a_main_guard_can_prepare_in_several_processes(tmp_path, tiny_tokenizer_dir):
+    rows = many(40)
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": row}) for row in rows))
+    wanted = recipe(tmp_path, "out", tiny_tokenizer_dir)
+    wanted["data"] |= {"train": [{"path": str(tmp_path / f"{n}.jsonl")} for n in "ab"], "workers": 2}
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import ropewalk as rw\nfrom ropewalk.data import entry\nentry.UNIT_BYTES = 10_000\n"
+        f"print('begun')\nprint(rw.prepare({wanted!r}).directory)\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("begun") == 1
+
+
+def test_a_cluster_that_is_not_there_is_one_message(run):
+    with pytest.raises(UserError, match=r"--on dask:tcp://127\.0\.0\.1:9: no scheduler answers"):
+        run(many(20), on="dask:tcp://127.0.0.1:9")
+    with pytest.raises(UserError, match="--on slurm: must be dask or dask:ADDRESS"):
+        run(many(20), on="slurm")
+
+
+def test_a_part_that_is_damaged_is_named(run):
+    first = run(many(20), keep={"long": "words > 50"})
+    path = next((first.directory.parent / "parts").glob("documents-*"))
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3] ^= 255
+    path.write_bytes(data)
+    with pytest.raises(Exception, match=path.name) as raised:
+        run(many(20), keep={"long": "words > 51"})
+    assert "prepare again" in str(raised.value)
+    assert os.sep in str(Path(path))
