@@ -42,17 +42,11 @@ def test_both_sides_compare_in_the_same_bands_and_ours_runs(module, tmp_path, sh
 
     duplicates = module("data_duplicates")
     assert bands_for(duplicates.THRESHOLD, duplicates.RECALL) == (duplicates.BANDS, duplicates.ROWS)
-    records = [
-        {"id": str(i), "text": f"text {i % 7} about {i % 7} things to {i % 7} people"} for i in range(20)
-    ]
+    texts = [f"text {i % 7} about {i % 7} things to {i % 7} people" for i in range(20)]
+    records = [{"id": str(i), "text": text} for i, text in enumerate(texts)]
     duplicates.write(records, tmp_path / "in", files=3)
-    job = {
-        "in": str(tmp_path / "in"),
-        "out": str(tmp_path / "out"),
-        "threshold": 0.8,
-        "recall": 0.95,
-        "words": 5,
-    }
+    places = {"in": str(tmp_path / "in"), "out": str(tmp_path / "out")}
+    job = {**places, "threshold": 0.8, "recall": 0.95, "words": 5}
     done = subprocess.run(
         [sys.executable, str(BENCH / "sides" / "duplicates_ropewalk.py"), json.dumps(job)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
