@@ -1,10 +1,9 @@
 """From documents to verdicts: what rules keep, what is edited, and that neither processes nor restarts matter."""
 
 import json
-import os
+import random
 import subprocess
 import sys
-from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -16,23 +15,26 @@ from ropewalk.data.entry import name_sources, prepare_sources
 from ropewalk.errors import UserError
 from ropewalk.recipe.schema import Clean
 
-PROSE = (
-    "The ropewalk is a long straight building in which loose fibre becomes rope, and the men who work in it "
-    "walk backwards all day with the hemp around their waists to the end of the walk and back again. "
-)
+STOP = "the of and to a in that have with be".split()
+WORDS = """rope walk loose fibre strand long straight building hemp work men twist hook wheel tar sail ship harbour
+wind river stone bridge market cloth linen spindle thread weaver miller baker smith iron copper timber oak willow
+morning evening winter summer garden orchard cellar lantern candle letter paper printer ladder window chimney
+kitchen kettle basket barrel wagon horse meadow valley island mountain forest village captain sailor merchant
+teacher doctor student answer question number measure weight length colour silver golden narrow heavy quiet gentle
+ancient modern simple careful patient honest early distant northern southern carry gather follow listen remember
+""".split()
 
 
-def prose(i, sentences=8):
-    """Documents that share few runs of words."""
-    words = PROSE.split()
-    return " ".join(
-        " ".join(
-            words[(i * 7 + k * (i % 5 + 3)) % len(words)] + (str(i * k) if k % 4 == 0 else "")
-            for k in range(12)
-        )
-        + "."
-        for _ in range(sentences)
-    )
+def prose(i, sentences=12):
+    """English in the eyes of every rule; two documents have hardly a run of words in common."""
+    rng = random.Random(i)
+
+    def sentence():
+        pairs = (f"{rng.choice(STOP)} {rng.choice(WORDS)}" for _ in range(rng.randint(5, 9)))
+        return " ".join(pairs).capitalize() + "."
+
+    lines = [" ".join(sentence() for _ in range(3)) for _ in range(-(-sentences // 3))]
+    return "\n".join(lines)
 
 
 @pytest.fixture
@@ -129,7 +131,7 @@ def test_a_mistake_is_one_message_that_names_it(run, clean, message):
 
 def test_duplicates_are_left_out_and_point_to_what_is_kept(run):
     base = prose(1, 30)
-    near = base.replace("walk", "stroll", 1)
+    near = base.replace(" of ", " off ", 1)
     prepared = run([base, prose(2), base, near], duplicates=["exact", "near"])
     assert [(row["verdict"], row["duplicate_of"]) for row in ledger(prepared)] == [
         (None, -1),
@@ -137,13 +139,9 @@ def test_duplicates_are_left_out_and_point_to_what_is_kept(run):
         ("exact_duplicate", 0),
         ("near_duplicate", 0),
     ]
-    preferred = run([base, prose(2), base + " More.", near], duplicates=["near"], prefer="characters")
-    assert [row["verdict"] for row in ledger(preferred)] == [
-        "near_duplicate",
-        None,
-        None,
-        "near_duplicate",
-    ] or [row["duplicate_of"] for row in ledger(preferred)] == [3, -1, 3, -1]
+    longest = base + " More of it."
+    preferred = run([base, prose(2), longest, near], duplicates=["near"], prefer="characters")
+    assert [row["duplicate_of"] for row in ledger(preferred)] == [2, -1, -1, 2]
 
 
 def test_a_document_that_a_rule_drops_takes_no_other_with_it(run):
@@ -212,7 +210,7 @@ def test_evaluation_items_are_dropped_masked_or_reported(run, tokenizers, tmp_pa
     document = masked.train.document(1)
     unscored = tokenizers["chatml"].decode(document.tokens[1:][~document.scored[1:]].tolist())
     assert "Natalia sold clips" in unscored
-    assert "ropewalk" not in unscored
+    assert not any(line in unscored for line in prose(2).splitlines())
     assert masked.train.document(0).scored[1:].all()
     kept = run(rows, against=[str(path)], contaminated="keep")
     assert kept.train.document(1).scored[1:].all()
@@ -309,7 +307,7 @@ def test_a_killed_preparation_goes_on_and_ends_as_if_it_had_not_been(
     killed = subprocess.run([sys.executable, script], capture_output=True, text=True)
     assert killed.returncode == -9, killed.stderr
     left = list((tmp_path / "killed" / "parts").iterdir())
-    assert 0 < len(left)
+    assert len(left) > 0
     again = run(many(), directory="killed", **EVERYTHING)
     wanted, found = content(whole), content(again)
     assert {k: v for k, v in found.items() if not k.endswith(".tmp")} == wanted
@@ -362,4 +360,3 @@ def test_a_part_that_is_damaged_is_named(run):
     with pytest.raises(Exception, match=path.name) as raised:
         run(many(20), keep={"long": "words > 51"})
     assert "prepare again" in str(raised.value)
-    assert os.sep in str(Path(path))
