@@ -75,6 +75,13 @@ class _Member:
         return data
 
 
+class _OneWay:
+    """A member of a tar that is read in one go says that it could seek, and cannot."""
+
+    def __init__(self, member: Any) -> None:
+        self.read = member.read1
+
+
 def _tar(stream: Stream, path: str) -> Iterator[tuple[str, Kind, Stream]]:
     """Read in one go (mode "r|"), so that nothing of it need be held or sought. Links are not followed."""
     try:
@@ -88,6 +95,6 @@ def _tar(stream: Stream, path: str) -> Iterator[tuple[str, Kind, Stream]]:
                     raise UserError(f"{path}!{info.name}: is a sparse file; unpack {path} first")
                 member = archive.extractfile(info)
                 assert member is not None
-                yield info.name, kind, member
+                yield info.name, kind, _OneWay(member)
     except (tarfile.TarError, EOFError) as error:
         raise Unreadable(f"not a readable tar archive, or its end is missing ({error})") from None
