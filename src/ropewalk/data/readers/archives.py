@@ -33,7 +33,9 @@ def _zip(stream: Any, path: str) -> Iterator[tuple[str, Kind, Stream]]:
     with seekable(stream) as file:
         try:
             archive = zipfile.ZipFile(file)
-        except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        except OSError:
+            raise
+        except Exception as error:  # zipfile has many ways to fail at a directory that is none
             raise UserError(f"{path}: not a readable zip archive ({error})") from None
         size = file.seek(0, 2)
         budget = _Budget(path, size)
@@ -79,7 +81,13 @@ class _OneWay:
     """A member of a tar that is read in one go says that it could seek, and cannot."""
 
     def __init__(self, member: Any) -> None:
-        self.read = member.read1
+        self.member = member
+
+    def read(self, size: int = -1, /) -> bytes:
+        try:
+            return self.member.read1(size)
+        except tarfile.TarError as error:
+            raise Unreadable(f"is damaged ({error})") from None
 
 
 def _tar(stream: Stream, path: str) -> Iterator[tuple[str, Kind, Stream]]:

@@ -262,7 +262,7 @@ def seekable(stream: Any) -> Iterator[Any]:
 
 
 def lines(
-    stream: Stream, at: int = 0, end: int | None = None, limit: int = MAX_ROW_BYTES
+    stream: Stream, at: int = 0, end: int | None = None, *, limit: int
 ) -> Iterator[tuple[int, int, bytes | None]]:
     """(first byte, byte after the last, the bytes) of the lines that begin before byte `end`, without the
     \\n that ends them; None for a line of more than `limit` bytes, of which none are held.

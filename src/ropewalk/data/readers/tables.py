@@ -148,6 +148,8 @@ class _naming:  # noqa: N801 - a context manager
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         import pyarrow
 
-        if isinstance(error, pyarrow.ArrowException) or (isinstance(error, OSError) and error.errno is None):
+        if isinstance(error, pyarrow.ArrowException | UnicodeDecodeError) or (
+            isinstance(error, OSError) and error.errno is None
+        ):
             said = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(f"{self.path}: not a readable {self.kind} file ({said})") from None
