@@ -337,9 +337,13 @@ def test_offsets_that_point_elsewhere_are_not_followed(write):
 
 def test_pages_without_text_are_bad_rows(write):
     for name, content, reason in (
-        ("a.html", "<html><body><nav><a href='/'>Home</a></nav></body></html>", "no main text"),
+        (
+            "a.html",
+            "<html><body><script>x()</script></body></html>",
+            "no main text",
+        ),
         ("b.html", "", "no main text"),
-        ("c.html", "<div>" * 100_000 + "x", ""),
+        ("c.html", "<div>" * 100_000 + "x", "no main text"),
         ("a.pdf", pdf("", ""), "no text in it"),
         ("b.pdf", b"%PDF-1.4 rubbish", "not a readable PDF"),
         ("c.pdf", pdf("Loose fibre.")[:300], "not a readable PDF|no text"),

@@ -22,7 +22,7 @@ def members(stream: Any, path: str, content: str) -> Iterator[tuple[str, Kind, S
 
 def _known(name: str, path: str) -> Kind | None:
     kind = kind_of(name)
-    if hidden(PurePosixPath(name).parts):
+    if name.endswith("/") or hidden(PurePosixPath(name).parts):
         return None
     if kind is not None and kind.content in ARCHIVES:
         raise UserError(f"{path}!{name}: an archive in an archive is not read; unpack {path} first")
@@ -40,7 +40,7 @@ def _zip(stream: Any, path: str) -> Iterator[tuple[str, Kind, Stream]]:
         size = file.seek(0, 2)
         budget = _Budget(path, size)
         for info in archive.infolist():
-            kind = None if info.is_dir() else _known(info.filename, path)
+            kind = _known(info.filename, path)
             if kind is None:
                 continue
             if info.flag_bits & 1:

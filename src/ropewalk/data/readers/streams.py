@@ -271,24 +271,19 @@ def lines(
     """
     held: list[bytes] = []
     length = 0
-
-    def add(part: bytes) -> None:
-        nonlocal length
-        length += len(part)
-        held.append(part)
-        if length > limit:
-            held.clear()
-
     for chunk in chunks(stream):
-        first, *others = chunk.split(b"\n")
-        add(first)
-        for other in others:
-            yield at, at + length, None if length > limit else b"".join(held)
-            at += length + 1
-            if end is not None and at >= end:
-                return
-            held.clear()
-            length = 0
-            add(other)
+        parts = chunk.split(b"\n")
+        for i, part in enumerate(parts):
+            if i:
+                yield at, at + length, None if length > limit else b"".join(held)
+                at += length + 1
+                if end is not None and at >= end:
+                    return
+                held.clear()
+                length = 0
+            length += len(part)
+            held.append(part)
+            if length > limit:
+                held.clear()
     if length:
         yield at, at + length, None if length > limit else b"".join(held)

@@ -5,6 +5,7 @@ what is in a record (HTTP, its encodings) is warcio's part.
 """
 
 import io
+import logging
 import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -34,6 +35,7 @@ def read_warc(stream: Stream, path: str) -> Iterator[Page]:
     """Raises Unreadable where what follows is no record any more, or not all of one."""
     loader = from_extra("warcio.recordloader", path).ArcWarcRecordLoader()
     reader = from_extra("warcio.bufferedreaders", path).BufferedReader
+    logging.getLogger("warcio").setLevel(logging.CRITICAL)
     source = _Buffer(stream)
     number = 0
     while source.begin(number):
