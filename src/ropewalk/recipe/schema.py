@@ -64,8 +64,7 @@ class Source(Section):
     """One set of documents."""
 
     path: str
-    """A file (JSONL, JSON, Parquet, Arrow, CSV, text, HTML, PDF, WARC; a zip or tar of them), a folder of
-    documents, a saved Hugging Face dataset, or a glob; or the URL of one (https, s3, gs, hf://datasets)."""
+    """A file (JSONL, Parquet, CSV, text, HTML, PDF, ...), a folder, a glob, or a URL; see docs/data.md."""
     name: str | None = None
     """Name of the source in reports; derived: the path's last part."""
     text: str | None = None
