@@ -4,6 +4,8 @@ import gzip
 import io
 import json
 import tarfile
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import fsspec
 import pyarrow as pa
@@ -183,3 +185,38 @@ def test_a_url_that_fails_midway_is_named(memory, monkeypatch):
     monkeypatch.setattr("fsspec.implementations.memory.MemoryFile.read", fail)
     with pytest.raises(RopewalkError, match=r"w/a\.jsonl: cannot be read on \(the line is dead\)"):
         list(read_source(source, files))
+
+
+@pytest.mark.parametrize("length", [True, False])
+def test_web_servers_that_give_no_parts(length):
+    pytest.importorskip("aiohttp", reason="fsspec reads the web with aiohttp: pip install aiohttp")
+    contents = {"/a.jsonl": JSONL, "/b.arrow": arrow(pa.ipc.new_file), "/c.tgz": FORMS["a.tgz"]()}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            content = contents.get(self.path.partition("?")[0])
+            self.send_response(404 if content is None else 200)
+            if length:
+                self.send_header("Content-Length", str(len(content or b"")))
+            self.end_headers()
+            self.wfile.write(content or b"")
+
+        do_HEAD = do_GET  # noqa: N815
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            base = f"http://127.0.0.1:{server.server_port}"
+            for name in ("a.jsonl", "a.jsonl?key=1", "b.arrow", "c.tgz"):
+                records = good(f"{base}/{name}")
+                assert [r.text for r in records] == TEXTS
+                source = Source(f"{base}/{name}", "s")
+                units = cut(source, files_of(source)[0], 20)
+                assert [r for u in units for r in read_unit(source, u)] == records
+            with pytest.raises(UserError, match=rf"{base}/no\.jsonl: cannot be opened"):
+                good(f"{base}/no.jsonl")
+        finally:
+            server.shutdown()

@@ -40,6 +40,10 @@ def is_url(path: str) -> bool:
     return "://" in path
 
 
+def is_web(path: str) -> bool:
+    return path.startswith(("http://", "https://"))
+
+
 def from_extra(module: str, what: str) -> Any:
     """A module of the extra `data`. Raises UserError where it is not installed."""
     try:
@@ -116,7 +120,8 @@ def _said(error: Exception) -> str:
 def _remote(url: str) -> Iterator[Any]:
     system, path = filesystem(url)
     try:
-        file = system.open(path, "rb")
+        # A web server is asked once, for all of it: not all of them can give a part.
+        file = system.open(path, "rb", **({"block_size": 0} if is_web(url) else {}))
     except Exception as error:  # each file system has its own kinds
         raise UserError(f"{url}: cannot be opened ({_said(error)})") from None
     with file:
@@ -150,7 +155,7 @@ class _Remote(io.RawIOBase):
         return True
 
     def seekable(self) -> bool:
-        return bool(self.file.seekable())
+        return not is_web(self.url) and bool(self.file.seekable())  # a stream claims that it could
 
 
 def inflated(raw: Stream, path: str, compression: str | None) -> Stream:

@@ -79,17 +79,17 @@ def read_arrow(file: Any, path: str, columns: list[str]) -> Rows:
         row = 1
         for batch in _arrow(stream)[1]:
             batch = batch.select(columns)
-            try:
-                batch.validate(full=True)  # an offset from elsewhere must not be followed unchecked
-            except Exception as error:
-                if "UTF8" not in str(error):
-                    raise
             for at in range(0, batch.num_rows, 1024):
                 yield from _rows(batch.slice(at, 1024), row + at)
             row += batch.num_rows
 
 
 def _rows(batch: "pyarrow.RecordBatch", first: int) -> Rows:
+    try:
+        batch.validate(full=True)  # an offset from elsewhere must not be followed unchecked
+    except Exception as error:
+        if "UTF8" not in str(error):
+            raise
     try:
         values: list[dict[str, Any] | str] = batch.to_pylist()
     except UnicodeDecodeError:
