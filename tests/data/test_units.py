@@ -133,3 +133,12 @@ def test_bad_rows_have_the_same_numbers_in_pieces(write):
     at_once, _, by_units = both(path, 100)
     assert [str(r).split(": ")[0] for r in by_units if isinstance(r, BadRow)] == [f"{path}:51"]
     assert by_units == at_once
+
+
+@pytest.mark.parametrize("name", ["peps.jsonl", "rust_book.jsonl", "gsm8k_test.jsonl", "wikitext2_test.txt"])
+def test_real_text_in_units_is_the_text(name, shared):
+    columns = {"prompt": "question", "completion": "answer"} if name.startswith("gsm8k") else {}
+    at_once, units, by_units = both(shared / "data" / name, 200_000, **columns)
+    assert by_units == at_once
+    assert all(isinstance(r, Record) for r in at_once)
+    assert len(units) > 1 or name.endswith(".txt")
