@@ -22,7 +22,7 @@ def members(stream: Any, path: str, content: str) -> Iterator[tuple[str, Kind, S
 
 def _known(name: str, path: str) -> Kind | None:
     kind = kind_of(name)
-    if hidden(PurePosixPath(name).parts):
+    if name.endswith("/") or hidden(PurePosixPath(name).parts):
         return None
     if kind is not None and kind.content in ARCHIVES:
         raise UserError(f"{path}!{name}: an archive in an archive is not read; unpack {path} first")
@@ -33,12 +33,14 @@ def _zip(stream: Any, path: str) -> Iterator[tuple[str, Kind, Stream]]:
     with seekable(stream) as file:
         try:
             archive = zipfile.ZipFile(file)
-        except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        except OSError:
+            raise
+        except Exception as error:  # zipfile has many ways to fail at a directory that is none
             raise UserError(f"{path}: not a readable zip archive ({error})") from None
         size = file.seek(0, 2)
         budget = _Budget(path, size)
         for info in archive.infolist():
-            kind = None if info.is_dir() else _known(info.filename, path)
+            kind = _known(info.filename, path)
             if kind is None:
                 continue
             if info.flag_bits & 1:
@@ -75,6 +77,19 @@ class _Member:
         return data
 
 
+class _OneWay:
+    """A member of a tar that is read in one go says that it could seek, and cannot."""
+
+    def __init__(self, member: Any) -> None:
+        self.member = member
+
+    def read(self, size: int = -1, /) -> bytes:
+        try:
+            return self.member.read1(size)
+        except tarfile.TarError as error:
+            raise Unreadable(f"is damaged ({error})") from None
+
+
 def _tar(stream: Stream, path: str) -> Iterator[tuple[str, Kind, Stream]]:
     """Read in one go (mode "r|"), so that nothing of it need be held or sought. Links are not followed."""
     try:
@@ -88,6 +103,6 @@ def _tar(stream: Stream, path: str) -> Iterator[tuple[str, Kind, Stream]]:
                     raise UserError(f"{path}!{info.name}: is a sparse file; unpack {path} first")
                 member = archive.extractfile(info)
                 assert member is not None
-                yield info.name, kind, member
+                yield info.name, kind, _OneWay(member)
     except (tarfile.TarError, EOFError) as error:
         raise Unreadable(f"not a readable tar archive, or its end is missing ({error})") from None

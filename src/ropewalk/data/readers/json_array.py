@@ -20,7 +20,7 @@ def read_json(stream: Stream, path: str) -> Rows:
     head = b""
     for chunk in parts:
         head += chunk
-        if head.removeprefix(BOM).strip():
+        if len(head) > len(BOM) and head.removeprefix(BOM).strip():
             break
     source = _Again(chain([head], parts))
     if head.removeprefix(BOM).lstrip()[:1] == b"[":

@@ -47,9 +47,9 @@ class _Place:
     def member(self, name: str) -> "_Place":
         return _Place(f"{self.path}!{name}", f"{self.name}!{name}", f"{self.id}!{name}", self.source)
 
-    def record(self, line: int = 0, start: int = -1, end: int = -1) -> partial[Record]:
-        """Record, less its content."""
-        number = f":{line}" if line else ""
+    def record(self, line: int = 0, start: int = -1, end: int = -1, before: int = 0) -> partial[Record]:
+        """Record, less its content; so many rows `before` it are on the same line."""
+        number = (f":{line}" if line else "") + (f".{before + 1}" if before else "")
         origin = {"file": self.name, "line": line, "start": start, "end": end}
         return partial(Record, self.id + number, self.source, self.path + number, **origin)  # type: ignore[arg-type]
 
@@ -169,8 +169,11 @@ def _rows(place: _Place, content: str, stream: Any, piece: Piece | None) -> Rows
 
 
 def _records(rows: Rows, source: Source, place: _Place, columns: Columns | None) -> Records:
+    line = before = 0
     for row in rows:
-        make = place.record(row.line, row.start, row.end)
+        before = before + 1 if row.line == line else 0
+        line = row.line
+        make = place.record(line, row.start, row.end, before)
         try:
             if isinstance(row.value, str):
                 raise ValueError(row.value)

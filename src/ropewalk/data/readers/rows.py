@@ -52,7 +52,7 @@ def object_or_reason(value: Any) -> dict[str, Any] | str:
 def read_jsonl(stream: Stream, at: int = 0, end: int | None = None, line: int = 1) -> Rows:
     """Lines end in \\n (a \\r before it is white space). `at` and `line` are those of the stream's next byte;
     lines that begin at or after byte `end` are not read."""
-    for start, stop, raw in lines(stream, at, end):
+    for start, stop, raw in lines(stream, at, end, limit=MAX_ROW_BYTES):
         if start == 0 and raw is not None and raw.startswith(BOM):
             start, raw = len(BOM), raw.removeprefix(BOM)
         if raw is None:
@@ -117,7 +117,7 @@ class _Text:
         return self.lines
 
     def _lines(self, stream: Stream) -> Iterator[str]:
-        for start, stop, raw in lines(stream):
+        for start, stop, raw in lines(stream, limit=MAX_ROW_BYTES):
             if raw is None:
                 self.position, self.bad = stop + 1, TOO_LONG
                 yield ""

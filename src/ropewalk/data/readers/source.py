@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
 from ropewalk.data.readers.kinds import DOCUMENTS, KNOWN, hidden, kind_of
-from ropewalk.data.readers.streams import filesystem, is_url
+from ropewalk.data.readers.streams import filesystem, is_url, is_web
 from ropewalk.data.records import Columns
 from ropewalk.errors import UserError
 
@@ -108,7 +108,7 @@ def _local(source: Source) -> _Found:
 
 
 def _remote(source: Source) -> _Found:
-    if source.path.split("://")[0] in ("http", "https"):  # no listing; a ? begins a query
+    if is_web(source.path):  # no listing; a ? begins a query
         return _Found([InputFile(source.path, posixpath.basename(urlsplit(source.path).path))], [])
     system, path = filesystem(source.path)
     found = _Found([], [])

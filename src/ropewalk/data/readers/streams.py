@@ -40,6 +40,10 @@ def is_url(path: str) -> bool:
     return "://" in path
 
 
+def is_web(path: str) -> bool:
+    return path.startswith(("http://", "https://"))
+
+
 def from_extra(module: str, what: str) -> Any:
     """A module of the extra `data`. Raises UserError where it is not installed."""
     try:
@@ -116,7 +120,8 @@ def _said(error: Exception) -> str:
 def _remote(url: str) -> Iterator[Any]:
     system, path = filesystem(url)
     try:
-        file = system.open(path, "rb")
+        # A web server is asked once, for all of it: not all of them can give a part.
+        file = system.open(path, "rb", **({"block_size": 0} if is_web(url) else {}))
     except Exception as error:  # each file system has its own kinds
         raise UserError(f"{url}: cannot be opened ({_said(error)})") from None
     with file:
@@ -150,7 +155,7 @@ class _Remote(io.RawIOBase):
         return True
 
     def seekable(self) -> bool:
-        return bool(self.file.seekable())
+        return not is_web(self.url) and bool(self.file.seekable())  # a stream claims that it could
 
 
 def inflated(raw: Stream, path: str, compression: str | None) -> Stream:
@@ -262,7 +267,7 @@ def seekable(stream: Any) -> Iterator[Any]:
 
 
 def lines(
-    stream: Stream, at: int = 0, end: int | None = None, limit: int = MAX_ROW_BYTES
+    stream: Stream, at: int = 0, end: int | None = None, *, limit: int
 ) -> Iterator[tuple[int, int, bytes | None]]:
     """(first byte, byte after the last, the bytes) of the lines that begin before byte `end`, without the
     \\n that ends them; None for a line of more than `limit` bytes, of which none are held.
@@ -271,24 +276,19 @@ def lines(
     """
     held: list[bytes] = []
     length = 0
-
-    def add(part: bytes) -> None:
-        nonlocal length
-        length += len(part)
-        held.append(part)
-        if length > limit:
-            held.clear()
-
     for chunk in chunks(stream):
-        first, *others = chunk.split(b"\n")
-        add(first)
-        for other in others:
-            yield at, at + length, None if length > limit else b"".join(held)
-            at += length + 1
-            if end is not None and at >= end:
-                return
-            held.clear()
-            length = 0
-            add(other)
+        parts = chunk.split(b"\n")
+        for i, part in enumerate(parts):
+            if i:
+                yield at, at + length, None if length > limit else b"".join(held)
+                at += length + 1
+                if end is not None and at >= end:
+                    return
+                held.clear()
+                length = 0
+            length += len(part)
+            held.append(part)
+            if length > limit:
+                held.clear()
     if length:
         yield at, at + length, None if length > limit else b"".join(held)

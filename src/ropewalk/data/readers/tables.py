@@ -79,17 +79,17 @@ def read_arrow(file: Any, path: str, columns: list[str]) -> Rows:
         row = 1
         for batch in _arrow(stream)[1]:
             batch = batch.select(columns)
-            try:
-                batch.validate(full=True)  # an offset from elsewhere must not be followed unchecked
-            except Exception as error:
-                if "UTF8" not in str(error):
-                    raise
             for at in range(0, batch.num_rows, 1024):
                 yield from _rows(batch.slice(at, 1024), row + at)
             row += batch.num_rows
 
 
 def _rows(batch: "pyarrow.RecordBatch", first: int) -> Rows:
+    try:
+        batch.validate(full=True)  # an offset from elsewhere must not be followed unchecked
+    except Exception as error:
+        if "UTF8" not in str(error):
+            raise
     try:
         values: list[dict[str, Any] | str] = batch.to_pylist()
     except UnicodeDecodeError:
@@ -148,6 +148,8 @@ class _naming:  # noqa: N801 - a context manager
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         import pyarrow
 
-        if isinstance(error, pyarrow.ArrowException) or (isinstance(error, OSError) and error.errno is None):
+        if isinstance(error, pyarrow.ArrowException | UnicodeDecodeError) or (
+            isinstance(error, OSError) and error.errno is None
+        ):
             said = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(f"{self.path}: not a readable {self.kind} file ({said})") from None

@@ -64,7 +64,7 @@ def survey(file: InputFile, size: int = UNIT_BYTES) -> Survey:
                     cuts += _cuts(np.flatnonzero(ends), length, lines, cuts[-1][0], size)
                 lines += int(np.count_nonzero(ends))
             length += count
-        if content.content == "parquet" and length:
+        if content.content == "parquet" and length and raw.seekable():
             return Survey(digest.hexdigest(), tuple(_group_pieces(file, raw, size)))
     if not plain:
         return Survey(digest.hexdigest(), ((Piece(file), length),))

@@ -1,12 +1,22 @@
-"""Web archives (ISO 28500): HTML that was got with status 200, and texts of it (Common Crawl's WET files)."""
+"""Web archives (ISO 28500): HTML that was got with status 200, and texts of it (Common Crawl's WET files).
 
+Records are told apart here and not by warcio, which reads lines without a limit and past a missing end;
+what is in a record (HTTP, its encodings) is warcio's part.
+"""
+
+import io
+import logging
+import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from ropewalk.data.readers.pages import MAX_PAGE_BYTES, main_text
-from ropewalk.data.readers.streams import Stream, Unreadable, from_extra
+from ropewalk.data.readers.streams import CHUNK, Stream, Unreadable, from_extra
 
+MAX_HEAD_BYTES = 1 << 16
 _HTML = ("text/html", "application/xhtml+xml")
+_LENGTH = re.compile(rb"^content-length:[ \t]*(\d{1,18})[ \t]*\r?$", re.IGNORECASE | re.MULTILINE)
+_HEAD_ENDS = re.compile(rb"\r?\n\r?\n")
 
 
 class Page(NamedTuple):
@@ -22,55 +32,83 @@ class Page(NamedTuple):
 
 
 def read_warc(stream: Stream, path: str) -> Iterator[Page]:
-    """Raises Unreadable where what follows is no record any more."""
-    iterator = from_extra("warcio.archiveiterator", path)
-    failed = from_extra("warcio.exceptions", path).ArchiveLoadFailed
-    counted = _Counted(stream)
-    records = iterator.ArchiveIterator(counted)
+    """Raises Unreadable where what follows is no record any more, or not all of one."""
+    loader = from_extra("warcio.recordloader", path).ArcWarcRecordLoader()
+    reader = from_extra("warcio.bufferedreaders", path).BufferedReader
+    logging.getLogger("warcio").setLevel(logging.CRITICAL)
+    source = _Buffer(stream)
     number = 0
-    while True:
-        try:
-            record = next(records, None)
-        except (failed, ValueError, AttributeError, AssertionError) as error:
-            said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise Unreadable(f"no WARC record after record {number:,} ({said})") from None
-        if record is None:
-            return
+    while source.begin(number):
         number += 1
-        reason, text = None, None
+        start = source.at
+        head, length = source.head(number)
+        raw = head + source.take(min(length, MAX_PAGE_BYTES + MAX_HEAD_BYTES))
+        source.skip(length - (len(raw) - len(head)))
+        url, text, reason = "", None, None
         try:
+            record = loader.parse_record_stream(reader(io.BytesIO(raw)), known_format="warc")
+            url = (record.rec_headers.get_header("WARC-Target-URI") or "").strip("<>")
             text = _text(record, path)
         except Unreadable as error:
-            counted.raise_if_ended()
             reason = str(error)
-        start, length = records.get_record_offset(), records.get_record_length()
+        except Exception as error:  # a parser of what comes from elsewhere, which fails in many ways
+            reason = f"not a readable WARC record ({str(error).strip() or type(error).__name__})"
         if text is not None or reason is not None:
-            url = record.rec_headers.get_header("WARC-Target-URI") or ""
-            yield Page(number, url.strip("<>"), start, start + length, text or "", reason)
+            yield Page(number, url, start, source.at, text or "", reason)
 
 
-class _Counted:
-    """A stream that knows where it is, and whether it broke off."""
+class _Buffer:
+    """The stream's next bytes; `at` is the place in the file of the first of them."""
 
     def __init__(self, stream: Stream) -> None:
-        self.stream, self.at = stream, 0
-        self.failure: Unreadable | None = None
+        self.stream, self.at, self.held = stream, 0, b""
 
-    def read(self, size: int = -1) -> bytes:
-        try:
-            data = self.stream.read(size)
-        except Unreadable as failure:
-            self.failure = failure
-            raise
-        self.at += len(data)
-        return data
+    def _more(self) -> bool:
+        data = self.stream.read(CHUNK)
+        self.held += data
+        return bool(data)
 
-    def tell(self) -> int:
-        return self.at
+    def take(self, size: int) -> bytes:
+        parts, wanted = [], size
+        while wanted:
+            if not self.held and not self._more():
+                raise Unreadable(f"ends in the middle of a record (at byte {self.at:,})")
+            parts.append(self.held[:wanted])
+            self.held = self.held[wanted:]
+            self.at += len(parts[-1])
+            wanted -= len(parts[-1])
+        return b"".join(parts)
 
-    def raise_if_ended(self) -> None:
-        if self.failure is not None:
-            raise self.failure
+    def skip(self, size: int) -> None:
+        while size:
+            size -= len(self.take(min(size, CHUNK)))
+
+    def begin(self, number: int) -> bool:
+        """Goes to the next record; False at the end."""
+        while True:
+            rest = self.held.lstrip(b"\r\n")
+            self.at += len(self.held) - len(rest)
+            self.held = rest
+            if len(rest) >= 5:
+                break
+            if not self._more():
+                if not self.held:
+                    return False
+                break
+        if not self.held.startswith(b"WARC/"):
+            raise Unreadable(f"no WARC record at byte {self.at:,}, after record {number:,}")
+        return True
+
+    def head(self, number: int) -> tuple[bytes, int]:
+        """(a record's head, the bytes of its content)."""
+        while (end := _HEAD_ENDS.search(self.held, 0, MAX_HEAD_BYTES)) is None:
+            if len(self.held) > MAX_HEAD_BYTES or not self._more():
+                raise Unreadable(f"record {number:,} at byte {self.at:,} has no end of its head")
+        head = self.take(end.end())
+        length = _LENGTH.search(head)
+        if length is None:
+            raise Unreadable(f"record {number:,} before byte {self.at:,} does not say its Content-Length")
+        return head, int(length[1])
 
 
 def _text(record: Any, path: str) -> str | None:
@@ -87,17 +125,12 @@ def _text(record: Any, path: str) -> str | None:
     charset = about.lower().partition("charset=")[2].split(";")[0].strip(" \"'")
     try:
         return main_text(page.decode(charset), path)  # what the server says, where it is true
-    except (LookupError, UnicodeDecodeError, ValueError):
+    except (LookupError, ValueError):
         return main_text(page, path)
 
 
 def _content(record: Any) -> bytes:
-    try:
-        raw = record.content_stream().read(MAX_PAGE_BYTES + 1)
-    except Unreadable:
-        raise
-    except Exception as error:  # an unknown encoding of the content, chunks that are none
-        raise Unreadable(f"its content cannot be read ({error})") from None
+    raw = record.content_stream().read(MAX_PAGE_BYTES + 1)
     if len(raw) > MAX_PAGE_BYTES:
         raise Unreadable(f"is longer than {MAX_PAGE_BYTES:,} bytes")
     return raw
