@@ -14,6 +14,18 @@ PEERS: dict[str, list[list[str]]] = {
     "torchtune": [["torch==2.8.0"], ["torchao==0.12.0", "torchtune==0.6.1"]],
     "liger": [["torch==2.13.0"], [*_TRL, "liger-kernel"]],
     "unsloth": [["unsloth"]],
+    # spacy is its word tokenizer for English; a blank pipeline, so that nothing is downloaded
+    "datatrove": [
+        [
+            "datatrove==0.10.1",
+            "spacy==3.8.18",
+            "nltk==3.10.4",
+            "xxhash<4",
+            "regex",
+            "orjson",
+            "tokenizers",
+        ]
+    ],
 }
 GPU_ONLY = {"liger", "unsloth"}
 """They bring Triton kernels and some gigabytes with them, and do nothing without a GPU."""
