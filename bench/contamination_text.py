@@ -77,7 +77,7 @@ _SYNONYMS = {
         pair.split(":")
         for pair in (
             "many:numerous buys:purchases bought:purchased gives:hands total:overall each:every house:home "
-            "makes:produces week:fortnight has:owns does:did spends:pays kids:children big:large sells:trades "
+            "makes:produces week:fortnight has:owns does:did kids:children big:large sells:trades "
             "left:remaining eats:consumes gets:receives money:cash car:vehicle friend:pal "
             "takes:needs store:shop works:labors number:count together:combined day:morning"
         ).split()
