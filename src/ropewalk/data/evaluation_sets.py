@@ -26,7 +26,7 @@ _LETTERS = "ABCDEFGHIJ"
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """`items` have the ids 0, 1, … in the order of rows. `sha256` is of its files, if there are any."""
+    """`items` have the ids 0, 1, … in the order of rows. `sha256` is of the files, None where there are none."""
 
     name: str
     path: str
