@@ -77,8 +77,8 @@ _SYNONYMS = {
         pair.split(":")
         for pair in (
             "many:numerous buys:purchases bought:purchased gives:hands total:overall each:every house:home "
-            "makes:produces week:fortnight has:owns does:did spends:pays kids:children big:large sells:trades "
-            "left:remaining eats:consumes gets:receives money:cash car:vehicle friend:pal friends:pals "
+            "makes:produces week:fortnight has:owns does:did kids:children big:large sells:trades "
+            "left:remaining eats:consumes gets:receives money:cash car:vehicle friend:pal "
             "takes:needs store:shop works:labors number:count together:combined day:morning"
         ).split()
     )

@@ -195,7 +195,7 @@ def _places(window: np.ndarray, sequence: np.ndarray) -> np.ndarray:
     if len(sequence) > len(window):
         return np.empty(0, np.int64)
     places = np.flatnonzero(window[: len(window) - len(sequence) + 1] == sequence[0])
-    for k in range(1, len(sequence)):
+    for k in range(1, len(sequence) if len(places) else 0):
         places = places[window[places + k] == sequence[k]]
     return places
 
