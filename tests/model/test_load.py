@@ -243,6 +243,11 @@ def test_what_cannot_be_loaded_into_is_said(model_dir: Path) -> None:
             load_model(model_dir, device="cuda")
 
 
+def test_an_unknown_kind_of_weights_is_named(model_dir: Path) -> None:
+    with pytest.raises(UserError, match="quantize 'int3' is not supported; these are: none, nf4, int8"):
+        load_model(model_dir, quantize="int3")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("kind", QUANTIZED)
 def test_quantized_while_it_is_read_is_quantized_after_loading(model_dir: Path, kind: Any) -> None:
     """The same bits, with the linear weights of the blocks in 4 or 8 and everything else plain."""

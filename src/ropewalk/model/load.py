@@ -44,6 +44,8 @@ def load_model(
     """
     if isinstance(dtype, str) and dtype not in _DTYPES:
         raise UserError(f"dtype {dtype!r} is not supported; these are: {', '.join(_DTYPES)}")
+    if quantize != "none" and quantize not in QUANTIZED:
+        raise UserError(f"quantize {quantize!r} is not supported; these are: none, {', '.join(QUANTIZED)}")
     directory = resolve_source(source, revision)
     base = base_of_adapter(directory)
     if base is not None:
