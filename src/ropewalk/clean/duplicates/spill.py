@@ -25,7 +25,7 @@ class Spill:
         self._file.close()
 
     def add(self, key: np.ndarray, check: np.ndarray, order: np.ndarray) -> None:
-        """[n] each. A part of the data at a time: every call is one more piece to be read in each pass."""
+        """[n] each, as many as there are at a time: every call is one more piece to be read in each pass."""
         if not len(key):
             return
         of_pass = (key >> np.uint64(56)).astype(np.uint8)

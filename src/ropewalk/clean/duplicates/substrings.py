@@ -89,7 +89,6 @@ class DuplicateSubstrings:
     def _add_runs(self, parts: Parts, rows: Rows, part: int, repeated: PlaceSet, spill: Spill) -> None:
         """All runs of `words` words of a part that hold a repeated sample."""
         margin = self.words - self._sample
-        added = []
         for chosen, words, at in _read(parts, rows, part, repeated):
             # a run that begins at most `margin` words before a sample holds it
             change = np.zeros(len(words) + 1, np.int64)
@@ -102,9 +101,7 @@ class DuplicateSubstrings:
             first = first[taken]
             document = words.document[first]
             orders = orders_of(rows.rank[rows.of(part)][chosen[document]], first - words.offsets[document])
-            added.append((key[taken], check[taken], orders))
-        if added:
-            spill.add(*(np.concatenate(column) for column in zip(*added, strict=True)))
+            spill.add(key[taken], check[taken], orders)
 
     def _spans(self, parts: Parts, rows: Rows, part: int, later: PlaceSet) -> pa.Table:
         documents, starts, ends = [np.empty(0, np.int64)], [np.empty(0, np.int64)], [np.empty(0, np.int64)]
