@@ -17,7 +17,7 @@ from ropewalk.clean.step import Parts, Texts
 BAND_BYTES = 512 << 20
 """Bands read together: as many as need this much memory."""
 TEXTS_AT_ONCE = 1024
-HEADS = 64
+HEADS = 16
 """In a group of equal bands so many texts at most are compared with all others of the group: a few thousand
 texts that share a band and nothing else would cost their number squared."""
 

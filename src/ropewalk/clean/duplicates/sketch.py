@@ -67,6 +67,12 @@ def _sketch(hashes: np.ndarray, document: np.ndarray, found: np.ndarray) -> None
         np.minimum.at(found.reshape(-1), cell.ravel(), ((rounds << np.uint64(32)) | low).ravel())
         open_ = (found == EMPTY).any(axis=1)[document]
         hashes, document = hashes[open_], document[open_]
+        if end == 4:  # one word a thousand times would be drawn in every round as often
+            order = np.lexsort((hashes, document))
+            hashes, document = hashes[order], document[order]
+            other = np.ones(len(order), bool)
+            other[1:] = (hashes[1:] != hashes[:-1]) | (document[1:] != document[:-1])
+            hashes, document = hashes[other], document[other]
         begin, end = end, min(2 * end, size if end < size else 2 * size)
 
 
