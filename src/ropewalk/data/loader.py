@@ -100,8 +100,9 @@ class Loader:
         tokens = read.astype(np.int64).reshape(shape)
         # The label at a position is the next token. The first token of a document or row is never scored,
         # so that the last position before it, of another document or row, gets no label; nor does padding.
-        labels = np.full(len(at), UNSCORED)
-        np.copyto(labels[:-1], read[1:], where=scored[1:])
+        labels = np.empty(len(at), dtype=np.int64)
+        labels[-1] = UNSCORED
+        labels[:-1] = np.where(scored[1:], tokens.ravel()[1:], UNSCORED)
         for row, begin in zip(tokens, used.tolist(), strict=True):
             row[begin:] = self.pad_id
         ids, ends = self.shards.ids(documents), np.cumsum(counts).tolist()

@@ -64,9 +64,10 @@ class Mixture:
         tokens = np.bincount(codes, weights=shards.lengths, minlength=len(names))
         shares = _shares(shards, names, tokens, weights, temperature)
         order = np.argsort(hashes(shards.fingerprint, seed, 0, _CIRCLE, len(shards)))
+        grouped = order[np.argsort(codes[order], kind="stable")]
+        circles = np.split(grouped, np.cumsum(np.bincount(codes))[:-1])
         parts = []
-        for code, name in enumerate(names):
-            circle = order[codes[order] == code]
+        for code, (name, circle) in enumerate(zip(names, circles, strict=True)):
             each = round(shares[code] * float(tokens.sum()) * len(circle) / float(tokens[code]))
             parts.append(Part(name, circle, max(1, each)))
         self.parts = tuple(parts)
@@ -78,7 +79,7 @@ class Mixture:
             return self._shards.fingerprint
         counts = [[part.name, part.each, len(part.documents)] for part in self.parts]
         digest = hashlib.sha256(json.dumps([self._shards.fingerprint, counts]).encode())
-        digest.update(self._shards.sources[1].tobytes())
+        digest.update(self._shards.sources[1].astype("<u4").tobytes())
         return digest.hexdigest()
 
     @property

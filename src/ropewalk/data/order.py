@@ -87,12 +87,12 @@ class Order:
         self._row_tokens, self._packing, self._curriculum = sequence_length, packing, curriculum
         # Two threads may read here: what is kept is replaced whole, at worst something is computed twice.
         self._ends: list[int] = []  # rows up to the end of each epoch so far, where epochs differ
-        self._stages: dict[int, list[_Stage]] = {}
+        self._stages: dict[int, tuple[np.ndarray, list[_Stage]]] = {}
         self._epochs: dict[int, _Epoch] = {}
 
     def rows_in(self, epoch: int) -> int:
         """Rows of an epoch: the same in all that have the same documents."""
-        return sum(stage.rows for stage in self._stages_of(0 if self.mixture.constant else epoch))
+        return sum(stage.rows for stage in self._stages_of(epoch)[1])
 
     def find(self, sample: int) -> tuple[int, int]:
         """(epoch, row) of a sample of the run."""
@@ -144,8 +144,7 @@ class Order:
         return found
 
     def _arranged(self, epoch: int) -> _Epoch:
-        members = self.mixture.documents(epoch)
-        stages = self._stages_of(0 if self.mixture.constant else epoch)
+        members, stages = self._stages_of(epoch)
         random = self._hashes(epoch, _DOCUMENTS, len(members))
         rows = self._hashes(epoch, _ROWS, sum(stage.rows for stage in stages))
         documents, order, starts, begins = [], [], [np.zeros(1, dtype=np.int64)], []
@@ -164,11 +163,13 @@ class Order:
         joined = np.concatenate
         return _Epoch(joined(documents), joined(order), joined(starts), joined(begins) if begins else None)
 
-    def _stages_of(self, epoch: int) -> list[_Stage]:
+    def _stages_of(self, epoch: int) -> tuple[np.ndarray, list[_Stage]]:
+        """(the epoch's documents, its stages); found once for all epochs that have the same documents."""
+        epoch = 0 if self.mixture.constant else epoch
         found = self._stages.get(epoch)
         if found is None:
             members = self.mixture.documents(epoch)
-            found = [self._stage(members, slots) for slots in self._parted(members)]
+            found = members, [self._stage(members, slots) for slots in self._parted(members)]
             self._stages = {**dict(list(self._stages.items())[-1:]), epoch: found}
         return found
 
@@ -183,13 +184,17 @@ class Order:
         """The slots of each stage; equal lengths or scores at a border are parted at random."""
         if self._curriculum == "none":
             return [np.arange(len(members))]
-        scores = self._shards.lengths if self._curriculum == "length" else self._shards.scores
-        assert scores is not None  # looked at in the beginning
-        order = np.lexsort((self._hashes(0, _TIES, len(members)), scores[members]))
+        order = np.argsort(self._hashes(0, _TIES, len(members)))
+        lengths, scores = self._shards.lengths[members[order]], self._shards.scores
+        if self._curriculum == "length":
+            order = order[_by_length(lengths)]
+        else:
+            assert scores is not None  # looked at in the beginning
+            order = order[np.argsort(scores[members[order]], kind="stable")]
         lengths = self._shards.lengths[members[order]]
         before = np.cumsum(lengths) - lengths
         edges = np.searchsorted(before * STAGES, np.arange(1, STAGES) * int(lengths.sum()))
-        return [np.sort(slots) for slots in np.split(order, edges) if len(slots)]
+        return [slots for slots in np.split(order, edges) if len(slots)]
 
     def _hashes(self, epoch: int, purpose: int, count: int) -> np.ndarray:
         return hashes(self._shards.fingerprint, self._seed, epoch, purpose, count)
