@@ -10,6 +10,7 @@ import typer
 
 from ropewalk.cli import (
     chat,
+    data,
     doctor,
     evaluate,
     generate,
@@ -44,6 +45,7 @@ app.command("generate")(generate.command)
 app.command("chat")(chat.command)
 app.command("run")(run.command)
 app.add_typer(plan.app, name="plan")
+app.add_typer(data.app, name="data")
 app.add_typer(runs.app, name="runs")
 app.add_typer(recipe.app, name="recipe")
 

@@ -74,6 +74,11 @@ class Cleaner:
             self.attributes.add(step, self._parts)
         self._judge()
 
+    def measure(self, step: Step) -> None:
+        """One more step, that no rule asks for."""
+        self.attributes.add(step, self._parts)
+        self.steps = [*self.steps, step]
+
     def _parts(self, files: list[Path]) -> JoinedParts:
         alive = [np.logical_not(failed.any(axis=1)) for failed in self.failed]
         preferences = [self._preference(i) for i in range(len(self.units))]

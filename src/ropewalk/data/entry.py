@@ -18,6 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
+from ropewalk.clean.rules import columns_of
+from ropewalk.clean.step import Step
 from ropewalk.data.attributes import Attributes, Unit
 from ropewalk.data.build import Build
 from ropewalk.data.catalog import plan_of
@@ -183,12 +185,14 @@ def judge(
     recipe: Recipe | str | Path | Mapping[str, Any],
     overrides: Sequence[str] = (),
     *,
+    also: Sequence[str] = (),
     on: str | None = None,
     progress: Progress | None = None,
 ) -> View:
-    """The recipe's documents, and what its rules would drop, without tokenizing any.
+    """The recipe's documents, and what its rules would drop, without tokenizing any. Raises as `prepare`.
 
-    What was read and measured is kept (in parts/), so that other thresholds take seconds. Raises as `prepare`.
+    `also`: expressions whose attributes are measured too. What was read and measured is kept (in parts/), so
+    that other thresholds take seconds.
     """
     data = load_recipe(recipe, overrides).data
     plan, store = plan_of(data.clean.model_dump()), (Path(data.directory) / "parts").absolute()
@@ -196,7 +200,7 @@ def judge(
     inputs = _inputs(*parts)
     reads = [_reads(item, store, plan.repair, data.max_bad_rows) for item in inputs]
     with Makers(data.workers, on, progress) as makers:
-        judged = _judged(inputs, reads, store, plan, makers)
+        judged = _judged(inputs, reads, store, plan, makers, also)
     cleaning = judged.cleaner.report() if judged.cleaner else None
     return View(store, _described(inputs, reads, judged), cleaning)
 
@@ -236,13 +240,29 @@ def _judged(
     store: Path,
     plan: Plan,
     makers: Makers,
+    also: Sequence[str] = (),
 ) -> Judged:
     units = _read(inputs, reads, makers)
-    if not (plan.rules or plan.edits):
+    if not (plan.rules or plan.edits or also):
         return Judged(units, None, [None] * len(units))
     cleaner = Cleaner(Attributes(store, units, makers), plan)
     cleaner.run()
+    for step in _measuring(also, plan):
+        if step not in cleaner.steps:
+            cleaner.measure(step)
     return Judged(units, cleaner, [*cleaner.verdicts()])
+
+
+def _measuring(expressions: Sequence[str], plan: Plan) -> list[Step]:
+    """The steps that say what the expressions ask for; of other columns nothing is said here."""
+    asked = set().union(*map(columns_of, expressions))
+    return [step for step in plan.steps if asked & step.attributes.keys()]
+
+
+def tokenization_of(recipe: Recipe | str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Any:
+    """(tokenizer, how it is used): a document's tokens as `prepare` would make them."""
+    _, _, tokenizer, options, _ = _job(load_recipe(recipe, overrides))
+    return tokenizer, tokenization(tokenizer, options)
 
 
 def _described(

@@ -88,6 +88,7 @@ class View:
         self.store, self.folder, self.report = store, folder, report
         self.attributes: Mapping[str, str] = parts["attributes"]
         """name -> what it is, with its unit"""
+        self.cleaning = cleaning
         self.rules: Sequence[Mapping[str, Any]] = cleaning["rules"] if cleaning else ()
         self.parts = [
             Part(
@@ -141,7 +142,8 @@ class View:
 
     def table(self, i: int, names: Sequence[str]) -> pa.Table:
         """Columns of part i, a row for each of its documents."""
-        part, columns = self.parts[i], {}
+        part = self.parts[i]
+        columns: dict[str, Any] = {}
         wanted = {*names, *(("verdict",) if "kept" in names and not self.folder else ())}
         own = [name for name in OWN if name in wanted]
         if own:

@@ -106,7 +106,7 @@ def _attribute(column: pa.Array, kept: np.ndarray) -> dict[str, Any] | None:
 
 def counted(column: pa.Array) -> dict[str, int]:
     """Value as text -> how often, of the WORDS most frequent; the rest is under "other"."""
-    counts = Counter()
+    counts: Counter[str] = Counter()
     for pair in pc.value_counts(column.cast(pa.string())).to_pylist():
         counts["unknown" if pair["values"] is None else pair["values"]] += pair["counts"]
     return most(counts)
