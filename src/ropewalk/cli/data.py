@@ -85,12 +85,13 @@ def rules(recipe: RecipeFile, overrides: Overrides = None, json: Json = False, d
             f"{rule['dropped'] / total:.1%}",
             f"{rule['failed']:,}",
             f"{rule['failed_alone']:,}",
+            rule["keeps"],
             rule["reason"],
         )
         for rule in found["rules"]
     ]
     if rows:
-        print_table(("rule", "dropped", "share", "failed", "alone", "reason"), rows)
+        print_table(("rule", "dropped", "share", "failed", "alone", "keeps", "reason"), rows)
         print()
     sources = [
         (name, f"{n['documents']:,}", f"{n['kept']:,}", f"{n['kept'] / max(n['documents'], 1):.1%}")

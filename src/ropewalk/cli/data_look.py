@@ -30,8 +30,8 @@ def _head(document: Mapping[str, Any]) -> Any:
 
     head = Text(visible(document["id"]), style="bold")
     if document["verdict"] is not None:
-        said = f"  dropped by {document['verdict']}: {document['reason'] or ''}"
-        head.append(said.rstrip(": "), style="not bold red")
+        said = f"  dropped by {document['verdict']}: {document['reason']} (keeps {document['keeps']})"
+        head.append(said, style="not bold red")
         others = [name for name in document["failed"] or () if name != document["verdict"]]
         if others:
             head.append(f" (fails also {', '.join(others)})", style="not bold red")

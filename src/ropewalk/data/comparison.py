@@ -64,7 +64,7 @@ def _copies(hashes: np.ndarray) -> np.ndarray:
 def compare(a: View, b: View) -> dict[str, Any]:
     """An account, JSON-able, of two prepared sets of data.
 
-    Documents are the same where their content is (by its 64-bit hash); a second copy is a document of its own.
+    Documents are the same where their content is (by its 64-bit hash); a second copy is another document.
     """
     sides = {"a": Side.of(a), "b": Side.of(b)}
     found: dict[str, Any] = {name: _summary(side) for name, side in sides.items()}

@@ -174,6 +174,7 @@ def _document(view: View, i: int, row: int, question: Question, columns: Sequenc
         "source": record.source,
         **{name: known[name] for name in ("kept", "verdict", "failed", "duplicate_of")},
         "reason": next((rule["reason"] for rule in view.rules if rule["rule"] == known["verdict"]), None),
+        "keeps": next((rule["keeps"] for rule in view.rules if rule["rule"] == known["verdict"]), None),
         "values": values,
         "text": text,
         "marks": [list(mark) for mark in marks],
@@ -189,7 +190,10 @@ def record_at(view: View, i: int, row: int) -> Record:
 def tokens_of(
     view: View, i: int, row: int, tokenizer: Any, tokenization: Tokenization
 ) -> Iterator[tuple[str, bool, bool]]:
-    """(text, scored, special) of each token of a document, as it would be trained on; not cut into rows."""
+    """(text, scored, special) of each token of a document, as it would be trained on; not cut into rows.
+
+    A character of several tokens is the text of the last of them.
+    """
     record, edits = record_at(view, i, row), []
     path = view.parts[i].verdicts
     if path is not None:
@@ -200,8 +204,14 @@ def tokens_of(
     if isinstance(tokens, BadRow):
         raise UserError(str(tokens))
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    part: list[int] = []
     for id, scored in zip(tokens.ids.tolist(), tokens.scored.tolist(), strict=True):
-        text = tokenizer.decode([id], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        part.append(id)
+        text = tokenizer.decode(part, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        if text.endswith("\ufffd") and len(part) < 4:  # bytes of UTF-8 that more are to come for
+            text = ""
+        else:
+            part = []
         yield text, scored, id in special
 
 
