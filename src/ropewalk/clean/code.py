@@ -61,7 +61,8 @@ class Code:
     version = 1
     attributes: Mapping[str, str] = {
         "code_lines": "share of lines that look like source code",
-        "code_language": f"programming language, where {CODE:.0%} of the lines are code; else null",
+        "code_language": "programming language, by the file's name or, "
+        f"where {CODE:.0%} of the lines are code, by the text; else null",
         "license": "SPDX identifier, from the text's own or from well-known wordings; else null",
         "longest_line": "characters of the longest line",
         "mean_line_length": "characters of a line that is not blank",
@@ -81,7 +82,13 @@ class Code:
         return pa.table(
             {
                 "code_lines": code,
-                "code_language": pa.array(_languages(words, code), pa.string()),
+                "code_language": pa.array(
+                    [
+                        language_of_name(name) or guess
+                        for name, guess in zip(texts.names, _languages(words, code), strict=True)
+                    ],
+                    pa.string(),
+                ),
                 "license": pa.array(_licenses(texts), pa.string()),
                 "longest_line": longest,
                 "mean_line_length": share(_sum(lines, lengths), lines.count()),

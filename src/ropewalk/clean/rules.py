@@ -12,7 +12,7 @@ from ropewalk.errors import UserError
 
 @dataclass(frozen=True)
 class Rule:
-    """A text is kept where the expression is true; where it is false or null, `reason` says what is wrong."""
+    """A text is kept unless the expression is false (null is unknown); then `reason` says what is wrong."""
 
     name: str
     expression: str

@@ -15,6 +15,9 @@ def command(
         str | None,
         typer.Option("--on", help="dask: a Dask cluster on this machine; dask:ADDRESS: a Dask scheduler."),
     ] = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Write profile.html: what is in the data, on one page.")
+    ] = False,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -28,6 +31,16 @@ def command(
 
     with Stage(f"prepare {recipe}") as stage:
         prepared = prepare(checked, overwrite=overwrite, on=on, progress=stage.progress)
+        if profile:
+            from ropewalk.data.profile import profile as look_at
+
+            account = look_at(
+                prepared.directory,
+                packing=checked.data.packing,
+                workers=checked.data.workers,
+                on=on,
+                progress=stage.progress,
+            )
     if json:
         print_json(
             {
@@ -38,3 +51,5 @@ def command(
         )
     else:
         print(prepared.directory)
+        for alert in account["alerts"] if profile else ():
+            print(f"{alert['level']}: {alert['text']}")

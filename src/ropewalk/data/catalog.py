@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ropewalk.clean.c4 import C4
+from ropewalk.clean.classifier import Classifier, QualityClassifier
 from ropewalk.clean.code import Code
 from ropewalk.clean.contamination import Contamination
 from ropewalk.clean.duplicates.exact import ExactDuplicates
@@ -11,6 +12,7 @@ from ropewalk.clean.duplicates.minhash import NearDuplicates
 from ropewalk.clean.duplicates.pieces import DuplicateLines, DuplicateParagraphs
 from ropewalk.clean.duplicates.substrings import DuplicateSubstrings
 from ropewalk.clean.language import Language
+from ropewalk.clean.perplexity import Perplexity
 from ropewalk.clean.pii import Pii
 from ropewalk.clean.quality import Quality
 from ropewalk.clean.repair import Repair
@@ -66,6 +68,10 @@ def plan_of(clean: Mapping[str, Any]) -> Plan:
 def steps_of(clean: Mapping[str, Any], sets: Sequence[EvaluationSet]) -> tuple[Step, ...]:
     """All there are, in the order in which they may run."""
     steps: list[Step] = [Quality(), Repetition(), C4(), Language(), Pii(), Screening(), Code(), Repair()]
+    if clean["quality"]:
+        steps.append(QualityClassifier(Classifier.load(clean["quality"])))
+    if clean["perplexity"]:
+        steps.append(Perplexity(clean["perplexity"]))
     if sets:
         steps.append(Contamination([item for one in sets for item in one.items]))
     steps += [ExactDuplicates(), NearDuplicates(threshold=clean["similarity"])]

@@ -230,7 +230,7 @@ def evaluate(table: pa.Table, expressions: Mapping[str, str], kind: str) -> list
 
     with duckdb.connect(config={"enable_external_access": False, "threads": 1}) as connection:
         connection.register("attributes", table)
-        asked = {name: f"CAST(({expression}) AS {kind})" for name, expression in expressions.items()}
+        asked = {name: f"CAST((\n{expression}\n) AS {kind})" for name, expression in expressions.items()}
         try:
             result = connection.sql(f"SELECT {', '.join(asked.values())} FROM attributes").to_arrow_table()
         except duckdb.Error:

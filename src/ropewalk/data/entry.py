@@ -3,6 +3,7 @@
 <data.directory>/<first source>-<fingerprint>/
   train/  validation/     token shards (shards.py); validation only where there is some
   documents.parquet       the ledger: every document that was read, where from, and what became of it
+  contamination.json      where data.clean.against is given: what of it is trained on
   report.md
   prepared.json           what it was made from, and the report
 <data.directory>/parts/   what was read, its attributes and its tokens, a file for each unit of the input,
@@ -14,14 +15,16 @@ import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any
 
+from ropewalk.clean.rules import columns_of
 from ropewalk.data.attributes import Attributes, Unit
 from ropewalk.data.build import Build
 from ropewalk.data.catalog import plan_of
 from ropewalk.data.cleaning import Cleaner, Plan
+from ropewalk.data.contamination import CONTAMINATION, contamination
 from ropewalk.data.documents import VERSION, ReadUnit
 from ropewalk.data.encode import EncodeUnit, Options, tokenization
 from ropewalk.data.parts import Makers, Progress, key
@@ -177,6 +180,10 @@ def prepare_sources(
         report = build.finish()
         if cleaner:
             report["cleaning"] = cleaner.report()
+        if cleaner and plan.sets:
+            report["contamination"] = contamination(cleaner)
+            trained = contamination(cleaner, trained=True)
+            (folder / CONTAMINATION).write_text(json.dumps(trained, indent=1), encoding="utf-8")
         (folder / "report.md").write_text(markdown(report), encoding="utf-8")
         account = {"fingerprint": fingerprint, "made_from": made_from, "report": report}
         account["parts"] = _described(inputs, reads, judged)
@@ -189,16 +196,19 @@ def judge(
     recipe: Recipe | str | Path | Mapping[str, Any],
     overrides: Sequence[str] = (),
     *,
+    also: Sequence[str] = (),
     on: str | None = None,
     progress: Progress | None = None,
 ) -> View:
-    """The recipe's documents, and what its rules would drop, without tokenizing any.
+    """The recipe's documents, and what its rules would drop, without tokenizing any. Raises as `prepare`.
 
-    What was read and measured is kept in parts/, so that other thresholds take seconds. Raises as `prepare`.
+    `also`: expressions whose attributes are measured too. What was read and measured is kept (in parts/), so
+    that other thresholds take seconds.
     """
     recipe = load_recipe(recipe, overrides)
     data = recipe.data
     plan, store = plan_of(data.clean.model_dump()), (Path(data.directory) / "parts").absolute()
+    plan = replace(plan, asked=(*plan.asked, *(name for one in also for name in columns_of(one))))
     inputs = _inputs(*_sources(recipe))
     reads = [_reads(item, store, plan.repair, data.max_bad_rows) for item in inputs]
     with Makers(data.workers, on, progress) as makers:
@@ -249,6 +259,12 @@ def _judged(
     cleaner = Cleaner(Attributes(store, units, makers), plan)
     cleaner.run()
     return Judged(units, cleaner, [*cleaner.verdicts()])
+
+
+def tokenization_of(recipe: Recipe | str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Any:
+    """(tokenizer, how it is used): a document's tokens as `prepare` would make them."""
+    _, _, tokenizer, options, _ = _job(load_recipe(recipe, overrides))
+    return tokenizer, tokenization(tokenizer, options)
 
 
 def _described(

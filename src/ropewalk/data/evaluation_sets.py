@@ -25,7 +25,7 @@ _LETTERS = "ABCDEFGHIJ"
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """`items` have the ids 0, 1, … in the order of rows. `sha256` is of the files, None where there are none."""
+    """`items` have the ids 0, 1, … in the order of rows. `sha256` is of the files, None without any."""
 
     name: str
     path: str

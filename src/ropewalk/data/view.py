@@ -88,6 +88,7 @@ class View:
         self.store, self.folder, self.report = store, folder, report
         self.attributes: Mapping[str, str] = parts["attributes"]
         """name -> what it is, with its unit"""
+        self.cleaning = cleaning
         self.rules: Sequence[Mapping[str, Any]] = cleaning["rules"] if cleaning else ()
         self.parts = [
             Part(

@@ -42,15 +42,16 @@ class Account:
     ) -> None:
         self._files = files or {}
         self._sets: dict[str, _Set] = {}
-        self._documents = self._contaminated = 0
+        self.documents = self._contaminated = 0
         for item in items:
             self._sets.setdefault(item.set, _Set()).items += 1
         for item in too_short:
             self._sets[item.set].not_looked_for.append(item.id)
 
     def add(self, table: pa.Table, texts: Sequence[str], documents: Sequence[str]) -> None:
-        """A table that the step wrote, of `texts`, whose names are `documents`."""
-        self._documents += len(texts)
+        """A table that the step wrote, of `texts`, whose names are `documents`. Rows without items need not be
+        among them, but are to be counted in `self.documents`."""
+        self.documents += len(texts)
         for text, document, found in zip(
             texts, documents, table["contamination_items"].to_pylist(), strict=True
         ):
@@ -83,7 +84,7 @@ class Account:
         from 0. `commonplace` are those of them that were found in many documents, never with their answer."""
         return {
             "format": FORMAT,
-            "documents": self._documents,
+            "documents": self.documents,
             "contaminated_documents": self._contaminated,
             "sets": {name: self._set(name, own) for name, own in sorted(self._sets.items())},
         }

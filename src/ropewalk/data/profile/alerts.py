@@ -1,4 +1,4 @@
-"""What in an account one should know before training on the data, in plain words, the most important first."""
+"""What in an account one should know before training on the data, in plain words, most important first."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
@@ -18,7 +18,8 @@ class Alert(NamedTuple):
 def alerts(account: Mapping[str, Any]) -> list[dict[str, str]]:
     """[{level, text}]."""
     checks: tuple[Callable[[Mapping[str, Any]], Iterator[Alert]], ...] = (
-        _validation, _rules, _duplicates, _repeats, _sources, _attributes, _characters, _rows, _scored, _losses,
+        _validation, _rules, _duplicates, _repeats, _sources, _attributes, _characters, _rows, _scored,
+        _losses,
     )  # fmt: skip
     found = [alert for check in checks for alert in check(account)]
     found.sort(key=lambda alert: (LEVELS[alert.level], -alert.weight, alert.text))
@@ -173,7 +174,7 @@ def _scored(account: Mapping[str, Any]) -> Iterator[Alert]:
     for source in account["sources"]:
         share = source["scored"] / max(source["tokens"], 1)
         if source["tokens"] and share < 0.15:
-            text = f"Only {share:.0%} of the tokens of {source['name']} are scored: little is learned of each row."
+            text = f"Only {share:.0%} of the tokens of {source['name']} are scored."
             yield Alert("warning", 1 - share, text)
 
 

@@ -124,7 +124,7 @@ def _ticks(axis: _Axis, below: bool, above: bool) -> list[Markup]:
 
 def _counts(axis: _Axis, top: int) -> list[Markup]:
     result = []
-    for value in (top / 2, top):
+    for value in (v for v in steps(0, top, 2) if v and v == int(v)):
         y = HEIGHT - BOTTOM - _height(value, top)
         result.append(el("line", x1=LEFT, x2=WIDTH - RIGHT, y1=f"{y:.1f}", y2=f"{y:.1f}", class_="grid"))
         result.append(el("text", short(value), x=LEFT - 4, y=f"{y + 3.5:.1f}", text_anchor="end"))
@@ -137,7 +137,7 @@ def _limit(axis: _Axis, name: str, value: float, i: int) -> Markup:
     right = x < WIDTH * 0.6
     said = el(
         "text",
-        f"{short(value)}",
+        number(value),
         x=f"{x + (3 if right else -3):.1f}",
         y=TOP - 8 + (i % 2) * 9,
         text_anchor="start" if right else "end",

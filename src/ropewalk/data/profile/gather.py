@@ -23,7 +23,7 @@ REPEATED = 15
 
 
 def gather(view: View, tasks: Sequence[ProfileUnit], packing: str) -> dict[str, Any]:
-    """`view` is of prepared data; `tasks`, one for each of its parts, are done; `packing` as in the recipe."""
+    """`view` is of prepared data; `tasks`, one for each of its parts, are done; `packing`: see the recipe."""
     assert view.report is not None
     everything, sources = Total(), {part.source: Total() for part in view.parts}
     for i, (part, task) in enumerate(zip(view.parts, tasks, strict=True)):
@@ -223,29 +223,39 @@ def _attribute(
 
 
 def histogram(numbers: Numbers, limits: Sequence[float]) -> dict[str, Any] | None:
-    """{edges, log, read, kept}: on a logarithmic axis where the largest is far from the median. The first and
-    the last bin have what lies beyond them."""
-    read = numbers.read
+    """{edges, log, read, kept, zeros}: on a logarithmic axis where the largest is far from the median. The
+    first and the last bin have what lies beyond them. Where zeros would dwarf the rest they are left out, and
+    counted in `zeros` (of those kept)."""
+    read, kept = numbers.read, numbers.kept
+    zeros = None
+    if not (read.values is not None and len(read.values) <= BINS // 2) and read.zeros() > 0.3 * read.count:
+        zeros = kept.zeros()
+        read, kept = read.without_zeros(), kept.without_zeros()
     if not read.count:
         return None
-    low, middle, high = (read.quantile(share) or 0.0 for share in (0.005, 0.5, 0.995))
-    if read.values is not None and all(v == int(v) for v in read.values) and read.max - read.min < BINS:
-        edges, log = np.arange(read.min, read.max + 2), False
-    elif read.min >= 0 and middle > 0 and read.max > max(50 * middle, 10):
-        inside = [limit for limit in limits if limit > 0]
-        edges = log_edges(max(min([low, *inside]), middle / 1e3), max([read.max, *inside]) * 1.01, BINS)
-        log = True
-    else:
-        low, high = min([low, *limits]), max([high, *(limit * 1.1 for limit in limits)])
-        edges, log = np.linspace(low, high if high > low else low + 1, BINS + 1), False
+    edges, log = _edges(read, limits)
     return {
         "edges": edges.tolist(),
         "log": log,
         "read": read.histogram(edges),
-        "kept": numbers.kept.histogram(edges),
+        "kept": kept.histogram(edges),
+        "zeros": zeros,
         "below": bool(read.min < edges[0]),
         "above": bool(read.max > edges[-1]),
     }
+
+
+def _edges(read: Quantiles, limits: Sequence[float]) -> tuple[np.ndarray, bool]:
+    """(edges, whether they are logarithmic); the limits are among what is drawn."""
+    low, middle, high = (read.quantile(share) or 0.0 for share in (0.005, 0.5, 0.995))
+    if read.values is not None and all(v == int(v) for v in read.values) and read.max - read.min < BINS:
+        return np.arange(read.min, read.max + 2), False
+    if read.min >= 0 and middle > 0 and read.max > max(50 * middle, 10):
+        inside = [limit for limit in limits if limit > 0]
+        low = max(min([low, *inside]), middle / 1e3)
+        return log_edges(low, max([read.max, *inside]) * 1.01, BINS), True
+    low, high = min([low, *limits]), max([high, *(limit * 1.1 for limit in limits)])
+    return np.linspace(low, high if high > low else low + 1, BINS + 1), False
 
 
 def _repeated(frequent: Frequent, apart: bool = False) -> dict[str, Any]:

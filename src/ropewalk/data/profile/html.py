@@ -1,30 +1,24 @@
-"""HTML from values: every text is escaped unless it was made here, so that a document is never more than text."""
+"""HTML from values: every text is escaped unless it was made here, so that a document is just text."""
 
-import re
 from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 from typing import Any
+
+from ropewalk.data.profile.samples import visible
 
 
 class Markup(str):
     """HTML; any other string is text."""
 
 
-_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
-"""Control characters, what turns the direction of writing around, and halves of characters."""
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 Child = Any
 """Markup, text, a number, None (nothing), or an iterable of such."""
 
 
 def text(value: object) -> Markup:
-    return Markup(escape(_UNSEEN.sub(_seen, str(value)), quote=True))
-
-
-def _seen(match: re.Match[str]) -> str:
-    code = ord(match.group())
-    return chr(0x2400 + code) if code < 32 else f"[U+{code:04X}]"
+    return Markup(escape(visible(str(value)), quote=True))
 
 
 def el(tag: str, *children: Child, **attributes: object) -> Markup:
@@ -64,11 +58,18 @@ def document(title: str, style: str, *body: Child) -> str:
 
 
 def table(header: Iterable[Child], rows: Iterable[Iterable[Child]], caption: str | None = None) -> Markup:
-    """Numbers (int, float) are set to the right; cells that are None stay empty. It scrolls where it is wide."""
+    """Numbers (int, float) are set to the right; None stays empty. It scrolls where it is wide."""
     head = el("thead", el("tr", *(el("th", name, scope="col") for name in header)))
     body = el("tbody", *(el("tr", *(_cell(i, cell) for i, cell in enumerate(row))) for row in rows))
-    made = el("table", el("caption", caption) if caption else None, head, body)
-    return el("div", made, class_="scroll", tabindex="0", role="region", aria_label=caption or "table")
+    scrolled = el(
+        "div",
+        el("table", head, body),
+        class_="scroll",
+        tabindex="0",
+        role="region",
+        aria_label=caption or "table",
+    )
+    return join([el("p", caption, class_="muted") if caption else None, scrolled])
 
 
 def _cell(i: int, cell: Child) -> Markup:

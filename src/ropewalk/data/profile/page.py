@@ -19,6 +19,8 @@ from ropewalk.data.profile.html import (
 )
 from ropewalk.data.profile.page_parts import attributes, edits, rules, sample
 
+FATES = 8
+"""Rows that say what became of documents; the rules have a section of their own."""
 SIGNS = {"problem": "▲ Problem", "warning": "◆ Warning", "note": "● Note"}
 
 
@@ -35,7 +37,7 @@ def page(account: Mapping[str, Any]) -> str:
         "how": ("How this was counted", _how(account)),
     }
     there = {name: section for name, section in sections.items() if section[1]}
-    links = [el("a", title, href=f"#{name}") for name, (title, _) in there.items()]
+    links = [[el("a", title, href=f"#{name}"), " "] for name, (title, _) in there.items()]
     return document(
         f"Data profile: {account['folder']}",
         stylesheet(),
@@ -50,7 +52,8 @@ def page(account: Mapping[str, Any]) -> str:
 
 
 def _headline(account: Mapping[str, Any]) -> Markup:
-    train, validation = account["splits"]["train"], account["splits"]["validation"]
+    train = account["splits"]["train"]
+    held_out = sum(part["documents"] for part in account["fate"] if part["what"] == "validation")
     count = len(account["sources"])
     plural = "" if count == 1 else "s"
     lede = (
@@ -65,7 +68,7 @@ def _headline(account: Mapping[str, Any]) -> Markup:
         (percent(account["kept"], account["documents"]), "of them kept"),
         (short(train["tokens"]), "tokens for training"),
         (percent(train["scored"], train["tokens"]), "of them scored"),
-        (number(validation["documents"]) if validation else "none", "validation documents"),
+        (number(held_out) if held_out else "none", "validation documents"),
     ]
     if filled is not None and packed is not None:
         tiles.append((number(packed), f"rows of {number(account['sequence_length'])} tokens"))
@@ -116,17 +119,18 @@ def _sources(account: Mapping[str, Any]) -> Markup:
         "source", "read", "kept", "tokens", "share of all tokens", "scored", "median tokens", "duplicates",
     )  # fmt: skip
     said = "Duplicates: share of the documents kept for training that equal an earlier one."
-    fate = [
-        (part["what"], part["documents"], bar(part["documents"], account["documents"], _kind(part["what"])))
-        for part in account["fate"]
-        if part["documents"]
-    ]
+    fate = [(part["what"], part["documents"]) for part in account["fate"] if part["documents"]]
+    if len(fate) > FATES:
+        rest = [n for what, n in fate[FATES:] if what.startswith("dropped")]
+        others = [(what, n) for what, n in fate[FATES:] if not what.startswith("dropped")]
+        fate = [*fate[:FATES], (f"dropped by {len(rest)} more rules", sum(rest)), *others]
+    shares = [(what, n, bar(n, account["documents"], _kind(what))) for what, n in fate]
     languages = [_values(values) for values in account["values"]]
     return join(
         [
             table(header, rows, said),
             el("h3", "What became of the documents"),
-            table(("", "documents", "share of all that were read"), fate),
+            table(("", "documents", "share of all that were read"), shares),
             el("div", languages, class_="cards") if languages else None,
         ]
     )
@@ -166,7 +170,7 @@ def _lengths(account: Mapping[str, Any]) -> Markup:
         ]
     longer = account["lengths"]["longer_than_a_row"]
     said = (
-        f"The dashed line is the length of a row, {number(limit)} tokens; {number(longer)} documents are longer. "
+        f"The dashed line is the length of a row, {number(limit)} tokens; {number(longer)} are longer. "
         f"Documents have a median of {number(account['words']['median'])} words and "
         f"{number(account['characters']['median'])} characters."
     )
@@ -231,8 +235,9 @@ def _samples(account: Mapping[str, Any]) -> Markup:
 def _how(account: Mapping[str, Any]) -> Markup:
     said = (
         "Lengths, repeats and samples are of what is kept, after edits; rules and attributes are of what was "
-        "read. Quantiles and histograms are exact for up to 512 different values and within 1% beyond. A dashed "
-        "line in a histogram is a limit of a rule, ‹ and › mean that the outermost bar has what lies beyond it. "
+        "read. Quantiles and histograms are exact for up to 512 different values and within 1% beyond. A "
+        "dashed line in a histogram is a limit of a rule; ‹ and › mean that the outermost bar has what lies "
+        "beyond it. "
         "profile.json has every number of this page."
     )
     return el("p", said, class_="muted")

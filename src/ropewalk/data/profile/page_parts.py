@@ -1,4 +1,4 @@
-"""The parts of the page that show documents: samples, rules with what they drop, attributes with their ends."""
+"""The parts of the page that show documents: samples, rules what they drop, attributes with their ends."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -34,7 +34,7 @@ def rules(account: Mapping[str, Any]) -> Markup | None:
     acting = [rule for rule in ordered if rule["failed"]]
     idle = [rule["rule"] for rule in ordered if not rule["failed"]]
     said = (
-        "A rule drops what it is the first to fail; “failed” counts all that fail it, “alone” those that fail "
+        "A rule drops what fails it first of all; “failed” counts all that fail it, “alone” those that fail "
         "no other rule: what would come back without it."
     )
     quiet = el("p", "Without effect: ", ", ".join(idle), ".", class_="muted") if idle else None
@@ -43,7 +43,8 @@ def rules(account: Mapping[str, Any]) -> Markup | None:
 
 def _rule(rule: Mapping[str, Any], account: Mapping[str, Any]) -> Markup:
     total = account["documents"]
-    counts = f"dropped {number(rule['dropped'])}, failed {number(rule['failed'])}, alone {number(rule['failed_alone'])}"
+    names = {"dropped": "dropped", "failed": "failed", "alone": "failed_alone"}
+    counts = ", ".join(f"{name} {number(rule[key])}" for name, key in names.items())
     head = el(
         "summary",
         el("span", el("b", rule["rule"]), " ", el("span", rule["reason"], class_="muted")),
@@ -85,7 +86,12 @@ def attributes(account: Mapping[str, Any]) -> Markup | None:
         legend += [el("span", class_="legend outline"), "all that were read "]
     if any(attribute["limits"] for attribute in drawn):
         legend += [el("span", class_="legend limit"), "limit of a rule"]
+    first = sum(bool(attribute["limits"]) for attribute in ordered) or len(ordered)
     cards = [_attribute(attribute) for attribute in ordered]
+    rest = [
+        el("summary", f"{len(cards) - first} that no rule asks for"),
+        el("div", cards[first:], class_="cards"),
+    ]
     places = [
         (
             found["name"],
@@ -96,7 +102,14 @@ def attributes(account: Mapping[str, Any]) -> Markup | None:
         for found in account["places"]
     ]
     listed = table(("places", "documents", "share", "what was found"), places) if places else None
-    return join([el("p", legend) if legend else None, listed, el("div", cards, class_="cards")])
+    return join(
+        [
+            el("p", legend) if legend else None,
+            listed,
+            el("div", cards[:first], class_="cards"),
+            el("details", rest) if cards[first:] else None,
+        ]
+    )
 
 
 def _kinds(kinds: Mapping[str, int]) -> str:
@@ -122,6 +135,8 @@ def _attribute(attribute: Mapping[str, Any]) -> Markup:
         f"median {number(shown['median'])}, 5% to 95%: {number(shown['p5'])} to {number(shown['p95'])}, "
         f"all: {number(shown['min'])} to {number(shown['max'])}"
     )
+    if drawn["zeros"] is not None:
+        said = f"0 in {percent(drawn['zeros'], kept['count'])} (not drawn); {said}"
     unknown = f"unknown of {number(read['unknown'])}" if read["unknown"] else None
     return el(
         "div",

@@ -1,5 +1,6 @@
 """Documents to look at: the beginning of each, or the part where something is, with the places marked."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,8 +13,20 @@ from ropewalk.data.view import View
 CHARACTERS = 500
 BEFORE = 80
 """Characters that are shown before the first place that is marked."""
+_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
+"""Control characters, what turns the direction of writing around, and halves of characters."""
 Place = tuple[int, int]
 """Characters start to end of a text."""
+
+
+def visible(text: str) -> str:
+    """With signs for characters that would do something to a page or a terminal instead of being seen."""
+    return _UNSEEN.sub(_seen, text)
+
+
+def _seen(match: re.Match[str]) -> str:
+    code = ord(match.group())
+    return chr(0x2400 + code) if code < 32 else f"[U+{code:04X}]"
 
 
 def shown(text: str, marks: Iterable[Place] = (), characters: int = CHARACTERS) -> dict[str, Any]:

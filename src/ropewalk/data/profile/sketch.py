@@ -18,14 +18,16 @@ _LOG = log(GAMMA)
 
 
 class Quantiles:
-    """Counts of numbers: exact up to EXACT different ones, else in bins GAMMA times as wide as the one before,
-    so that a quantile is off by at most 1% (DDSketch, Masson, Rim, Lee 2019). Absolute values below SMALLEST
+    """Counts of numbers: exact up to EXACT different ones, else in bins GAMMA times as wide as the last, so
+    that a quantile is off by at most 1% (DDSketch, Masson, Rim, Lee 2019). Absolute values below SMALLEST
     are 0. Count, sum, smallest and largest are always exact; `unknown` counts null and NaN.
     """
 
     def __init__(self) -> None:
         self.count = self.unknown = 0
         self.sum, self.min, self.max = 0.0, float("inf"), float("-inf")
+        self.whole = True
+        """whether all are whole numbers, so that quantiles are"""
         self.values: dict[float, int] | None = {}
         self.bins: dict[tuple[int, int], int] = {}
         """(sign, power of GAMMA) -> how many; used when there are too many values"""
@@ -41,6 +43,7 @@ class Quantiles:
         if not len(values):
             return
         self.count += int(counts.sum())
+        self.whole = self.whole and bool((values == np.round(values)).all())
         self.sum += float(values @ counts)
         self.min, self.max = min(self.min, float(values[0])), max(self.max, float(values[-1]))
         if self.values is not None:
@@ -73,6 +76,7 @@ class Quantiles:
             for key, n in other.bins.items():
                 self.bins[key] = self.bins.get(key, 0) + n
             self.count, self.sum = self.count + other.count, self.sum + other.sum
+            self.whole = self.whole and other.whole
             self.min, self.max = min(self.min, other.min), max(self.max, other.max)
         self.unknown += other.unknown
 
@@ -90,15 +94,16 @@ class Quantiles:
         return np.clip(low, self.min, self.max), np.clip(high, self.min, self.max), counts
 
     def quantile(self, share: float) -> float | None:
-        """The smallest value such that at least this share of all are not above it; None where there is none."""
+        """The smallest value such that at least this share of all are not above it; None for no values."""
         if not self.count:
             return None
         low, high, counts = self._pieces()
         i = int(np.searchsorted(np.cumsum(counts), max(ceil(share * self.count), 1)))
-        return float((low[i] + high[i]) / 2)
+        middle = float((low[i] + high[i]) / 2)
+        return round(middle) if self.whole else middle
 
     def histogram(self, edges: np.ndarray) -> list[int]:
-        """How many lie from edges[i] on and below edges[i + 1]; the first and the last bin have the rest too."""
+        """How many lie from edges[i] on and below edges[i + 1]; the first and last have the rest too."""
         result = np.zeros(len(edges) - 1)
         if self.count:
             low, high, counts = self._pieces()
@@ -110,6 +115,22 @@ class Quantiles:
                 cumulated += n * np.clip(part, 0, 1)
             result = np.diff(np.concatenate([[0], np.round(cumulated), [self.count]]))
         return [int(n) for n in result]
+
+    def zeros(self) -> int:
+        return self.bins.get((0, 0), 0) if self.values is None else self.values.get(0.0, 0)
+
+    def without_zeros(self) -> "Quantiles":
+        """The same but for zeros; its smallest and largest are those of the bins, where there were zeros."""
+        found = Quantiles.load(self.dump())
+        found.count -= self.zeros()
+        if found.values is not None:
+            found.values.pop(0.0, None)
+        found.bins.pop((0, 0), None)
+        if found.count and self.zeros():
+            low, high, _ = found._pieces()
+            found.min = float(low[0]) if self.min == 0 else self.min
+            found.max = float(high[-1]) if self.max == 0 else self.max
+        return found
 
     def summary(self) -> dict[str, float | int | None]:
         shares = {"p5": 0.05, "median": 0.5, "p95": 0.95}
@@ -239,6 +260,7 @@ def log_edges(low: float, high: float, bins: int) -> np.ndarray:
 
 
 def octaves(low: float, high: float) -> np.ndarray:
-    """Powers of the square root of 2 around low to high, both above 0."""
-    first, last = floor(2 * log(low, 2)), floor(2 * log(high, 2)) + 1
-    return 2.0 ** (np.arange(first, last + 1) / 2)
+    """Powers of a root of 2 around low to high, both above 0: of one that gives some twelve bins or more."""
+    per = next((n for n in (2, 4, 8) if n * log(high / low, 2) >= 12), 8)
+    first, last = floor(per * log(low, 2)), floor(per * log(high, 2)) + 1
+    return 2.0 ** (np.arange(first, last + 1) / per)

@@ -32,11 +32,16 @@ def _walk(node: Any, result: dict[str, set[float]]) -> None:
 
 
 def _number(node: dict[str, Any]) -> float | None:
+    """A constant as it was written (DuckDB from 1.5 on), or, of earlier versions, as it was understood."""
     if node.get("class") != "CONSTANT":
         return None
-    constant = node.get("value") or {}
-    value, kind = constant.get("value"), constant.get("type") or {}
+    literal, constant = node.get("literal"), node.get("value")
+    if isinstance(literal, dict) and literal.get("kind") in ("INTEGER", "NUMERIC", "FLOAT", "DOUBLE"):
+        return float(literal["text"])
+    if not isinstance(constant, dict):
+        return None
+    value = constant.get("value")
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    scale = (kind.get("type_info") or {}).get("scale", 0)  # decimals come as integers
+    scale = ((constant.get("type") or {}).get("type_info") or {}).get("scale", 0)  # decimals come as integers
     return value / 10**scale
