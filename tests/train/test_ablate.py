@@ -49,8 +49,8 @@ CONFIG = {
 
 @pytest.fixture
 def half_garbage(tmp_path, make_recipe, tiny_tokenizer_dir):
-    """`half_garbage(steps, **data)`: a recipe from scratch half of whose training documents are garbage, which
-    a rule drops. A second rule drops one document in ten for no reason that matters."""
+    """`half_garbage(steps, **data)`: a recipe from scratch; half of its training documents are garbage, and a
+    rule drops those. A second rule drops one document in ten for no reason that matters."""
     chance = random.Random(0)
     texts = [make(chance) for _ in range(120) for make in (sentence, garbage)]
     path = write_rows(tmp_path / "train.jsonl", texts)
