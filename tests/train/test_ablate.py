@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 import ropewalk as rw
+from ropewalk.cli import main
 from ropewalk.data.leave_out import leave_out, nothing
 from ropewalk.errors import UserError
-from ropewalk.recipe import load_recipe
+from ropewalk.recipe import load_recipe, to_yaml
 
 WORDS = "rope walk fibre strand twist long building loose strong spin lay yarn hemp tar sail mast".split()
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789#%&"
@@ -49,8 +50,8 @@ CONFIG = {
 
 @pytest.fixture
 def half_garbage(tmp_path, make_recipe, tiny_tokenizer_dir):
-    """`half_garbage(steps, **data)`: a recipe from scratch half of whose training documents are garbage, which
-    a rule drops. A second rule drops one document in ten for no reason that matters."""
+    """`half_garbage(steps, **data)`: a recipe from scratch; half of its training documents are garbage, and a
+    rule drops those. A second rule drops one document in ten for no reason that matters."""
     chance = random.Random(0)
     texts = [make(chance) for _ in range(120) for make in (sentence, garbage)]
     path = write_rows(tmp_path / "train.jsonl", texts)
@@ -102,10 +103,17 @@ def test_a_rule_that_matters_is_told_from_one_that_does_not(half_garbage, good):
 
 
 @pytest.mark.slow
-def test_documents_split_off_are_the_same_for_both_and_no_run_has_seen_them(half_garbage):
+def test_documents_split_off_are_the_same_for_both_and_no_run_has_seen_them(half_garbage, good):
     recipe = half_garbage(2, validation=[], validation_fraction=0.2)
-    found = rw.ablate(recipe, without="real_words", seeds=2, progress=False)
-    ruled, unruled = found.measures
+    recipe["evaluate"] = {"perplexity": [good[0]["path"]]}
+    found = rw.ablate(recipe, without="real_words", seeds=2, evaluate=True, progress=False)
+    ruled, unruled, bits = found.measures
+    assert bits.measure == "bits per byte of good.jsonl"
+    for run, value in zip(
+        found.runs, (bits.before[0], bits.after[0], bits.before[1], bits.after[1]), strict=True
+    ):
+        measured = rw.evaluate(run, name="again").perplexity[good[0]["path"]]
+        assert measured.bits_per_byte == value
     assert "prepared with all rules" in ruled.measure
     assert "as they were read" in unruled.measure
     assert any("favours neither" in note for note in found.notes)
@@ -164,6 +172,20 @@ def test_a_rule_that_changes_no_document_is_not_trained_for(half_garbage, good):
     assert (found.measures, found.runs) == ((), ())
     assert found.notes == ("leaving any out changes no training document: there is nothing to compare",)
     assert found.report.exists()
+
+
+def test_the_command_says_the_sentences_and_where_the_report_is(half_garbage, good, tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(to_yaml(load_recipe(half_garbage(10**9, validation=good))))
+    words = ["data", "ablate", str(recipe), "--without", "any"]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "note: leaving any out changes no training document" in out
+    assert f"report: {tmp_path / 'runs' / 'tiny.without-any.md'}" in out
+    assert main([*words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["measures"] == []
+    assert main([*words[:-1], "all"]) == 2
+    assert "--without all: there is nothing of that name" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ropewalk.cli import data_ablate, data_tokenizer
+from ropewalk.cli import data_ablate, data_classifier, data_tokenizer, data_trace
 from ropewalk.cli.data_look import print_documents
 from ropewalk.cli.options import Debug, Json, Overrides, RecipeFile, print_json, print_table
 
@@ -19,7 +19,10 @@ app = typer.Typer(
 )
 app.command("tokenizer")(data_tokenizer.tokenizer)
 app.command("fertility")(data_tokenizer.fertility)
+app.command("classifier")(data_classifier.classifier)
 app.command("ablate")(data_ablate.ablate)
+app.command("trace")(data_trace.trace)
+app.command("where")(data_trace.where)
 RecipeOrFolder = Annotated[
     str,
     typer.Argument(

@@ -11,29 +11,30 @@ BATCH_TEXTS, BATCH_CHARACTERS = 512, 1 << 21
 Progress = Callable[[str, int, int], None]
 
 
-def records_of(source: Source) -> Iterator[Record]:
-    """The records of a source that have any text. Raises UserError for a row that cannot be used, naming its
-    file and line, and for a source with no text at all."""
-    files, _ = files_of(source)
+def batches_of(source: Source, progress: Progress | None = None) -> Iterator[list[Record]]:
+    """The records of a source that have any text, some MB at a time. `progress(what, files done, of)`.
+
+    Raises UserError for a row that cannot be used, naming its file and line, and for a source without text.
+    """
+    records = _records(source, progress)
     found = False
-    for record in read_source(source, files):
-        if isinstance(record, BadRow):
-            raise UserError(f"{record}; correct the row or take it out")
-        if record.plain:
-            found = True
-            yield record
+    while batch := _batch(records):
+        found = True
+        yield batch
     if not found:
         raise UserError(f"{source.path}: no text in it (data source {source.name})")
 
 
-def batches_of(source: Source, progress: Progress | None = None) -> Iterator[list[Record]]:
-    """The records of a source, some MB at a time. `progress(what, texts done, of)` knows no end: of is 0."""
-    records, done = records_of(source), 0
-    while batch := _batch(records):
-        done += len(batch)
+def _records(source: Source, progress: Progress | None) -> Iterator[Record]:
+    files, _ = files_of(source)
+    for done, file in enumerate(files):
         if progress is not None:
-            progress(f"read {source.name}, texts", done, 0)
-        yield batch
+            progress(f"read {source.name}, files", done, len(files))
+        for record in read_source(source, [file]):
+            if isinstance(record, BadRow):
+                raise UserError(f"{record}; correct the row or take it out")
+            if record.plain:
+                yield record
 
 
 def _batch(records: Iterator[Record]) -> list[Record]:

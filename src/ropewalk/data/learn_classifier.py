@@ -1,0 +1,93 @@
+"""A quality classifier from two sources, what it reaches on texts held out, and the words that it goes by."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ropewalk.clean.classifier import Classifier, train_classifier
+from ropewalk.clean.words import words_of
+from ropewalk.data.readers import Source
+from ropewalk.data.texts import Progress, batches_of
+from ropewalk.errors import UserError
+
+SHARE, LEAST = 0.01, 5
+"""A word tells something if it is in so many of the texts, in this share of them and in this number."""
+
+
+@dataclass(frozen=True)
+class Learned:
+    """`good` and `other` are words, the most telling first, each with the probability that the classifier
+    gives to a text of that word alone."""
+
+    directory: Path
+    report: dict[str, float]
+    texts: tuple[int, int]
+    good: list[tuple[str, float]]
+    other: list[tuple[str, float]]
+
+    def as_dict(self) -> dict[str, Any]:
+        return vars(self)
+
+
+def learn_classifier(
+    good: Source,
+    other: Source,
+    directory: str | Path,
+    *,
+    seed: int = 0,
+    words: int = 20,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Learned:
+    """Trains on all texts of both sources (they are kept in memory), and writes the classifier.
+
+    Raises UserError for a source that cannot be read or has too few texts, and where `directory` exists
+    (unless `overwrite`).
+    """
+    directory = Path(directory)
+    if directory.exists() and not overwrite:
+        raise UserError(f"{directory}: already exists; nothing was overwritten (--overwrite replaces it)")
+    texts = [[r.plain for batch in batches_of(source, progress) for r in batch] for source in (good, other)]
+    classifier = train_classifier(texts[0], texts[1], seed)
+    classifier.save(directory)
+    ranked = telling(classifier, [*texts[0], *texts[1]])
+    return Learned(
+        directory,
+        dict(classifier.report),
+        (len(texts[0]), len(texts[1])),
+        [pair for pair in ranked[:words] if pair[1] > 0.5],
+        [pair for pair in ranked[::-1][:words] if pair[1] < 0.5],
+    )
+
+
+def telling(classifier: Classifier, texts: Sequence[str]) -> list[tuple[str, float]]:
+    """(word, probability of a text of that word alone), the best sign of a good text first; of the words that
+    are in enough of the texts."""
+    found: dict[int, list[Any]] = {}
+    for hash, word, count in _words(texts):
+        found.setdefault(hash, [word, 0])[1] += count
+    least = max(LEAST, SHARE * len(texts))
+    words = sorted(word for word, count in found.values() if count >= least)
+    if not words:
+        return []
+    probabilities = classifier.probabilities(words_of(words))
+    order = np.argsort(-probabilities, kind="stable")
+    return [(words[i], float(probabilities[i])) for i in order]
+
+
+def _words(texts: Sequence[str]) -> Iterator[tuple[int, str, int]]:
+    """(hash, word in lower case, how many texts have it), of some texts after the other."""
+    for first in range(0, len(texts), 256):
+        words = words_of(texts[first : first + 256]).only
+        order = np.lexsort((words.document, words.hashes))
+        hashes, document = words.hashes[order], words.document[order]
+        new = np.ones(len(order), bool)
+        new[1:] = (hashes[1:] != hashes[:-1]) | (document[1:] != document[:-1])
+        unique, at, counts = np.unique(hashes[new], return_index=True, return_counts=True)
+        places = order[new][at]
+        for hash, place, count in zip(unique.tolist(), places.tolist(), counts.tolist(), strict=True):
+            codes = words.codes[words.starts[place] : words.ends[place]]
+            yield hash, "".join(map(chr, codes)).lower(), count
