@@ -107,9 +107,10 @@ class Provenance:
                 f"FROM read_parquet('{pieces}', file_row_number = true)"
             )
             connection.register("steps", self._steps(first, self.steps if last is None else last))
+            connection.execute(f"SET allowed_paths = ['{ledger}', '{pieces}']")
             connection.execute("SET enable_external_access = false; SET lock_configuration = true")
             try:
-                return connection.execute(query, values).to_arrow_table()
+                return connection.sql(query, params=values).to_arrow_table()
             except duckdb.Error as error:
                 raise UserError(f"--sql: {str(error).splitlines()[0]}") from None
 
