@@ -19,7 +19,9 @@ from ropewalk.data.entry import Prepared, name_sources, prepare_sources
 
 WORDS = "rope walk loose fibre strand long building strong end laid hemp tar spun yarn twist".split()
 FOOTER = "All rights reserved by the walk."
-SCRIPT = "<script>alert('x')</script><img src=x onerror=alert(1)> \u202e\x1b[31m # # # # rope walk loose fibre strand"
+SCRIPT = (
+    "<script>alert('x')</script><img src=x onerror=alert(1)> \u202e\x1b[31m # # # # rope walk loose fibre"
+)
 
 
 class Addresses:

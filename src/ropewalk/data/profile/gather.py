@@ -143,6 +143,7 @@ def _sources(
                 "tokens_a_document": tokens.summary(),
                 "histogram": _octaves(tokens),
                 "characters": total.characters.summary(),
+                "lines": _repeated(total.lines)["top"][:5],
                 **total.wrong,
             }
         )
