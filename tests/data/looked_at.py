@@ -25,11 +25,16 @@ SCRIPT = (
 
 
 class Addresses:
-    """Places of e-mail addresses."""
+    """Places of e-mail addresses, a language by the first letter, and signatures that nobody can look at."""
 
     name = "addresses"
     version = 1
-    attributes: Mapping[str, str] = {"addresses": "places of e-mail addresses"}
+    attributes: Mapping[str, str] = {
+        "addresses": "places of e-mail addresses",
+        "language": "en, or xx for texts that begin with S",
+        "signature": "bytes",
+        "signatures": "numbers",
+    }
 
     def settings(self) -> Any:
         return None
@@ -42,7 +47,14 @@ class Addresses:
             ]
             for text in texts.texts
         ]
-        return pa.table({"addresses": pa.array(found, SPANS)})
+        return pa.table(
+            {
+                "addresses": pa.array(found, SPANS),
+                "language": pa.array(["xx" if t[:1] == "S" else "en" for t in texts.texts], pa.string()),
+                "signature": pa.array([b"\xff"] * len(texts), pa.binary()),
+                "signatures": pa.array([[1, 2]] * len(texts), pa.list_(pa.uint64())),
+            }
+        )
 
 
 def texts(count: int, seed: int) -> list[str]:

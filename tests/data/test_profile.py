@@ -84,6 +84,23 @@ def test_attributes_of_what_was_read_and_of_what_is_kept(made, kept):
             assert texts[sample["id"]].startswith(sample["text"])
 
 
+def test_attributes_of_other_types(made, kept):
+    """Words are counted, places too; signatures are left alone."""
+    folder, _, account = made
+    texts = [text for _, text in all_texts(folder)]
+    (values,) = account["values"]
+    assert values["name"] == "language"
+    assert values["read"] == Counter("xx" if text[0] == "S" else "en" for text in texts)
+    assert values["kept"] == Counter("xx" if text[0] == "S" else "en" for _, text in kept)
+    (places,) = account["places"]
+    found = [len(re.findall(r"\w+@\w+\.org", text)) for text in texts]
+    assert (places["documents"], places["places"]) == (sum(map(bool, found)), sum(found))
+    assert places["kinds"] == {"email": sum(found)}
+    share = values["kept"]["en"] / len(kept)
+    said = f"The language is mixed: en {share:.0%}, xx {1 - share:.0%}."
+    assert said in [alert["text"] for alert in account["alerts"]]
+
+
 def test_rules_say_what_they_drop(made):
     folder, _, account = made
     texts = dict(all_texts(folder))
