@@ -210,6 +210,15 @@ class View:
         part = int(np.searchsorted(self.begins, number, side="right")) - 1
         return part, number - int(self.begins[part])
 
+    def named(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Values of a document's attributes, with the name of the document that it is a duplicate of."""
+        result = dict(values)
+        for attribute, number in values.items():
+            if attribute.endswith("duplicate_of") and isinstance(number, int) and number >= 0:
+                part, row = self.place(number)
+                result[attribute] = self.table(part, ["id"])["id"][row].as_py()
+        return result
+
 
 def _named(table: pa.Table) -> dict[str, pa.ChunkedArray]:
     return dict(zip(table.column_names, table.columns, strict=True))
