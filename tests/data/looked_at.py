@@ -19,15 +19,22 @@ from ropewalk.data.entry import Prepared, name_sources, prepare_sources
 
 WORDS = "rope walk loose fibre strand long building strong end laid hemp tar spun yarn twist".split()
 FOOTER = "All rights reserved by the walk."
-SCRIPT = "<script>alert('x')</script><img src=x onerror=alert(1)> \u202e\x1b[31m # # # # rope walk loose fibre strand"
+SCRIPT = (
+    "<script>alert('x')</script><img src=x onerror=alert(1)> \u202e\x1b[31m # # # # rope walk loose fibre"
+)
 
 
 class Addresses:
-    """Places of e-mail addresses."""
+    """Places of e-mail addresses, a language by the first letter, and signatures that nobody can look at."""
 
     name = "addresses"
     version = 1
-    attributes: Mapping[str, str] = {"addresses": "places of e-mail addresses"}
+    attributes: Mapping[str, str] = {
+        "addresses": "places of e-mail addresses",
+        "language": "en, or xx for texts that begin with S",
+        "signature": "bytes",
+        "signatures": "numbers",
+    }
 
     def settings(self) -> Any:
         return None
@@ -40,7 +47,14 @@ class Addresses:
             ]
             for text in texts.texts
         ]
-        return pa.table({"addresses": pa.array(found, SPANS)})
+        return pa.table(
+            {
+                "addresses": pa.array(found, SPANS),
+                "language": pa.array(["xx" if t[:1] == "S" else "en" for t in texts.texts], pa.string()),
+                "signature": pa.array([b"\xff"] * len(texts), pa.binary()),
+                "signatures": pa.array([[1, 2]] * len(texts), pa.list_(pa.uint64())),
+            }
+        )
 
 
 def texts(count: int, seed: int) -> list[str]:

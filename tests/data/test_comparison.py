@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from ropewalk.data.comparison import COPY, NOT_READ, compare
+from ropewalk.data.comparison import CHANGED, COPY, NOT_READ, compare
 from ropewalk.data.encode import Options
 from ropewalk.data.entry import name_sources, prepare_sources
 from ropewalk.data.profile.comparison_page import comparison_page
@@ -56,9 +56,12 @@ def test_the_same_is_the_same(sides):
 
 
 def test_copies_and_what_was_never_read(tmp_path, tokenizers):
-    """A second copy is another document; what is not in the input was not dropped."""
+    """A second copy is another document; what was not read was not dropped; line 3 has another text."""
     views = []
-    for name, rows in (("a", ["x y z", "x y z", "only here", "both"]), ("b", ["both", "x y z", "new"])):
+    for name, rows in (
+        ("a", ["x y z", "x y z", "both", "old", "only here"]),
+        ("b", ["both", "x y z", "x y z too", "new"]),
+    ):
         path = tmp_path / name / "rows.jsonl"
         path.parent.mkdir()
         path.write_text("".join(json.dumps({"text": text}) + "\n" for text in rows))
@@ -72,8 +75,12 @@ def test_copies_and_what_was_never_read(tmp_path, tokenizers):
         )
         views.append(View.open(made.directory))
     found = compare(*views)
-    assert {why["why"]: why["documents"] for why in found["only_a"]["why"]} == {COPY: 1, NOT_READ: 1}
-    assert {why["why"]: why["documents"] for why in found["only_b"]["why"]} == {NOT_READ: 1}
+    assert {why["why"]: why["documents"] for why in found["only_a"]["why"]} == {
+        COPY: 1,
+        CHANGED: 1,
+        NOT_READ: 1,
+    }
+    assert {why["why"]: why["documents"] for why in found["only_b"]["why"]} == {CHANGED: 1, NOT_READ: 1}
     assert found["common"]["documents"] == 2
 
 

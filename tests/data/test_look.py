@@ -111,3 +111,12 @@ def test_a_judgement_counts_what_is_kept(view, texts):
     counts = [len(words_in(text)) for text in texts.values()]
     assert (found["documents"], found["kept"]) == (len(texts), sum(8 <= n <= 50 for n in counts))
     assert [rule["rule"] for rule in found["rules"]] == ["short", "long"]
+
+
+def test_duplicates_are_called_by_their_names(view, texts):
+    names = [*texts]
+    assert view.named({"near_duplicate_of": 205, "duplicate_of": -1, "words": 3}) == {
+        "near_duplicate_of": names[205],
+        "duplicate_of": -1,
+        "words": 3,
+    }

@@ -1,4 +1,4 @@
-"""Summaries in bounded memory: exact where they say so, within their bounds elsewhere, however data is cut."""
+"""Summaries in bounded memory: exact where they say so, else within their bounds, however data is cut."""
 
 from collections import Counter
 
@@ -73,7 +73,7 @@ def test_unknown_values_are_counted_apart():
 @given(st.lists(st.integers(0, 30), max_size=300), st.integers(2, 8), st.integers(1, 50))
 @settings(max_examples=100, deadline=None)
 def test_the_most_frequent_are_found_within_the_bound(values, size, step):
-    """Misra and Gries: no count too high, none too low by more than the error, the error at most n / (size + 1)."""
+    """Misra and Gries: no count too high, none too low by more than the error, n / (size + 1) at most."""
     found = Frequent(size)
     for i in range(0, len(values), step):
         part = Frequent(size)

@@ -4,11 +4,12 @@ May import: recipe and model (in `prepare` only), files, errors; torch in batch 
 """
 
 from ropewalk.data.batch import Batch
-from ropewalk.data.entry import Prepared, prepare
+from ropewalk.data.entry import Prepared, judge, prepare
 from ropewalk.data.loader import Loader, prefetch
 from ropewalk.data.packing import pack
 from ropewalk.data.shards import DamagedDataError, Document, ShardWriter, TokenShards
 from ropewalk.data.tokenize import Tokenization, render, render_prompt
+from ropewalk.data.view import View
 
 __all__ = [
     "Batch",
@@ -19,6 +20,8 @@ __all__ = [
     "ShardWriter",
     "TokenShards",
     "Tokenization",
+    "View",
+    "judge",
     "pack",
     "prefetch",
     "prepare",

@@ -14,11 +14,8 @@ from ropewalk.data.view import View
 
 SAMPLES = 3
 """Documents that are shown for each reason."""
-NOT_READ, COPY, LEFT_OUT = (
-    "was not read",
-    "another copy of it is kept",
-    "empty, too long or without scored tokens",
-)
+NOT_READ, CHANGED = "was not read", "has another text"
+COPY, LEFT_OUT = "another copy of it is kept", "empty, too long or without scored tokens"
 
 
 @dataclass(frozen=True)
@@ -74,8 +71,9 @@ def compare(a: View, b: View) -> dict[str, Any]:
         "documents": int(common[0].sum()),
         "tokens": [int(side.tokens[same].sum()) for side, same in zip((left, right), common, strict=True)],
     }
-    found["only_a"] = _only(left, right, left.kept & ~common[0])
-    found["only_b"] = _only(right, left, right.kept & ~common[1])
+    changed = _changed(left, right)
+    found["only_a"] = _only(left, right, left.kept & ~common[0], changed[0])
+    found["only_b"] = _only(right, left, right.kept & ~common[1], changed[1])
     found["rules"] = _rules(a, b)
     found["lengths"] = _lengths(left, right)
     return found
@@ -105,10 +103,37 @@ def _summary(side: Side) -> dict[str, Any]:
     }
 
 
-def _only(here: Side, there: Side, which: np.ndarray) -> dict[str, Any]:
+def _changed(a: Side, b: Side) -> list[np.ndarray]:
+    """For each side [documents] bool: of this name there is another content at the other side. Holds the
+    names of those whose content is at one side only."""
+    alone = [~np.isin(x.hashes, y.hashes) for x, y in ((a, b), (b, a))]
+    names = [_names(side.view, which) for side, which in zip((a, b), alone, strict=True)]
+    both = names[0].keys() & names[1].keys()
+    result = []
+    for side, known in zip((a, b), names, strict=True):
+        mask = np.zeros(len(side.hashes), bool)
+        mask[[known[name] for name in both]] = True
+        result.append(mask)
+    return result
+
+
+def _names(view: View, which: np.ndarray) -> dict[str, int]:
+    """Name -> number of documents."""
+    found: dict[str, int] = {}
+    for i in range(len(view.parts)):
+        begin, end = view.begins[i : i + 2].tolist()
+        rows = np.flatnonzero(which[begin:end])
+        if len(rows):
+            names = view.table(i, ["id"])["id"].take(pa.array(rows)).to_pylist()
+            found |= dict(zip(names, (rows + begin).tolist(), strict=True))
+    return found
+
+
+def _only(here: Side, there: Side, which: np.ndarray, changed: np.ndarray) -> dict[str, Any]:
     """Those of one side, by what became of them in the other."""
     numbers = np.flatnonzero(which)
     reasons = _why(here.hashes[numbers], there)
+    reasons[(reasons == NOT_READ) & changed[numbers]] = CHANGED
     wanted, groups = Wanted(here.view), []
     for reason in np.unique(reasons).tolist():
         chosen = numbers[reasons == reason]

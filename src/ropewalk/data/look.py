@@ -164,7 +164,7 @@ def _document(view: View, i: int, row: int, question: Question, columns: Sequenc
         view.table(i, ["verdict", "failed", "duplicate_of", "kept", *columns]).slice(row, 1).to_pylist()[0]
     )
     record = record_at(view, i, row)
-    values = {name: known[name] for name in columns}
+    values = view.named({name: known[name] for name in columns})
     text = record.plain
     marks = reasons(text, columns, values) if question.where is None else []
     if question.search is not None:

@@ -152,7 +152,7 @@ class View:
         if verdict:
             columns |= _named(self._verdicts(i, verdict))
         for path in part.attributes:
-            inside = [name for name in pq.read_schema(path).names if name in wanted]
+            inside = [name for name in pq.read_schema(path).names if name in wanted - columns.keys()]
             if inside:
                 columns |= _named(pq.read_table(path, columns=inside))
         if self.folder and wanted & {*TOKENS, "tokens", "kept"}:
@@ -179,7 +179,7 @@ class View:
 
     @cached_property
     def _ledger(self) -> dict[str, np.ndarray]:
-        """Where the tokens of each document of the whole data are; 13 bytes a document are kept of it."""
+        """Where the tokens of each document of the whole data are; 21 bytes a document are kept of it."""
         assert self.folder is not None
         table = pq.read_table(self.folder / LEDGER, columns=list(TOKENS), read_dictionary=["split"])
         if len(table) != self.begins[-1]:
@@ -209,6 +209,15 @@ class View:
         """(part, row) of a document by its number in the whole data."""
         part = int(np.searchsorted(self.begins, number, side="right")) - 1
         return part, number - int(self.begins[part])
+
+    def named(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Values of a document's attributes, with the name of the document that it is a duplicate of."""
+        result = dict(values)
+        for attribute, number in values.items():
+            if attribute.endswith("duplicate_of") and isinstance(number, int) and number >= 0:
+                part, row = self.place(number)
+                result[attribute] = self.table(part, ["id"])["id"][row].as_py()
+        return result
 
 
 def _named(table: pa.Table) -> dict[str, pa.ChunkedArray]:

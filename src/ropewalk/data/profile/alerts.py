@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
+from ropewalk.data.profile.html import percent
+
 Level = Literal["problem", "warning", "note"]
 LEVELS: Mapping[Level, int] = {"problem": 0, "warning": 1, "note": 2}
 
@@ -59,7 +61,11 @@ def _rules(account: Mapping[str, Any]) -> Iterator[Alert]:
         yield Alert("problem", share, f"The rules drop {share:.0%} of all documents.")
     idle = [rule["rule"] for rule in account["rules"] if not rule["failed"]]
     if idle:
-        yield Alert("note", 0.0, f"{_count(len(idle), 'rule')} fail no document: {_some(idle)}.")
+        yield Alert(
+            "note",
+            0.0,
+            f"{_count(len(idle), 'rule')} {'has' if len(idle) == 1 else 'have'} no effect: {_some(idle)}.",
+        )
 
 
 def _duplicates(account: Mapping[str, Any]) -> Iterator[Alert]:
@@ -67,8 +73,8 @@ def _duplicates(account: Mapping[str, Any]) -> Iterator[Alert]:
         share = source["again"] / max(source["kept"], 1)
         if share >= 0.01:
             text = (
-                f"{share:.0%} of the documents of {source['name']} that are trained on ({source['again']:,}) "
-                "equal an earlier one: data.clean.duplicates=[exact] leaves them out."
+                f"{percent(share, 1)} of the documents of {source['name']} that are trained on "
+                f"({source['again']:,}) equal an earlier one: data.clean.duplicates=[exact] leaves them out."
             )
             yield Alert("problem" if share >= 0.1 else "warning", share, text)
     same = [cluster for cluster in account["duplicates"]["clusters"] if cluster["kept"] >= 10]
@@ -88,6 +94,16 @@ def _repeats(account: Mapping[str, Any]) -> Iterator[Alert]:
             yield Alert(
                 "warning", share, f"One line makes up {share:.1%} of all lines: {_quoted(line['text'])}"
             )
+    for source in account["sources"]:
+        for line in source["lines"]:
+            share = line["count"] / max(source["kept"], 1)
+            # As many letters as a sentence has: headings are in many documents, and should be.
+            if share >= 0.2 and line["count"] >= 20 and sum(c.isalnum() for c in line["text"]) >= 24:
+                text = (
+                    f"One line is {line['count']:,} times in the {source['kept']:,} documents of "
+                    f"{source['name']}: {_quoted(line['text'])}"
+                )
+                yield Alert("warning", min(share, 1.0) / 2, text)
     kept = max(account["kept"], 1)
     for ngram in account["ngrams"]["top"][:3]:
         share = ngram["count"] / kept
@@ -134,19 +150,21 @@ def _attributes(account: Mapping[str, Any]) -> Iterator[Alert]:
 
 
 def _characters(account: Mapping[str, Any]) -> Iterator[Alert]:
-    kept = max(account["kept"], 1)
     said = {
-        "mojibake": "have mojibake (Ã¤ for ä): data.clean.repair=true undoes it.",
-        "replacement": "have the sign for a lost character (\ufffd).",
+        "mojibake": "mojibake (Ã¤ for ä): data.clean.repair=true undoes it.",
+        "replacement": "the sign for a lost character (\ufffd).",
     }
     for name, what in said.items():
-        count = account["wrong"][name]
-        if count:
-            share = count / kept
-            percent = (
-                f"{share:.1%} of the documents ({count:,})" if share >= 0.001 else _count(count, "document")
-            )
-            yield Alert("warning" if share >= 0.001 else "note", share, f"{percent} {what}")
+        rest = account["wrong"][name]
+        for source in account["sources"]:
+            share = source[name] / max(source["kept"], 1)
+            if share >= 0.005:
+                rest -= source[name]
+                text = f"{percent(share, 1)} of the documents of {source['name']} have {what}"
+                yield Alert("warning", share, text)
+        if rest:
+            text = f"{_count(rest, 'document')} {'has' if rest == 1 else 'have'} {what}"
+            yield Alert("note", rest / max(account["kept"], 1), text)
 
 
 def _rows(account: Mapping[str, Any]) -> Iterator[Alert]:

@@ -56,7 +56,7 @@ def gather(view: View, tasks: Sequence[ProfileUnit], packing: str) -> dict[str, 
         "attributes": [
             _attribute(view, name, numbers, limits.get(name, ()), wanted)
             for name, numbers in everything.numbers.items()
-            if name != "duplicate_of"
+            if not name.endswith("duplicate_of")
         ],
         "values": [
             {"name": name, "what": view.attributes.get(name, ""), **{k: dict(v) for k, v in counts.items()}}
@@ -143,6 +143,7 @@ def _sources(
                 "tokens_a_document": tokens.summary(),
                 "histogram": _octaves(tokens),
                 "characters": total.characters.summary(),
+                "lines": _repeated(total.lines)["top"][:5],
                 **total.wrong,
             }
         )
@@ -185,7 +186,10 @@ def _rule(
     for _, part, row in everything.dropped_rows.get(rule["rule"], ()):
         values = wanted.values(part, row, columns)
         marks = reasons(wanted.text(part, row), columns, values)
-        said = {name: len(value) if isinstance(value, list) else value for name, value in values.items()}
+        said = {
+            name: len(value) if isinstance(value, list) else value
+            for name, value in view.named(values).items()
+        }
         samples.append(wanted.sample(part, row, marks, values=said))
     return {
         **rule,

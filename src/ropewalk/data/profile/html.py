@@ -59,8 +59,13 @@ def document(title: str, style: str, *body: Child) -> str:
 
 def table(header: Iterable[Child], rows: Iterable[Iterable[Child]], caption: str | None = None) -> Markup:
     """Numbers (int, float) are set to the right; None stays empty. It scrolls where it is wide."""
-    head = el("thead", el("tr", *(el("th", name, scope="col") for name in header)))
-    body = el("tbody", *(el("tr", *(_cell(i, cell) for i, cell in enumerate(row))) for row in rows))
+    listed = [list(row) for row in rows]
+    heads = [
+        el("th", name, scope="col", class_="number" if i and all(map(_is_number, column)) else None)
+        for i, (name, *column) in enumerate(zip(header, *listed, strict=True))
+    ]
+    body = el("tbody", *(el("tr", *(_cell(i, cell) for i, cell in enumerate(row))) for row in listed))
+    head = el("thead", el("tr", *heads))
     scrolled = el(
         "div",
         el("table", head, body),
@@ -75,9 +80,13 @@ def table(header: Iterable[Child], rows: Iterable[Iterable[Child]], caption: str
 def _cell(i: int, cell: Child) -> Markup:
     if i == 0:
         return el("th", cell, scope="row")
-    if isinstance(cell, int | float) and not isinstance(cell, bool):
+    if _is_number(cell):
         return el("td", number(cell), class_="number")
     return el("td", cell)
+
+
+def _is_number(cell: Child) -> bool:
+    return isinstance(cell, int | float) and not isinstance(cell, bool)
 
 
 def number(value: float | None) -> str:

@@ -104,7 +104,7 @@ def _sources(account: Mapping[str, Any]) -> Markup:
     total = sum(source["tokens"] for source in account["sources"])
     rows = [
         (
-            [source["name"], el("br"), el("small", "validation")] if source["held_out"] else source["name"],
+            [source["name"], " ", el("small", "validation")] if source["held_out"] else source["name"],
             source["documents"],
             bar(source["kept"], source["documents"]),
             source["tokens"],

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ropewalk.clean.step import Texts
+from ropewalk.clean.step import SPANS, Texts
 from ropewalk.data.documents import Documents
 from ropewalk.data.edits import edited
 from ropewalk.data.parts import key
@@ -75,33 +75,32 @@ def attributes(paths: tuple[Path, ...], kept: np.ndarray) -> dict[str, Any]:
     """Of each attribute the account of its type."""
     found: dict[str, Any] = {}
     for path in paths:
-        for name in pq.read_schema(path).names:
-            column = pq.read_table(path, columns=[name])[name].combine_chunks()
-            account = _attribute(column, kept)
-            if account is not None:
-                found[name] = account
+        for field in pq.read_schema(path):
+            if _seen_in_numbers(field.type):
+                column = pq.read_table(path, columns=[field.name])[field.name].combine_chunks()
+                found[field.name] = _attribute(column, kept)
     return found
 
 
-def _attribute(column: pa.Array, kept: np.ndarray) -> dict[str, Any] | None:
+def _seen_in_numbers(kind: pa.DataType) -> bool:
+    """Signatures of duplicates and the like are not: nothing is to be seen in them."""
+    tests = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_string)
+    return kind == SPANS or any(test(kind) for test in tests)
+
+
+def _attribute(column: pa.Array, kept: np.ndarray) -> dict[str, Any]:
     kind = column.type
-    if pa.types.is_boolean(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        return {
-            "kind": "words",
-            "read": counted(column),
-            "kept": counted(column.filter(pa.array(kept))),
-        }
     if pa.types.is_integer(kind) or pa.types.is_floating(kind):
         values = column.cast(pa.float64(), safe=False).fill_null(float("nan")).to_numpy(zero_copy_only=False)
         read, left = Quantiles(), Quantiles()
         read.add(values)
         left.add(values[kept])
         return {"kind": "numbers", "read": read.dump(), "kept": left.dump(), **tails(values, kept)}
-    if pa.types.is_list(kind) and pa.types.is_struct(kind.value_type):
+    if kind == SPANS:
         kinds = column.flatten().field("kind")
         documents = int(pc.sum(pc.greater(pc.list_value_length(column), 0)).as_py() or 0)
         return {"kind": "places", "documents": documents, "places": len(kinds), "kinds": counted(kinds)}
-    return None  # signatures of duplicates and the like: nothing to be seen in them
+    return {"kind": "words", "read": counted(column), "kept": counted(column.filter(pa.array(kept)))}
 
 
 def counted(column: pa.Array) -> dict[str, int]:
