@@ -1,6 +1,6 @@
 """The memory of preparing far more text than there is memory: python bench/data_memory.py --gigabytes 20
 
-Generated documents of 2.7 kB are read, and equal ones left out, as `ropewalk data rules` does it: reading, and a
+Generated documents of 2.7 kB are read, and equal ones left out, as `ropewalk data rules` does: reading, and a
 step that compares all documents. With --near, near duplicates too, which takes about two minutes a gigabyte
 and core. The figure is the sum over all processes of their resident memory, its highest value. Run by data.py
 with 2 GB.

@@ -1,4 +1,4 @@
-"""From documents to verdicts: what rules keep, what is edited, and that neither processes nor restarts matter."""
+"""From documents to verdicts: what is kept and what is edited, whatever processes and restarts there are."""
 
 import json
 import random
@@ -16,12 +16,13 @@ from ropewalk.errors import UserError
 from ropewalk.recipe.schema import Clean
 
 STOP = "the of and to a in that have with be".split()
-WORDS = """rope walk loose fibre strand long straight building hemp work men twist hook wheel tar sail ship harbour
-wind river stone bridge market cloth linen spindle thread weaver miller baker smith iron copper timber oak willow
-morning evening winter summer garden orchard cellar lantern candle letter paper printer ladder window chimney
-kitchen kettle basket barrel wagon horse meadow valley island mountain forest village captain sailor merchant
-teacher doctor student answer question number measure weight length colour silver golden narrow heavy quiet gentle
-ancient modern simple careful patient honest early distant northern southern carry gather follow listen remember
+WORDS = """rope walk loose fibre strand long straight building hemp work men twist hook wheel tar sail ship
+harbour wind river stone bridge market cloth linen spindle thread weaver miller baker smith iron
+copper timber oak willow morning evening winter summer garden orchard cellar lantern candle letter
+paper printer ladder window chimney kitchen kettle basket barrel wagon horse meadow valley island
+mountain forest village captain sailor merchant teacher doctor student answer question number
+measure weight length colour silver golden narrow heavy quiet gentle ancient modern simple careful
+patient honest early distant northern southern carry gather follow listen remember
 """.split()
 
 
@@ -193,7 +194,8 @@ def test_personal_data_is_masked_in_conversations(run, tokenizers):
 def questions(tmp_path):
     path = tmp_path / "test.jsonl"
     asked = (
-        "Natalia sold clips to forty eight of her friends in April, and then she sold half as many clips in May. "
+        "Natalia sold clips to forty eight of her friends in April, and then she sold half as many "
+        "clips in May. "
         "How many clips did Natalia sell altogether in April and May?"
     )
     path.write_text(json.dumps({"question": asked, "answer": "seventy two"}))

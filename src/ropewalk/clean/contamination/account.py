@@ -49,8 +49,8 @@ class Account:
             self._sets[item.set].not_looked_for.append(item.id)
 
     def add(self, table: pa.Table, texts: Sequence[str], documents: Sequence[str]) -> None:
-        """A table that the step wrote, of `texts`, whose names are `documents`. Rows without items need not be
-        among them, but are to be counted in `self.documents`."""
+        """A table that the step wrote, of `texts`, whose names are `documents`. Rows without items may be
+        left out, and are then counted in `self.documents` by the caller."""
         self.documents += len(texts)
         for text, document, found in zip(
             texts, documents, table["contamination_items"].to_pylist(), strict=True
