@@ -1,21 +1,17 @@
 """Paraphrases of real questions are found by vectors where n-grams find few of them; other texts are not."""
 
 import importlib.util
+import pickle
 import random
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from ropewalk.clean.contamination import (
-    CharacterNgrams,
-    Contamination,
-    EvaluationItem,
-    Paraphrases,
-    model_vectors,
-)
+from ropewalk.clean.contamination import Contamination, EvaluationItem, Paraphrases
 from ropewalk.clean.contamination.paraphrase import passages
 from ropewalk.clean.step import Texts
+from ropewalk.clean.vectors import CharacterNgrams, ModelVectors
 
 MATERIAL = Path(__file__).resolve().parents[2] / "bench" / "contamination_text.py"
 spec = importlib.util.spec_from_file_location("contamination_text", MATERIAL)
@@ -81,12 +77,12 @@ def test_passages_are_whole_sentences_of_about_the_wanted_words():
     assert list(passages("", 5)) == list(passages(" \n ", 5)) == []
 
 
-def test_a_users_model_gives_vectors_that_padding_does_not_change(tiny_llama_dir):
-    vectors = model_vectors(str(tiny_llama_dir), batch_size=3)
+def test_a_users_model_gives_vectors_that_do_not_depend_on_their_neighbours(tiny_llama_dir):
+    vectors = pickle.loads(pickle.dumps(ModelVectors(str(tiny_llama_dir))))  # as other processes get it
     texts = ["a rope", "The ropewalk is a long straight building in which loose fibre becomes rope.", ""]
     together = vectors(texts)
     assert np.linalg.norm(together, axis=1) == pytest.approx(1, abs=1e-5)
-    assert np.allclose(together, np.concatenate([vectors([text]) for text in texts]), atol=1e-5)
+    assert (together == np.concatenate([vectors([text]) for text in texts])).all()
     item = EvaluationItem("s", "0", texts[1])
     row = Paraphrases([item], vectors, "tiny", similar=0.99).map(Texts([f"{texts[1]}", "a"]))
     assert [len(found) for found in row["paraphrase_of"].to_pylist()] == [1, 0]

@@ -68,8 +68,10 @@ def test_settings_name_the_model_by_its_content_and_the_step_can_go_to_another_p
     assert copy.map(Texts(TEXTS)) == step.map(Texts(TEXTS))
 
 
-def test_what_the_model_has_no_room_for_is_refused(tiny_llama_dir):
-    with pytest.raises(UserError, match="room for 256"):
-        Perplexity(tiny_llama_dir, tokens=300).map(Texts(["a"]))
+def test_no_more_is_looked_at_than_the_model_has_room_for(tiny_llama_dir):
+    texts = Texts(["a rope is made of strands " * 200])
+    assert Perplexity(tiny_llama_dir, tokens=300).map(texts) == Perplexity(tiny_llama_dir, tokens=256).map(
+        texts
+    )
     with pytest.raises(UserError, match="2 tokens"):
         Perplexity(tiny_llama_dir, tokens=1)

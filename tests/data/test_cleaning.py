@@ -362,3 +362,17 @@ def test_a_part_that_is_damaged_is_named(run):
     with pytest.raises(Exception, match=path.name) as raised:
         run(many(20), keep={"long": "words > 51"})
     assert "prepare again" in str(raised.value)
+
+
+def test_a_model_measures_perplexity_and_finds_what_means_the_same(run, tiny_llama_dir):
+    rows = [prose(1), prose(1) + " x", prose(2)]
+    keep = {"likely": "bits_per_byte < 100", "other": "similar_of = -1"}
+    prepared = run(rows, model=str(tiny_llama_dir), keep=keep, options={"sequence_length": 64})
+    assert [row["verdict"] for row in ledger(prepared)][:2] == [None, "other"]
+
+
+def test_paraphrases_of_items_are_measured_where_a_rule_asks(run, tmp_path):
+    path, asked = questions(tmp_path)
+    changed = asked.replace("sold", "gave away").replace("friends", "neighbours").replace("clips", "pins")
+    prepared = run([prose(1), changed], against=[str(path)], keep={"own_words": "paraphrase < 0.4"})
+    assert [row["verdict"] for row in ledger(prepared)] == [None, "own_words"]

@@ -31,7 +31,8 @@ class Perplexity:
             raise UserError(f"perplexity needs 2 tokens of a text or more; there are {tokens}")
         self.source, self.tokens, self.device = str(source), tokens, device
         self.attributes: Mapping[str, str] = {
-            "perplexity": f"exp of the mean loss of tokens 2 to {tokens}, by the model's own tokenizer; null "
+            "perplexity": f"exp of the mean loss of tokens 2 to {tokens} (fewer where the model has no "
+            "room for them), by the model's own tokenizer; null "
             "where there are fewer than two",
             "bits_per_byte": "the same loss in bits for a byte of UTF-8: comparable between tokenizers",
         }
@@ -50,12 +51,7 @@ class Perplexity:
     def _loaded(self) -> tuple[Any, Any]:
         from ropewalk.model import load_model, load_tokenizer
 
-        model = load_model(self.source, device=self.device)
-        if self.tokens > model.context_length:
-            raise UserError(
-                f"perplexity of {self.tokens} tokens: {self.source} has room for {model.context_length}"
-            )
-        return model, load_tokenizer(self.source)
+        return load_model(self.source, device=self.device), load_tokenizer(self.source)
 
     def map(self, texts: Texts) -> pa.Table:
         found = [self._score(text) for text in texts.texts]
@@ -69,7 +65,8 @@ class Perplexity:
         from ropewalk.evaluate.perplexity import score_documents
 
         model, tokenizer = self._loaded
-        text = text[: self.tokens * LONGEST_TOKEN].encode("utf-8", "replace").decode("utf-8")
+        count = min(self.tokens, model.context_length)
+        text = text[: count * LONGEST_TOKEN].encode("utf-8", "replace").decode("utf-8")
         encoding = tokenizer(
             text,
             return_offsets_mapping=True,
@@ -78,13 +75,13 @@ class Perplexity:
             truncation=False,
         )
         ids, special, offsets = (
-            encoding[name][: self.tokens] for name in ("input_ids", "special_tokens_mask", "offset_mapping")
+            encoding[name][:count] for name in ("input_ids", "special_tokens_mask", "offset_mapping")
         )
         while ids and special[-1]:  # an end that the tokenizer adds is not in the text
             ids, special, offsets = ids[:-1], special[:-1], offsets[:-1]
         if len(ids) < 2:
             return math.nan, math.nan
-        nats = score_documents(model, [ids], self.tokens, self.tokens)[0]
+        nats = score_documents(model, [ids], count, count)[0]
         size = len(text[0 if special[0] else offsets[0][1] : offsets[-1][1]].encode())
         perplexity = math.exp(min(nats / (len(ids) - 1), 700.0))
         return _rounded(perplexity), _rounded(nats / math.log(2) / size) if size else math.nan

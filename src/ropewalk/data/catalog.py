@@ -6,11 +6,12 @@ from typing import Any
 from ropewalk.clean.c4 import C4
 from ropewalk.clean.classifier import Classifier, QualityClassifier
 from ropewalk.clean.code import Code
-from ropewalk.clean.contamination import Contamination
+from ropewalk.clean.contamination import Contamination, Paraphrases
 from ropewalk.clean.duplicates.exact import ExactDuplicates
 from ropewalk.clean.duplicates.minhash import NearDuplicates
 from ropewalk.clean.duplicates.pieces import DuplicateLines, DuplicateParagraphs
 from ropewalk.clean.duplicates.substrings import DuplicateSubstrings
+from ropewalk.clean.duplicates.vectors import SimilarVectors
 from ropewalk.clean.language import Language
 from ropewalk.clean.perplexity import Perplexity
 from ropewalk.clean.pii import Pii
@@ -20,6 +21,7 @@ from ropewalk.clean.repetition import Repetition
 from ropewalk.clean.rules import Rule
 from ropewalk.clean.screening import Screening
 from ropewalk.clean.step import Step
+from ropewalk.clean.vectors import CharacterNgrams, ModelVectors
 from ropewalk.data.cleaning import Plan, rules_of
 from ropewalk.data.edits import Action
 from ropewalk.data.evaluation_sets import EvaluationSet, read_evaluation_set
@@ -70,9 +72,18 @@ def steps_of(clean: Mapping[str, Any], sets: Sequence[EvaluationSet]) -> tuple[S
     steps: list[Step] = [Quality(), Repetition(), C4(), Language(), Pii(), Screening(), Code(), Repair()]
     if clean["quality"]:
         steps.append(QualityClassifier(Classifier.load(clean["quality"])))
-    if clean["perplexity"]:
-        steps.append(Perplexity(clean["perplexity"]))
+    if clean["model"]:
+        steps.append(Perplexity(clean["model"]))
     if sets:
-        steps.append(Contamination([item for one in sets for item in one.items]))
+        items = [item for one in sets for item in one.items]
+        steps.append(Contamination(items))
+        if "paraphrase" in " ".join(
+            filter(None, clean["keep"].values())
+        ):  # not made in vain: it takes seconds
+            grams = CharacterNgrams([item.question for item in items])
+            steps.append(Paraphrases(items, grams, "character n-grams"))
     steps += [ExactDuplicates(), NearDuplicates(threshold=clean["similarity"])]
+    if clean["model"]:
+        vectors = ModelVectors(clean["model"])
+        steps.append(SimilarVectors(vectors, vectors.settings()))
     return (*steps, DuplicateParagraphs(), DuplicateLines(), DuplicateSubstrings())

@@ -24,7 +24,7 @@ from ropewalk.data.verdicts import SCHEMA, edits_column
 from ropewalk.errors import UserError
 from ropewalk.files import atomic_file
 
-DUPLICATE_OF = ("exact_duplicate_of", "near_duplicate_of")
+DUPLICATE_OF = ("exact_duplicate_of", "near_duplicate_of", "similar_of")
 OWN = ("id", "source", "file")
 """What rules may ask of the documents themselves, besides attributes."""
 PREFER, SCORE = "data.clean.prefer", "data.clean.score"

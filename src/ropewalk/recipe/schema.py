@@ -100,8 +100,8 @@ class Clean(Section):
     """Personal data (e-mail, IP, phone, cards, keys): mask puts <email> and so on in its place."""
     quality: str | None = None
     """Classifier from `ropewalk data classifier`: gives the attribute quality, 0 to 1."""
-    perplexity: str | None = None
-    """Model for the attributes perplexity and bits_per_byte."""
+    model: str | None = None
+    """Model, as in model.source, for the attributes perplexity, bits_per_byte and similar_of."""
     score: str | None = None
     """SQL expression kept with each document, for data.curriculum=score."""
 

@@ -7,6 +7,5 @@ from ropewalk.clean.contamination.account import Account
 from ropewalk.clean.contamination.items import EvaluationItem
 from ropewalk.clean.contamination.paraphrase import Paraphrases
 from ropewalk.clean.contamination.step import Contamination
-from ropewalk.clean.contamination.vectors import CharacterNgrams, model_vectors
 
-__all__ = ["Account", "CharacterNgrams", "Contamination", "EvaluationItem", "Paraphrases", "model_vectors"]
+__all__ = ["Account", "Contamination", "EvaluationItem", "Paraphrases"]

@@ -12,8 +12,8 @@ import pyarrow as pa
 
 from ropewalk.clean.contamination.items import EvaluationItem, forms
 from ropewalk.clean.contamination.step import digest
-from ropewalk.clean.contamination.vectors import Vectors
 from ropewalk.clean.step import Texts
+from ropewalk.clean.vectors import Vectors
 
 SIMILAR = 0.6
 """Least cosine that counts; for `CharacterNgrams`, chosen by measurement (bench/data_contamination.py)."""

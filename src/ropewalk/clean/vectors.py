@@ -5,6 +5,7 @@ Anything that gives a row of length 1 for each text will do in their place.
 
 import re
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -52,35 +53,46 @@ class CharacterNgrams:
         return flat.reshape(len(texts), self.dimensions).astype(np.float32)
 
 
-def model_vectors(source: str, batch_size: int = 32, device: str = "cpu") -> Vectors:
+class ModelVectors:
     """The mean of a language model's last hidden states over a text's first 512 tokens.
 
-    `source` and `device` are as `load_model` takes them. (A model that was trained for embeddings tells
-    paraphrases far better than one that was not.)
+    Of fewer where the model has no room for them. `source` and `device` are as `load_model` takes them; the model is loaded when the first text comes. Texts
+    go through it one by one, so that no vector depends on its neighbours. (A model that was trained for
+    embeddings tells paraphrases far better than one that was not.)
     """
-    import torch
 
-    from ropewalk.model import load_model, load_tokenizer
+    def __init__(self, source: str, device: str = "cpu") -> None:
+        self.source, self.device = source, device
 
-    model: Any = load_model(source, device=device).eval()
-    tokenizer = load_tokenizer(source)
-    place = next(model.parameters()).device
+    def settings(self) -> Any:
+        from ropewalk.model import resolve_source
+        from ropewalk.model.source import source_fingerprint
 
-    def vectors(texts: Sequence[str]) -> np.ndarray:
+        return source_fingerprint(resolve_source(self.source))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the model: another process reads its own."""
+        return {"source": self.source, "device": self.device}
+
+    @cached_property
+    def _loaded(self) -> tuple[Any, Any]:
+        from ropewalk.model import load_model, load_tokenizer
+
+        return load_model(self.source, device=self.device).eval(), load_tokenizer(self.source)
+
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        if not texts:
+            return np.zeros((0, 1), np.float32)
+        import torch
+
+        model, tokenizer = self._loaded
         means = []
-        for begin in range(0, len(texts), batch_size):
-            ids = [tokenizer.encode(text)[:512] or [0] for text in texts[begin : begin + batch_size]]
-            longest = max(map(len, ids))
-            # Padding stands at the end, where no other token sees it.
-            tokens = torch.tensor([one + [0] * (longest - len(one)) for one in ids], device=place)
-            counted = torch.tensor([[i < len(one) for i in range(longest)] for one in ids], device=place)
+        for text in texts:
+            ids = tokenizer.encode(text)[: min(512, model.context_length)] or [0]
+            tokens = torch.tensor([ids], device=model.output_weight.device)
             with torch.inference_mode():
-                hidden = model(tokens).float()
-            mean = (hidden * counted[..., None]).sum(1) / counted.sum(1, keepdim=True)
-            means.append(mean.cpu().numpy())
-        return _unit(np.concatenate(means)) if means else np.zeros((0, 1), np.float32)
-
-    return vectors
+                means.append(model(tokens)[0].float().mean(0).cpu().numpy())
+        return _unit(np.stack(means))
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:
