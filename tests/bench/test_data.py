@@ -16,6 +16,8 @@ BENCH = Path(__file__).resolve().parents[2] / "bench"
 def module(monkeypatch):
     """`module(name)`: one of the benchmarks, imported as their own scripts import them."""
     monkeypatch.syspath_prepend(str(BENCH))
+    for name in ("data", "measure"):  # a folder of tests has the name of a benchmark
+        monkeypatch.delitem(sys.modules, name, raising=False)
     before = set(sys.modules)
     yield importlib.import_module
     for name in set(sys.modules) - before:

@@ -26,7 +26,8 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch):
             clock[0] = done * 1.0
             stage.progress("rows", done, 100)
     lines = [line for line in out.getvalue().splitlines() if "rows" in line]
-    assert lines == [f"   rows: {done}/100" for done in (15, 30, 45, 60, 75, 90)]
+    left = {15: "1:25", 30: "1:10", 45: "0:55", 60: "0:40", 75: "0:25", 90: "0:10"}
+    assert lines == [f"   rows: {done}/100 (1 a second, {time} left)" for done, time in left.items()]
 
 
 def test_a_failed_stage_gives_no_time_and_lets_the_error_through():

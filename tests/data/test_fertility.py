@@ -80,7 +80,7 @@ def test_parts_are_by_source_and_language_and_sum_to_the_whole(monkeypatch, writ
         def map(self, texts):
             return pa.table({"language": ["de" if "Zwölf" in text else "en" for text in texts.texts]})
 
-    monkeypatch.setattr(module, "steps_of", lambda: [Language()])
+    monkeypatch.setattr(module, "Language", Language)
     first = write("a.jsonl", "".join(json.dumps({"text": t}) + "\n" for t in ("rope walk", "Zwölf Boxer")))
     second = write("b.jsonl", json.dumps({"text": "walk rope"}) + "\n")
     sources = [Source(str(first), "a"), Source(str(second), "b")]

@@ -33,14 +33,20 @@ MAY_USE_RECIPE_AND_TRACK = {
         "together",
         "goodput",
         "layout_parity",
+        "provenance",
     },
 }
 """Entry modules of a stage room: what is below them takes plain values."""
 
 
-UPWARDS = {("model.load", "adapt"), ("train.entry", "plan")}
+UPWARDS = {
+    ("model.load", "adapt"),
+    ("train.entry", "plan"),
+    ("clean.perplexity", "evaluate.perplexity"),
+}
 """Deferred imports against the order: a run that trained adapters is a source of `load_model`; a run keeps
-what was planned of it, and the planner knows the training step."""
+what was planned of it, and the planner knows the training step; how well a model foresees a text is a measure
+of the model and of the text."""
 
 
 def modules() -> dict[str, Path]:

@@ -56,8 +56,9 @@ class CharacterNgrams:
 class ModelVectors:
     """The mean of a language model's last hidden states over a text's first 512 tokens.
 
-    Of fewer where the model has no room for them. `source` and `device` are as `load_model` takes them; the model is loaded when the first text comes. Texts
-    go through it one by one, so that no vector depends on its neighbours. (A model that was trained for
+    Of fewer where the model has no room for them. `source` and `device` are as `load_model` takes them; the
+    model is loaded when the first text comes. Texts go through it one by one, so that no vector depends on
+    its neighbours. (A model that was trained for
     embeddings tells paraphrases far better than one that was not.)
     """
 

@@ -43,6 +43,8 @@ def plan_of(clean: Mapping[str, Any]) -> Plan:
     there are not, and expressions that are none."""
     rules = [DUPLICATES[word] for word in clean["duplicates"] if word in DUPLICATES]
     edits: dict[str, Action] = {f"repeated_{word}": "cut" for word in clean["duplicates"] if word in REPEATS}
+    if "c4" in clean["rules"]:  # which leaves lines out before it looks at what is left
+        edits["c4_lines"] = "cut"
     asked: list[str] = []
     if clean["against"]:
         asked += ["contaminated", "contamination_items"]

@@ -83,7 +83,7 @@ class Clean(Section):
     repair: bool = False
     """Undo mojibake, compose Unicode, take out control characters, before anything else."""
     rules: tuple[Literal["gopher", "gopher_repetition", "c4", "fineweb"], ...] = ()
-    """Published sets of rules; what they keep is kept."""
+    """Published sets of rules; what all of them keep is kept. c4 also cuts lines out."""
     keep: dict[str, str | None] = {}
     """Own rules: name to a SQL expression over attributes, as in `words >= 50`; null leaves a rule out."""
     duplicates: tuple[Literal["exact", "near", "paragraphs", "lines", "passages"], ...] = ()
