@@ -38,6 +38,12 @@ def prose(i, sentences=12):
     return "\n".join(lines)
 
 
+@pytest.fixture(autouse=True)
+def in_processes(monkeypatch):
+    """However little there is to do."""
+    monkeypatch.setattr(parts, "ALONE", 0)
+
+
 @pytest.fixture
 def run(tokenizers, tmp_path):
     """run(rows, keep=..., rules=..., ...) prepares rows below tmp_path/out."""
@@ -338,7 +344,8 @@ def test_a_script_without_a_main_guard_can_prepare_in_several_processes(tmp_path
     wanted["data"] |= {"train": [{"path": str(tmp_path / f"{n}.jsonl")} for n in "ab"], "workers": 2}
     script = tmp_path / "script.py"
     script.write_text(
-        f"import ropewalk as rw\nfrom ropewalk.data import entry\nentry.UNIT_BYTES = 10_000\n"
+        f"import ropewalk as rw\nfrom ropewalk.data import entry, parts\n"
+        f"entry.UNIT_BYTES, parts.ALONE = 10_000, 0\n"
         f"print('begun')\nprint(rw.prepare({wanted!r}).directory)\n"
     )
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)

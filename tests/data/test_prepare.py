@@ -94,6 +94,7 @@ def test_kinds_can_be_mixed(run, write):
 
 
 def test_the_number_of_workers_changes_nothing(run, write, tmp_path, monkeypatch):
+    monkeypatch.setattr("ropewalk.data.parts.ALONE", 0)
     monkeypatch.setattr("ropewalk.data.encode.BATCH_ROWS", 7)
     mixed = [
         item

@@ -239,7 +239,8 @@ def test_no_text_leaves_its_place(text):
     document(text, "", el("p", text, title=text)).encode()
 
 
-def test_the_same_whatever_the_workers_and_from_the_account_alone(made):
+def test_the_same_whatever_the_workers_and_from_the_account_alone(made, monkeypatch):
+    monkeypatch.setattr("ropewalk.data.parts.ALONE", 0)
     _, found, account = made
     first = (found.directory / "profile.html").read_bytes()
     for file in (found.directory.parent / "parts").glob("profile-*"):

@@ -34,7 +34,6 @@ from ropewalk.data.shards import DamagedDataError, TokenShards
 from ropewalk.data.view import View, described
 from ropewalk.errors import UserError
 from ropewalk.files import atomic_directory
-from ropewalk.model import load_tokenizer
 from ropewalk.recipe import Recipe, load_recipe
 
 FORMAT = 2
@@ -103,6 +102,8 @@ def prepare(
 
 def _job(recipe: Recipe) -> tuple[list[Source], list[Source], Any, Options, Plan]:
     """What a recipe says of its data, as plain values: (train, validation, tokenizer, options, plan)."""
+    from ropewalk.model import load_tokenizer  # it brings torch along, which reading and cleaning do without
+
     data = recipe.data
     origin = recipe.model.tokenizer or recipe.model.source
     assert origin is not None  # the schema sees to it

@@ -21,6 +21,8 @@ from ropewalk.errors import UserError
 from ropewalk.files import atomic_file
 
 Progress = Callable[[str, int, int], None]
+ALONE = 16 << 20
+"""Bytes of input for which starting other processes would take longer than the work."""
 
 
 class Task(Protocol):
@@ -80,7 +82,8 @@ class Makers:
                 self.progress(f"{what}, MB", done >> 20, total >> 20)
 
     def _finished(self, tasks: Sequence[Task], here: bool) -> Iterator[Task]:
-        if self._on is None and (here or len(tasks) < 2 or self.workers == 1):
+        few = len(tasks) < 2 or sum(task.weight for task in tasks) < ALONE
+        if self._on is None and (here or few or self.workers == 1):
             for task in tasks:
                 run(task)
                 yield task
