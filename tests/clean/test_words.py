@@ -7,7 +7,7 @@ import unicodedata
 import numpy as np
 import pytest
 
-from ropewalk.clean.words import SINGLE, _tables, words_of
+from ropewalk.clean.words import _KIND, SINGLE, _table, words_of
 
 TEXTS = [
     "Hello, hello  WORLD!",
@@ -20,7 +20,7 @@ TEXTS = [
 
 
 def plain(text: str) -> list[str]:
-    kinds = _tables()[0]
+    kinds = _table() >> _KIND
     found, last = [], None
     for character in text:
         kind = kinds[ord(character)]
@@ -41,7 +41,7 @@ def test_words_are_the_runs_of_a_plain_reading_and_their_places_are_in_the_text(
 
 
 def test_letters_digits_and_marks_are_words():
-    kinds = _tables()[0]
+    kinds = _table() >> _KIND
     for character in "aZ9é日ก\u0301":
         assert kinds[ord(character)] in (1, 2)
     for character in "!-_€\u200b😀":
@@ -74,3 +74,19 @@ def test_ngrams_lie_in_one_text_and_depend_on_order(n):
     assert len(hashes) == len(expected) == len(first)
     same = hashes[:, None] == hashes[None]
     assert (same == [[a == b for b in expected] for a in expected]).all()
+
+
+@pytest.mark.parametrize("block", [1, 7, 40, 1 << 16])
+def test_texts_that_are_looked_at_together_make_no_difference(block, monkeypatch):
+    texts = [*TEXTS, "", "x", "one more line\nand  another", "", "日本"] * 3
+    alone = [words_of([text]) for text in texts]
+    monkeypatch.setattr("ropewalk.clean.words._BLOCK", block)
+    words = words_of(texts)
+    assert words.counts.tolist() == [len(one) for one in alone]
+    begins = words.begins[:-1]
+    for name, shift in (("starts", begins), ("ends", begins), ("hashes", None), ("symbol", None)):
+        wanted = np.concatenate([getattr(one, name) for one in alone])
+        found = getattr(words, name)
+        assert (found == (wanted if shift is None else wanted + shift[words.document])).all(), name
+    exact = words.hashes_between(words.starts, words.ends)
+    assert (exact == np.concatenate([one.hashes_between(one.starts, one.ends) for one in alone])).all()

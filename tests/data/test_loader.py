@@ -26,7 +26,7 @@ def equal(one, other):
 
 def joined(batches):
     parts = [torch.cat([getattr(b, name) for b in batches]) for name in FIELDS]
-    return parts, sum((b.documents for b in batches), ())
+    return parts, sum((tuple(b.documents) for b in batches), ())
 
 
 def reference_rows(batch, shards, length, pad):
@@ -141,6 +141,18 @@ def test_state_is_all_there_is_to_a_position(make_shards):
 def test_batch_size_is_the_number_of_rows_where_none_is_said(make_shards):
     loader = Loader(make_shards([4, 6, 8]), 8, batch_size=2)
     assert equal(loader.batch(1), loader.batch(1, 2))
+
+
+def test_rows_of_a_batch_know_their_own_documents(make_shards):
+    """Micro-batches name only what is in them, as often as they are cut."""
+    batch = Loader(make_shards([4, 6, 8, 1, 2, 3, 9, 5, 5]), 10).batch(0, 5)
+    names = tuple(batch.documents)
+    assert len(names) == len(batch.documents) == 5
+    for a, b in ((0, 2), (2, 5), (1, 1), (3, 9)):
+        assert batch.rows(a, b).documents == names[a:b]
+        assert batch.rows(a, b).rows(1, 2).documents == names[a:b][1:2]
+    assert batch.documents[-1] == names[-1]
+    assert batch.documents[::-2] == names[::-2]
 
 
 def test_documents_that_do_not_fit_are_refused(make_shards):

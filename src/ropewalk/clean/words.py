@@ -10,13 +10,18 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
+from itertools import pairwise
 
 import numpy as np
 
 SPACE, WORD, SINGLE, SYMBOL = range(4)
+_KIND = 24
+"""bit of the table from which on the kind stands; below it is the folded character"""
 _BASE = np.uint64(0x9E3779B97F4A7C15 | 1)
 _INVERSE = np.uint64(pow(int(_BASE), -1, 2**64))
 _STEP = np.uint64(0xD1342543DE82EF95)
+_BLOCK = 1 << 16
+"""Characters looked at together: what is made of them stays in the processor's cache."""
 _SINGLE_RANGES = (  # Unicode blocks
     (0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x2E80, 0x2FDF), (0x3040, 0x30FF),
     (0x31F0, 0x31FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x3FFFF),
@@ -68,8 +73,15 @@ class Words:
         return np.concatenate([[0], np.cumsum(self.counts)])
 
     def hashes_between(self, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
-        """[m] uint64, of the characters `codes[starts[i]:ends[i]]` as they are, not folded."""
-        return _hashes(self.codes, starts, ends)
+        """[m] uint64, of the characters `codes[starts[i]:ends[i]]` as they are, not folded. `starts` ascend,
+        and each lies in one text with its end."""
+        cuts = self.begins[_cuts(self.begins)]
+        edges = np.searchsorted(starts, cuts)
+        edges[-1] = len(starts)
+        parts = []
+        for (first, last), (i, j) in zip(pairwise(cuts.tolist()), pairwise(edges.tolist()), strict=True):
+            parts.append(_hashes(self.codes[first:last], starts[i:j] - first, ends[i:j] - first))
+        return np.concatenate(parts)
 
     def ngrams(self, n: int) -> tuple[np.ndarray, np.ndarray]:
         """(hashes uint64, number of the first word int64) of all runs of n words that lie in one text."""
@@ -86,32 +98,56 @@ class Words:
 
 def words_of(texts: Sequence[str]) -> Words:
     """Case folded, all texts at once: about 100 MB of text a second. Lone surrogates count as symbols."""
-    joined = "".join(texts)
-    codes = np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), np.uint32)
     begins = np.concatenate([[0], np.cumsum([len(text) for text in texts], dtype=np.int64)])
-    kinds, folded = _tables()
-    kind = kinds[codes]
+    codes = np.empty(begins[-1], np.uint32)
+    parts = []
+    for a, b in pairwise(_cuts(begins).tolist()):
+        first, last = begins[a], begins[b]
+        encoded = "".join(texts[a:b]).encode("utf-32-le", "surrogatepass")
+        codes[first:last] = np.frombuffer(encoded, np.uint32)
+        starts, ends, hashes, symbol = _block(codes[first:last], begins[a : b + 1] - first)
+        parts.append((starts + first, ends + first, hashes, symbol))
+    starts, ends, hashes, symbol = (np.concatenate(part) for part in zip(*parts, strict=True))
+    document = np.repeat(np.arange(len(texts)), np.diff(np.searchsorted(starts, begins)))
+    return Words(codes, begins, document, starts, ends, hashes, symbol)
+
+
+def _cuts(begins: np.ndarray) -> np.ndarray:
+    """Numbers of the texts at which blocks begin, and the number of texts: at least one block."""
+    cuts = [0]
+    while len(cuts) == 1 or cuts[-1] < len(begins) - 1:
+        last = int(np.searchsorted(begins, begins[cuts[-1]] + _BLOCK, side="right")) - 1
+        cuts.append(min(max(last, cuts[-1] + 1), len(begins) - 1))
+    return np.array(cuts)
+
+
+def _block(codes: np.ndarray, begins: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(starts, ends, hashes, symbol) of the words of some texts."""
+    found = _table().take(codes, mode="clip")  # clip asks less than the check of every index
+    kind = (found >> _KIND).astype(np.uint8)
     # A word begins where the kind changes, at every single, and at every text's beginning.
-    edge = np.ones(len(codes), bool)
-    np.not_equal(kind[1:], kind[:-1], out=edge[1:])
-    edge |= kind == SINGLE
-    edge[begins[:-1][begins[:-1] < len(codes)]] = True
-    starts = np.flatnonzero(edge)
-    ends = np.append(starts[1:], len(codes))
-    kept = kind[starts] != SPACE
-    starts, ends = starts[kept], ends[kept]
-    document = np.searchsorted(begins, starts, side="right") - 1
-    return Words(
-        codes, begins, document, starts, ends, _hashes(folded[codes], starts, ends), kind[starts] == SYMBOL
-    )
+    edge = np.ones(len(codes) + 1, bool)
+    np.not_equal(kind[1:], kind[:-1], out=edge[1 : len(codes)])
+    edge[:-1] |= kind == SINGLE
+    edge[begins] = True
+    filled = kind != SPACE
+    starts = np.flatnonzero(edge[:-1] & filled)
+    ends = np.flatnonzero(edge[1:] & filled) + 1
+    found &= (1 << _KIND) - 1
+    hashes = _hashes(found, starts, ends)
+    return starts, ends, hashes, kind.take(starts) == SYMBOL
 
 
 def _hashes(codes: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
     """Of the codes from starts[i] to ends[i]: sum of code * base^place modulo 2^64, mixed. By differences of
     one running sum, divided by the base's power (the base is odd, so that it has an inverse)."""
+    import torch
+
     powers, inverses = _powers(1 << max(len(codes) - 1, 1).bit_length())
-    sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(codes * powers[: len(codes)], dtype=np.uint64)])
-    return mix((sums[ends] - sums[starts]) * inverses[starts])
+    terms, sums = codes * powers[: len(codes)], np.zeros(len(codes) + 1, np.uint64)
+    # Six times as fast as numpy's, and modulo 2^64 as well.
+    torch.cumsum(torch.from_numpy(terms.view(np.int64)), 0, out=torch.from_numpy(sums.view(np.int64))[1:])
+    return mix((sums.take(ends) - sums.take(starts)) * inverses.take(starts))
 
 
 @cache
@@ -134,8 +170,8 @@ def mix(x: np.ndarray) -> np.ndarray:
 
 
 @cache
-def _tables() -> tuple[np.ndarray, np.ndarray]:
-    """(kind uint8, folded uint32) of every character."""
+def _table() -> np.ndarray:
+    """uint32 of every character: its kind, and itself folded."""
     kinds = np.full(sys.maxunicode + 1, SYMBOL, np.uint8)
     folded = np.arange(sys.maxunicode + 1, dtype=np.uint32)
     for code in range(0x20000):  # above are ideographs, tags and what is unassigned
@@ -150,4 +186,4 @@ def _tables() -> tuple[np.ndarray, np.ndarray]:
         part = kinds[first : last + 1]
         part[part == WORD] = SINGLE
     kinds[0x20000:0x40000] = SINGLE
-    return kinds, folded
+    return folded | kinds.astype(np.uint32) << _KIND

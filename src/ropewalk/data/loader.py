@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ropewalk.data.batch import Batch
+from ropewalk.data.batch import Batch, DocumentIds
 from ropewalk.data.mixture import Mixture
 from ropewalk.data.order import Curriculum, Order, Pieces
 from ropewalk.data.packing import PackingName
@@ -75,44 +75,43 @@ class Loader:
         return self._assemble(self.order.pieces(first_sample, self.batch_size if rows is None else rows))
 
     def _assemble(self, pieces: Pieces) -> Batch:
-        """All rows at once, the padding at the end of each as one more piece, of token 0 of shard 0."""
+        """All rows at once. The padding at a row's end is first read as if its last piece went on."""
         counts, documents, offsets, held = pieces
         shape = len(counts), self.sequence_length
-        firsts = np.cumsum(counts) - counts
-        real = np.ones(len(documents) + len(counts), dtype=bool)
-        padding = np.cumsum(counts + 1) - 1
-        real[padding] = False
-        used = np.add.reduceat(held, firsts)
-        lengths, starts, shard, segment = np.zeros((4, len(real)), dtype=np.int64)
-        lengths[real], lengths[padding] = held, self.sequence_length - used
-        starts[real], shard[real] = self.shards.starts[documents] + offsets, self.shards.shard[documents]
-        segment[real] = np.arange(len(documents)) - np.repeat(firsts, counts)
-        segment[padding] = -1
-
-        positions = np.repeat(np.cumsum(lengths) - lengths, lengths)
-        np.subtract(np.arange(len(positions)), positions, out=positions)
-        for row, begin in zip(positions.reshape(shape), used.tolist(), strict=True):
-            row[begin:] = 0
-        at = np.repeat(starts, lengths)
-        at += positions
-        read, scored = self.shards.read(at, shard, lengths)
+        ends = np.cumsum(counts)
+        used = np.add.reduceat(held, ends - counts)
+        lengths = held.copy()
+        lengths[ends - 1] += self.sequence_length - used
+        begins = np.cumsum(lengths) - lengths
+        starts = self.shards.starts[documents] + offsets
+        places = np.arange(shape[0] * shape[1])
+        at = np.repeat(starts - begins, lengths)
+        at += places
+        read, scored = self.shards.read(at, self.shards.shard[documents], lengths)
         scored[:: self.sequence_length] = False  # a row may begin inside a document
-        tokens = read.astype(np.int64).reshape(shape)
+        tokens = read.astype(np.int64)
+        positions = np.subtract(places, np.repeat(begins, lengths), out=places)
+        segments = np.repeat(np.arange(len(held)) - np.repeat(ends - counts, counts), lengths)
+        for row in np.flatnonzero(used < self.sequence_length).tolist():
+            padding = slice(row * self.sequence_length + used[row], (row + 1) * self.sequence_length)
+            tokens[padding], scored[padding], positions[padding], segments[padding] = (
+                self.pad_id,
+                False,
+                0,
+                -1,
+            )
         # The label at a position is the next token. The first token of a document or row is never scored,
         # so that the last position before it, of another document or row, gets no label; nor does padding.
-        labels = np.empty(len(at), dtype=np.int64)
+        labels = np.empty_like(tokens)
+        labels[:-1] = tokens[1:]
+        np.copyto(labels[:-1], UNSCORED, where=~scored[1:])
         labels[-1] = UNSCORED
-        labels[:-1] = np.where(scored[1:], tokens.ravel()[1:], UNSCORED)
-        for row, begin in zip(tokens, used.tolist(), strict=True):
-            row[begin:] = self.pad_id
-        ids, ends = self.shards.ids(documents), np.cumsum(counts).tolist()
-        names = tuple(tuple(ids[a:b]) for a, b in zip(firsts.tolist(), ends, strict=True))
         return Batch(
-            tokens=torch.from_numpy(tokens),
+            tokens=torch.from_numpy(tokens.reshape(shape)),
             labels=torch.from_numpy(labels.reshape(shape)),
             positions=torch.from_numpy(positions.reshape(shape)),
-            segments=torch.from_numpy(np.repeat(segment, lengths).reshape(shape)),
-            documents=names,
+            segments=torch.from_numpy(segments.reshape(shape)),
+            documents=DocumentIds(ends, documents, self.shards.ids),
         )
 
 

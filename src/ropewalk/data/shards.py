@@ -266,23 +266,26 @@ class TokenShards:
 
     def read(self, at: np.ndarray, shard: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and scored (bool) at the places `at` [n], counted from the beginning of a shard: the first
-        lengths[0] of them in shard[0], the next lengths[1] in shard[1], and so on."""
-        if len(present := np.unique(shard[lengths > 0])) == 1:
-            return self._read(int(present[0]), at)
+        lengths[0] of them in shard[0], the next lengths[1] in shard[1], and so on. Behind a shard's end its
+        last token is read. `at` is used up."""
+        if len(self._tokens) == 1:
+            return self._read(0, at)
         tokens = np.empty(len(at), dtype=self._tokens[0].dtype)
         scored = np.empty(len(at), dtype=bool)
-        for i in present.tolist():
-            here = np.repeat(shard == i, lengths)
+        for i in np.unique(shard).tolist():
+            here = np.flatnonzero(np.repeat(shard == i, lengths))
             tokens[here], scored[here] = self._read(i, at[here])
         return tokens, scored
 
     def _read(self, shard: int, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        tokens = self._tokens[shard].take(at, mode="clip")
         within = at.astype(np.uint8)
         within &= 7
-        bits = self._scored[shard][at >> 3]
+        at >>= 3
+        bits = self._scored[shard].take(at, mode="clip")
         bits >>= within
         bits &= 1
-        return self._tokens[shard][at], bits.view(bool)
+        return tokens, bits.view(bool)
 
     @cached_property
     def _ids(self) -> pa.ChunkedArray:
