@@ -130,6 +130,10 @@ def _table(pieces: Sequence[Piece]) -> pa.Table:
     return pa.table([*places, *lists], schema=_SCHEMA)
 
 
+_Encoded = tuple[int, Edited, Tokens | BadRow | None]
+"""Number of a record, the record, and its tokens, what is wrong with it, or None for an empty one."""
+
+
 class _Encoder:
     def __init__(self, tokenizer: Any, options: Options, workers: int) -> None:
         self.options, self.workers = options, workers
@@ -137,20 +141,19 @@ class _Encoder:
         self.account = Account()
 
     def pieces(self, documents: Documents, verdicts: Verdicts | None) -> Iterator[Piece]:
-        for row, record, tokens in self._encoded(_kept(documents, verdicts, self.account)):
+        for row, item, tokens in self._encoded(_kept(documents, verdicts, self.account)):
             if isinstance(tokens, BadRow):
                 self._skip(tokens)
             elif tokens is None:
-                self.account.change("left out: empty", record.where)
+                what = "emptied by what data.clean cuts" if item.emptied else "empty"
+                self.account.change(f"left out: {what}", item.record.where)
             else:
-                yield from self._fitting(row, record, tokens)
+                yield from self._fitting(row, item, tokens)
 
-    def _encoded(
-        self, items: Iterator[tuple[int, Edited]]
-    ) -> Iterator[tuple[int, Record, Tokens | BadRow | None]]:
+    def _encoded(self, items: Iterator[tuple[int, Edited]]) -> Iterator[_Encoded]:
         """In the order of the items, a few batches ahead of what is asked for."""
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix="ropewalk-tokenize")
-        pending: deque[Future[list[tuple[int, Record, Tokens | BadRow | None]]]] = deque()
+        pending: deque[Future[list[_Encoded]]] = deque()
         try:
             for batch in _batches(items):
                 pending.append(pool.submit(self._encode, batch))
@@ -161,15 +164,20 @@ class _Encoder:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _encode(self, batch: list[tuple[int, Edited]]) -> list[tuple[int, Record, Tokens | BadRow | None]]:
-        filled = [item for _, item in batch if not _empty(item.record)]
+    def _encode(self, batch: list[tuple[int, Edited]]) -> list[_Encoded]:
+        filled = [item for _, item in batch if not _empty(item)]
         unscored = [item.unscored for item in filled] if any(item.unscored for item in filled) else None
         tokens = iter(self.tokenization([item.record for item in filled], unscored))
-        return [(row, item.record, None if _empty(item.record) else next(tokens)) for row, item in batch]
+        return [(row, item, None if _empty(item) else next(tokens)) for row, item in batch]
 
-    def _fitting(self, row: int, record: Record, tokens: Tokens) -> Iterator[Piece]:
+    def _fitting(self, row: int, item: Edited, tokens: Tokens) -> Iterator[Piece]:
+        record = item.record
         pieces = self._fit(record, tokens)
         if not pieces:
+            return
+        if item.scored_is_masked and not tokens.scored.any():
+            # No fault of the row: the recipe asked for it.
+            self.account.change("left out: all that is scored is masked by data.clean", record.where)
             return
         if not any(piece.scored.any() for piece in pieces):
             self._skip(BadRow(record.where, self._unscored(record, tokens)))
@@ -242,8 +250,8 @@ def _kept(documents: Documents, verdicts: Verdicts | None, account: Account) -> 
             row += 1
 
 
-def _empty(record: Record) -> bool:
-    return record.text is not None and not record.text.strip()
+def _empty(item: Edited) -> bool:
+    return item.emptied or (item.record.text is not None and not item.record.text.strip())
 
 
 def _batches(items: Iterator[tuple[int, Edited]]) -> Iterator[list[tuple[int, Edited]]]:
