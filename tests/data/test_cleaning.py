@@ -10,8 +10,10 @@ import pytest
 
 from ropewalk.data import parts
 from ropewalk.data.catalog import plan_of
+from ropewalk.data.edits import Edit, edited
 from ropewalk.data.encode import Options
 from ropewalk.data.entry import name_sources, prepare_sources
+from ropewalk.data.records import Record
 from ropewalk.errors import UserError
 from ropewalk.recipe.schema import Clean
 
@@ -195,6 +197,67 @@ def test_personal_data_is_masked_in_conversations(run, tokenizers):
     (found,) = texts(run([talk], pii="mask"), tokenizers)
     assert "I am <email>" in found
     assert "Hello <email>!" in found
+
+
+def talk(*contents, **more):
+    roles = ("user", "assistant")
+    return {"messages": [{"role": roles[i % 2], "content": text} for i, text in enumerate(contents)], **more}
+
+
+def left_out(prepared):
+    """Reason -> numbers of the lines."""
+    changed = prepared.report["changed"].items()
+    return {what: [int(row.rsplit(":", 1)[1]) for row in found["rows"]] for what, found in changed}
+
+
+@pytest.mark.parametrize("form", ["text", "messages", "prompt"])
+def test_what_a_cut_leaves_empty_is_left_out_with_the_reason(run, tokenizers, form):
+    said = prose(7, 3).replace("\n", " ")
+    rows = {
+        "text": [f"{said}\n\nThe end.", said],
+        "messages": [
+            talk("Say something about ropes.", said),
+            talk("Say the same again, please.", said, "Thank you.", f"{said}\n\nYou are welcome."),
+            talk(said, "That is about ropes."),
+        ],
+        "prompt": [
+            {"prompt": "Say something about ropes.", "completion": said},
+            {"prompt": "Say the same again, please.", "completion": said},
+            {"prompt": said, "completion": "That is about ropes."},
+        ],
+    }[form]
+    prepared = run(rows, duplicates=["paragraphs"])
+    lines = list(range(2, len(rows) + 1))
+    assert left_out(prepared) == {"left out: emptied by what data.clean cuts": lines}
+    assert [row["pieces"] for row in ledger(prepared)] == [1] + [0] * len(lines)
+    (found,) = texts(prepared, tokenizers)
+    assert said in found
+
+
+def test_that_of_which_nothing_is_scored_any_more_is_left_out(run, tmp_path):
+    """The recipe asked for it, and it is no fault of the row."""
+    path, asked = questions(tmp_path)
+    masked = {"against": [str(path)], "contaminated": "mask"}
+    rows = [
+        talk("Ask me something.", asked),
+        talk("Ask me something.", asked, "Something else.", "What is your name?"),
+        talk(asked, "I do not know."),
+    ]
+    why = "left out: all that is scored is masked by data.clean"
+    assert left_out(run(rows, **masked)) == {why: [1]}
+    pairs = [("Ask me something.", asked), (asked, "I do not know.")]
+    found = run([{"prompt": prompt, "completion": answer} for prompt, answer in pairs], **masked)
+    assert left_out(found) == {why: [1]}
+    with pytest.raises(UserError, match="no message of the assistant"):
+        run([{"messages": [{"role": "user", "content": asked}]}], **masked)
+
+
+def test_the_turn_that_is_masked_is_counted_with_messages_that_only_call_tools():
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    said = [{"role": "user", "content": "abc"}, call, {"role": "tool", "content": "de"}]
+    record = Record("a", "s", "a:1", messages=(*said, {"role": "assistant", "content": "fgh"}))
+    at = record.plain.index("g")
+    assert edited(record, [Edit(at, at + 1, "mask", "x")]).unscored == ((3, 4),)
 
 
 def questions(tmp_path):

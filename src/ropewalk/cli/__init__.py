@@ -46,7 +46,6 @@ app.command("chat")(chat.command)
 app.command("run")(run.command)
 app.add_typer(data.app, name="data")
 app.add_typer(plan.app, name="plan")
-app.add_typer(data.app, name="data")
 app.add_typer(runs.app, name="runs")
 app.add_typer(recipe.app, name="recipe")
 

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 
 from ropewalk.clean.step import Joined, Step, Texts
 from ropewalk.data.documents import Documents
+from ropewalk.data.part_files import PART, read_part
 from ropewalk.data.parts import Makers, Task, key
 from ropewalk.files import atomic_file
 
@@ -38,7 +39,7 @@ class MapUnit:
 
     def make(self, path: Path) -> None:
         schema = self.step.map(Texts([])).schema
-        with pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True) as writer:
+        with pq.ParquetWriter(path, schema, **PART) as writer:
             for records in Documents(self.documents).batches():
                 texts = Texts([record.plain for record in records], [record.id for record in records])
                 writer.write_table(self.step.map(texts).cast(schema))
@@ -74,7 +75,7 @@ class Attributes:
             if not all(path.exists() for path in files):
                 for path, table in zip(files, step.reduce(view), strict=True):
                     with atomic_file(path) as temporary:
-                        pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
+                        pq.write_table(table, temporary, **PART)
         for name in step.attributes:
             self._files[name] = files
 
@@ -95,7 +96,7 @@ class Attributes:
             if name in self._files:
                 by_file.setdefault(self._files[name][unit], []).append(name)
         for path, inside in by_file.items():
-            columns |= dict(zip(inside, pq.read_table(path, columns=inside).columns, strict=True))
+            columns |= dict(zip(inside, read_part(path, inside).columns, strict=True))
         return pa.table({name: columns[name] for name in names})
 
 
@@ -110,7 +111,7 @@ class JoinedParts:
     preferences: Sequence[np.ndarray]
 
     def mapped(self, part: int, columns: Sequence[str] | None = None) -> pa.Table:
-        return pq.read_table(self.files[part], columns=None if columns is None else list(columns))
+        return read_part(self.files[part], columns)
 
     def kept(self, part: int) -> np.ndarray:
         return self.alive[part]

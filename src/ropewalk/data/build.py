@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from ropewalk.data.attributes import Unit
 from ropewalk.data.documents import too_many
 from ropewalk.data.encode import Options, encoded
+from ropewalk.data.part_files import PART
 from ropewalk.data.records import BadRow
 from ropewalk.data.report import Tally
 from ropewalk.data.shards import ShardWriter
@@ -46,7 +47,7 @@ class Build:
         self.vocab_size = max(tokenizer.get_vocab().values()) + 1
         self.writers: dict[str, ShardWriter] = {}
         self.tally = Tally()
-        self._ledger = pq.ParquetWriter(folder / LEDGER, _LEDGER, compression="zstd")
+        self._ledger = pq.ParquetWriter(folder / LEDGER, _LEDGER, **PART)
 
     def add(self, unit: Unit, verdict: Path | None, tokens: Path) -> None:
         """A unit. Raises UserError for more bad rows, all units together, than the recipe lets pass."""

@@ -19,6 +19,7 @@ from ropewalk.clean.step import Joined, Step
 from ropewalk.data.attributes import Attributes, JoinedParts
 from ropewalk.data.edits import Action
 from ropewalk.data.evaluation_sets import EvaluationSet
+from ropewalk.data.part_files import PART
 from ropewalk.data.parts import key
 from ropewalk.data.verdicts import SCHEMA, edits_column
 from ropewalk.errors import UserError
@@ -145,7 +146,7 @@ class Cleaner:
             path = self.attributes.store / f"verdicts-{key(made_from)}.parquet"
             if not path.exists():
                 with atomic_file(path) as temporary:
-                    pq.write_table(self._verdicts(i), temporary, compression="zstd")
+                    pq.write_table(self._verdicts(i), temporary, **PART)
             paths.append(path)
         return paths
 

@@ -13,11 +13,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ropewalk.data.readers import Source, Stamp, Unit, read_unit, stamp
+from ropewalk.data.part_files import PART, open_part, reading
+from ropewalk.data.readers import Source, Stamp, Unit, id_of, read_unit, stamp
 from ropewalk.data.records import BadRow, Record
 from ropewalk.errors import RopewalkError, UserError
 
-VERSION = 1
+VERSION = 2
 """Counted up when the same input would give other records."""
 GROUP_ROWS, GROUP_CHARACTERS = 1024, 1 << 23
 _SCHEMA = pa.schema(
@@ -53,7 +54,7 @@ class ReadUnit:
         rows: list[Record] = []
         bad: list[tuple[str, str]] = []
         characters = 0
-        with pq.ParquetWriter(path, _SCHEMA, compression="zstd", write_page_checksum=True) as writer:
+        with pq.ParquetWriter(path, _SCHEMA, **PART) as writer:
 
             def flush() -> None:
                 nonlocal characters
@@ -61,9 +62,10 @@ class ReadUnit:
                 rows.clear()
                 characters = 0
 
-            for item in read_unit(self.source, self.unit):
+            for piece, item in ((p, item) for p in self.unit for item in read_unit(self.source, (p,))):
                 if isinstance(item, BadRow):
-                    bad.append((item.where, item.reason))
+                    at = item.where.removeprefix(piece.file.path)
+                    bad.append((id_of(self.source, piece.file) + at, item.reason))
                     if len(bad) > self.allowed:
                         raise UserError(too_many(item, self.allowed))
                     continue
@@ -117,18 +119,21 @@ class Documents:
 
     def __init__(self, path: Path, files: Mapping[str, str] | None = None) -> None:
         self.path, self.files = path, files or {}
-        self._file = self._checked(lambda: pq.ParquetFile(path, page_checksum_verification=True))
+        self._file = open_part(path)
 
     def __len__(self) -> int:
         return self._file.metadata.num_rows
 
     @property
     def bad(self) -> list[BadRow]:
-        return [BadRow(*row) for row in json.loads(self._file.metadata.metadata[b"bad"])]
+        """Named as ids are: the same wherever the files lie."""
+        with reading(self.path):
+            return [BadRow(*row) for row in json.loads(self._file.metadata.metadata[b"bad"])]
 
     def columns(self, *names: str) -> pa.Table:
         """Of all rows; not for texts, which are read in batches."""
-        return self._checked(lambda: self._file.read(columns=list(names)))
+        with reading(self.path):
+            return self._file.read(columns=list(names))
 
     def batches(self) -> Iterator[list[Record]]:
         """The records, some MB at a time."""
@@ -147,15 +152,9 @@ class Documents:
         return [found[row] for row in rows.tolist()]
 
     def _group(self, group: int) -> list[Record]:
-        table = self._checked(lambda: self._file.read_row_group(group, columns=_SCHEMA.names[:-1]))
-        return [self._record(row) for row in table.to_pylist()]
-
-    def _checked(self, read: Any) -> Any:
-        try:
-            return read()
-        except (pa.ArrowException, OSError) as error:
-            why = str(error).splitlines()[0]
-            raise RopewalkError(f"{self.path}: cannot be read ({why}); delete it and prepare again") from None
+        with reading(self.path):
+            rows = self._file.read_row_group(group, columns=_SCHEMA.names[:-1]).to_pylist()
+            return [self._record(row) for row in rows]
 
     def _record(self, row: dict[str, Any]) -> Record:
         messages = row.pop("messages")

@@ -22,10 +22,18 @@ class Edit(NamedTuple):
 
 
 class Edited(NamedTuple):
-    """`unscored`: characters (start, end) of a text, or (number, number + 1) of a conversation's messages."""
+    """`unscored`: characters (start, end) of a text, or (number, number + 1) of a conversation's messages.
+    `emptied`: nothing is left of a text, or of what the user or the assistant said."""
 
     record: Record
     unscored: tuple[tuple[int, int], ...] = ()
+    emptied: bool = False
+
+    @property
+    def scored_is_masked(self) -> bool:
+        """Whether something that would be scored is not."""
+        messages = self.record.conversation
+        return any(messages is None or messages[i]["role"] == "assistant" for i, _ in self.unscored)
 
 
 def edited(record: Record, edits: Sequence[Edit]) -> Edited:
@@ -35,11 +43,15 @@ def edited(record: Record, edits: Sequence[Edit]) -> Edited:
     merged = _merged(edits)
     if record.text is not None:
         text, unscored = _apply(record.text, merged)
-        return Edited(replace(record, text=text), unscored)
+        return Edited(replace(record, text=text), unscored, _emptied(record.text, text))
     contents: list[str] = []
     touched: list[tuple[int, int]] = []
+    emptied = False
     begin = 0
-    for number, content in enumerate(record.contents):
+    for number, message in enumerate(record.conversation or ()):
+        if "content" not in message:
+            continue
+        content = message["content"]
         end = begin + len(content)
         here = [
             edit._replace(start=max(edit.start, begin) - begin, end=min(edit.end, end) - begin)
@@ -48,10 +60,15 @@ def edited(record: Record, edits: Sequence[Edit]) -> Edited:
         ]
         text, unscored = _apply(content, here)
         contents.append(text)
+        emptied |= message["role"] in ("user", "assistant") and _emptied(content, text)
         if unscored:
             touched.append((number, number + 1))
         begin = end + len(SEPARATOR)
-    return Edited(_with_contents(record, contents), tuple(touched))
+    return Edited(_with_contents(record, contents), tuple(touched), emptied)
+
+
+def _emptied(before: str, after: str) -> bool:
+    return bool(before.strip()) and not after.strip()
 
 
 def _merged(edits: Sequence[Edit]) -> list[Edit]:

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from ropewalk.data.documents import Documents, too_many
 from ropewalk.data.edits import Edited, edited
+from ropewalk.data.part_files import PART, open_part, reading
 from ropewalk.data.records import BadRow, Record
 from ropewalk.data.tokenize import Score, Tokenization, Tokens, split
 from ropewalk.data.verdicts import Verdicts
@@ -53,8 +54,9 @@ class Account:
     kinds: dict[str, int] = field(default_factory=dict)
     changes: dict[str, int] = field(default_factory=dict)
     changed: dict[str, list[str]] = field(default_factory=dict)
-    """what was done -> the first names of the rows it was done to"""
+    """what was done -> the first ids of the records it was done to"""
     bad: list[tuple[str, str]] = field(default_factory=list)
+    """(id, reason)"""
     truncated_tokens: int = 0
     turns_without_end: int = 0
 
@@ -90,7 +92,9 @@ class EncodeUnit:
         encoder = _Encoder(self.tokenizer, self.options, self.workers)
         documents = Documents(self.documents, self.files)
         verdicts = None if self.verdicts is None else Verdicts.read(self.verdicts)
-        with pq.ParquetWriter(path, _SCHEMA, compression="lz4", use_dictionary=False) as writer:
+        with pq.ParquetWriter(
+            path, _SCHEMA, **{**PART, "compression": "lz4"}, use_dictionary=False
+        ) as writer:
             waiting: list[Piece] = []
             tokens = 0
             for piece in encoder.pieces(documents, verdicts):
@@ -106,14 +110,17 @@ class EncodeUnit:
 
 def encoded(path: Path) -> tuple[Account, Iterator[Piece]]:
     """What an `EncodeUnit` wrote."""
-    file = pq.ParquetFile(path)
-    return Account(**json.loads(file.metadata.metadata[b"account"])), _pieces(file)
+    file = open_part(path)
+    with reading(path):
+        account = Account(**json.loads(file.metadata.metadata[b"account"]))
+    return account, _pieces(path, file)
 
 
-def _pieces(file: pq.ParquetFile) -> Iterator[Piece]:
+def _pieces(path: Path, file: pq.ParquetFile) -> Iterator[Piece]:
     for group in range(file.num_row_groups):
-        table = file.read_row_group(group).combine_chunks()
-        ids, scored = (table[name].chunk(0) for name in ("ids", "scored"))
+        with reading(path):
+            table = file.read_row_group(group).combine_chunks()
+            ids, scored = (table[name].chunk(0) for name in ("ids", "scored"))
         offsets = ids.offsets.to_numpy()
         flat, marks = ids.values.to_numpy(), scored.values.to_numpy(zero_copy_only=False)
         places = zip(*(table[name].to_pylist() for name in ("row", "piece", "pieces")), strict=True)
@@ -130,6 +137,10 @@ def _table(pieces: Sequence[Piece]) -> pa.Table:
     return pa.table([*places, *lists], schema=_SCHEMA)
 
 
+_Encoded = tuple[int, Edited, Tokens | BadRow | None]
+"""Number of a record, the record, and its tokens, what is wrong with it, or None for an empty one."""
+
+
 class _Encoder:
     def __init__(self, tokenizer: Any, options: Options, workers: int) -> None:
         self.options, self.workers = options, workers
@@ -137,20 +148,19 @@ class _Encoder:
         self.account = Account()
 
     def pieces(self, documents: Documents, verdicts: Verdicts | None) -> Iterator[Piece]:
-        for row, record, tokens in self._encoded(_kept(documents, verdicts, self.account)):
+        for row, item, tokens in self._encoded(_kept(documents, verdicts, self.account)):
             if isinstance(tokens, BadRow):
-                self._skip(tokens)
+                self._skip(item.record, tokens.reason)
             elif tokens is None:
-                self.account.change("left out: empty", record.where)
+                what = "emptied by what data.clean cuts" if item.emptied else "empty"
+                self.account.change(f"left out: {what}", item.record.id)
             else:
-                yield from self._fitting(row, record, tokens)
+                yield from self._fitting(row, item, tokens)
 
-    def _encoded(
-        self, items: Iterator[tuple[int, Edited]]
-    ) -> Iterator[tuple[int, Record, Tokens | BadRow | None]]:
+    def _encoded(self, items: Iterator[tuple[int, Edited]]) -> Iterator[_Encoded]:
         """In the order of the items, a few batches ahead of what is asked for."""
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix="ropewalk-tokenize")
-        pending: deque[Future[list[tuple[int, Record, Tokens | BadRow | None]]]] = deque()
+        pending: deque[Future[list[_Encoded]]] = deque()
         try:
             for batch in _batches(items):
                 pending.append(pool.submit(self._encode, batch))
@@ -161,25 +171,30 @@ class _Encoder:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _encode(self, batch: list[tuple[int, Edited]]) -> list[tuple[int, Record, Tokens | BadRow | None]]:
-        filled = [item for _, item in batch if not _empty(item.record)]
+    def _encode(self, batch: list[tuple[int, Edited]]) -> list[_Encoded]:
+        filled = [item for _, item in batch if not _empty(item)]
         unscored = [item.unscored for item in filled] if any(item.unscored for item in filled) else None
         tokens = iter(self.tokenization([item.record for item in filled], unscored))
-        return [(row, item.record, None if _empty(item.record) else next(tokens)) for row, item in batch]
+        return [(row, item, None if _empty(item) else next(tokens)) for row, item in batch]
 
-    def _fitting(self, row: int, record: Record, tokens: Tokens) -> Iterator[Piece]:
+    def _fitting(self, row: int, item: Edited, tokens: Tokens) -> Iterator[Piece]:
+        record = item.record
         pieces = self._fit(record, tokens)
         if not pieces:
             return
+        if item.scored_is_masked and not tokens.scored.any():
+            # No fault of the row: the recipe asked for it.
+            self.account.change("left out: all that is scored is masked by data.clean", record.id)
+            return
         if not any(piece.scored.any() for piece in pieces):
-            self._skip(BadRow(record.where, self._unscored(record, tokens)))
+            self._skip(record, self._unscored(record, tokens))
             return
         self.account.turns_without_end += tokens.turns_without_end
         for i, piece in enumerate(pieces):
             if piece.scored.any():
                 yield Piece(row, i, len(pieces), piece)
             else:
-                where = f"{record.where} (piece {i})"
+                where = f"{record.id} (piece {i})"
                 self.account.change("left out: a piece without scored tokens", where)
 
     def _fit(self, record: Record, tokens: Tokens) -> list[Tokens]:
@@ -190,14 +205,14 @@ class _Encoder:
         if policy == "auto":
             policy = "split" if record.text is not None else "error"
         if policy == "split":
-            self.account.change("split", record.where)
+            self.account.change("split", record.id)
             return split(tokens, limit, self.tokenization.begin if record.text is not None else ())
         if policy == "truncate":
-            self.account.change("truncated", record.where)
+            self.account.change("truncated", record.id)
             self.account.truncated_tokens += count - limit
             return [Tokens(tokens.ids[:limit], tokens.scored[:limit], tokens.turns_without_end)]
         if policy == "drop":
-            self.account.change("left out: too long", record.where)
+            self.account.change("left out: too long", record.id)
             return []
         raise UserError(
             f"{record.where}: {count:,} tokens, and rows are {limit:,} long; set data.sequence_length="
@@ -214,11 +229,11 @@ class _Encoder:
             )
         return "no token is scored"
 
-    def _skip(self, row: BadRow) -> None:
+    def _skip(self, record: Record, reason: str) -> None:
         """Notes a bad row. Raises UserError for one more than the recipe lets pass."""
         if len(self.account.bad) >= self.options.max_bad_rows:
-            raise UserError(too_many(row, self.options.max_bad_rows))
-        self.account.bad.append((row.where, row.reason))
+            raise UserError(too_many(BadRow(record.where, reason), self.options.max_bad_rows))
+        self.account.bad.append((record.id, reason))
 
 
 def tokenization(tokenizer: Any, options: Options) -> Tokenization:
@@ -242,8 +257,8 @@ def _kept(documents: Documents, verdicts: Verdicts | None, account: Account) -> 
             row += 1
 
 
-def _empty(record: Record) -> bool:
-    return record.text is not None and not record.text.strip()
+def _empty(item: Edited) -> bool:
+    return item.emptied or (item.record.text is not None and not item.record.text.strip())
 
 
 def _batches(items: Iterator[tuple[int, Edited]]) -> Iterator[list[tuple[int, Edited]]]:

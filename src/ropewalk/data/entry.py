@@ -36,7 +36,7 @@ from ropewalk.errors import UserError
 from ropewalk.files import atomic_directory
 from ropewalk.recipe import Recipe, load_recipe
 
-FORMAT = 2
+FORMAT = 3
 """Counted up when the same input would give other shards."""
 UNIT_BYTES = 32 << 20
 """Bytes of input, as stored, that one worker reads at a time: minutes of work for the slowest step."""

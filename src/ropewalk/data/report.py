@@ -74,7 +74,7 @@ class Tally:
     kinds: Counter = field(default_factory=Counter)
     skipped: list[BadRow] = field(default_factory=list)
     changed: dict[str, list[str]] = field(default_factory=dict)
-    """what was done -> names of the rows it was done to"""
+    """what was done -> ids of the records it was done to"""
     changes: Counter = field(default_factory=Counter)
     dropped: Counter = field(default_factory=Counter)
     """rule -> documents of which it is the verdict"""

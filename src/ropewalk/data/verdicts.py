@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ropewalk.data.edits import Action, Edit
+from ropewalk.data.part_files import read_part
 
 SCHEMA = pa.schema(
     {
@@ -36,7 +36,7 @@ class Verdicts:
 
     @classmethod
     def read(cls, path: Path) -> "Verdicts":
-        return cls(pq.read_table(path))
+        return cls(read_part(path))
 
     @property
     def kept(self) -> np.ndarray:

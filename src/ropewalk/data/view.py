@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ropewalk.clean.step import Step
 from ropewalk.data.attributes import Attributes, Unit
 from ropewalk.data.build import LEDGER
 from ropewalk.data.documents import Documents
+from ropewalk.data.part_files import part_schema, read_part
 from ropewalk.data.shards import TokenShards
 from ropewalk.errors import UserError
 
@@ -70,7 +70,7 @@ class Part:
     @cached_property
     def columns(self) -> dict[str, pa.DataType]:
         """The attributes there are, and their types."""
-        return {field.name: field.type for path in self.attributes for field in pq.read_schema(path)}
+        return {field.name: field.type for path in self.attributes for field in part_schema(path)}
 
 
 class View:
@@ -152,9 +152,9 @@ class View:
         if verdict:
             columns |= _named(self._verdicts(i, verdict))
         for path in part.attributes:
-            inside = [name for name in pq.read_schema(path).names if name in wanted - columns.keys()]
+            inside = [name for name in part_schema(path).names if name in wanted - columns.keys()]
             if inside:
-                columns |= _named(pq.read_table(path, columns=inside))
+                columns |= _named(read_part(path, inside))
         if self.folder and wanted & {*TOKENS, "tokens", "kept"}:
             rows = slice(*self.begins[i : i + 2].tolist())
             columns |= {name: pa.array(self._ledger[name][rows]) for name in TOKENS}
@@ -169,7 +169,7 @@ class View:
     def _verdicts(self, i: int, names: Sequence[str]) -> pa.Table:
         path, size = self.parts[i].verdicts, self.sizes[i]
         if path is not None:
-            return pq.read_table(path, columns=list(names))
+            return read_part(path, names)
         nothing = {
             "verdict": pa.nulls(size, pa.string()),
             "failed": pa.nulls(size, pa.list_(pa.string())),
@@ -181,7 +181,7 @@ class View:
     def _ledger(self) -> dict[str, np.ndarray]:
         """Where the tokens of each document of the whole data are; 21 bytes a document are kept of it."""
         assert self.folder is not None
-        table = pq.read_table(self.folder / LEDGER, columns=list(TOKENS), read_dictionary=["split"])
+        table = read_part(self.folder / LEDGER, TOKENS, read_dictionary=["split"])
         if len(table) != self.begins[-1]:
             raise UserError(f"{self.folder / LEDGER}: does not fit; run ropewalk prepare --overwrite")
         split = table["split"].cast(pa.string()).to_numpy(zero_copy_only=False)

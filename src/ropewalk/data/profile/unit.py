@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from ropewalk.clean.step import SPANS, Texts
 from ropewalk.data.documents import Documents
 from ropewalk.data.edits import edited
+from ropewalk.data.part_files import part_schema, read_part
 from ropewalk.data.parts import key
 from ropewalk.data.profile.sketch import Frequent, Quantiles
 from ropewalk.data.verdicts import Verdicts
@@ -75,9 +75,9 @@ def attributes(paths: tuple[Path, ...], kept: np.ndarray) -> dict[str, Any]:
     """Of each attribute the account of its type."""
     found: dict[str, Any] = {}
     for path in paths:
-        for field in pq.read_schema(path):
+        for field in part_schema(path):
             if _seen_in_numbers(field.type):
-                column = pq.read_table(path, columns=[field.name])[field.name].combine_chunks()
+                column = read_part(path, [field.name])[field.name].combine_chunks()
                 found[field.name] = _attribute(column, kept)
     return found
 

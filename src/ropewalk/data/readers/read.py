@@ -81,10 +81,14 @@ def read_rows(file: InputFile) -> Iterator[tuple[str, dict[str, Any] | str]]:
             yield file.path, str(reason)
 
 
+def id_of(source: Source, file: InputFile) -> str:
+    """What the ids of a file's records begin with, wherever it lies."""
+    return file.name if file.name == source.name else f"{source.name}/{file.name}"
+
+
 def _read_piece(source: Source, piece: Piece) -> Records:
     file = piece.file
-    prefix = file.name if file.name == source.name else f"{source.name}/{file.name}"
-    place = _Place(file.path, file.name, prefix, source.name)
+    place = _Place(file.path, file.name, id_of(source, file), source.name)
     kind = kind_of(file.name)
     if kind is None:
         raise UserError(f"{file.path}: no reader knows this kind of file")
