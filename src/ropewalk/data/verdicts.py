@@ -38,7 +38,7 @@ class Verdicts:
     def read(cls, path: Path) -> "Verdicts":
         return cls(read_part(path))
 
-    @property
+    @cached_property
     def kept(self) -> np.ndarray:
         """[documents] bool."""
         return self.table["verdict"].is_null().to_numpy()
