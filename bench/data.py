@@ -35,9 +35,8 @@ def main() -> None:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(as_json(found), encoding="utf-8")
     for case in found:
-        print(
-            "{case} against {peer}: {ours:.4g} to {peer_value:.4g} {unit}, {ratio:.3g} times".format(**case)
-        )
+        ratio = "" if case["ratio"] is None else f", {case['ratio']:.3g} times"
+        print("{case} against {peer}: {ours:.4g} to {peer_value:.4g} {unit}".format(**case) + ratio)
 
 
 if __name__ == "__main__":

@@ -25,34 +25,36 @@ from environments import peer_python
 from measure import as_json, interleave, machine, measure, median
 
 BENCH = Path(__file__).resolve().parent
+SHARED = BENCH.parents[1] / "shared" / "data"
 PAGE = 2700
 RUNS = 5
 ENVIRONMENT = {"PYTHONPATH": str(BENCH.parent / "src"), "OMP_NUM_THREADS": "1"}
 
 
-def cases(directory: Path, environments: Path = BENCH, count: int = 1000) -> list[dict[str, Any]]:
+def cases(
+    directory: Path, texts: Path = SHARED, environments: Path = BENCH, count: int = 1000
+) -> list[dict[str, Any]]:
     """Speed (the median of 5 runs) and agreement, entries: case, peer, ours, peer_value, unit, ratio."""
     peer = peer_python("datatrove", environments)
-    with tempfile.TemporaryDirectory(prefix="ropewalk-bench-") as folder:
-        documents = Path(folder) / "documents.jsonl"
-        with documents.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps({"text": text}) + "\n" for text in pages(directory, count))
+    documents = directory / "documents.jsonl"
+    with documents.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in pages(texts, count))
 
-        def run(side: str, mode: str) -> Any:
-            python = sys.executable if side == "ropewalk" else peer
-            program = BENCH / "sides" / f"rules_{side}.py"
-            return measure(side, [python, program, documents, mode], ENVIRONMENT)
+    def run(side: str, mode: str) -> Any:
+        python = sys.executable if side == "ropewalk" else peer
+        program = BENCH / "sides" / f"rules_{side}.py"
+        return measure(side, [python, program, documents, mode], ENVIRONMENT)
 
-        runs = interleave(
-            RUNS, {"ropewalk": lambda: run("ropewalk", "time"), "datatrove": lambda: run("datatrove", "time")}
-        )
-        ours, theirs = (
-            median(runs, side, lambda m: m.result["documents_per_s"]) for side in ("ropewalk", "datatrove")
-        )
-        entries = [entry("gopher rules: speed", ours, theirs, "documents/s of one core")]
-        kept = run("ropewalk", "rules").result["kept"]
-        for mode, words in (("rules", "own words"), ("rules-same-words", "same words")):
-            entries += agreement(kept, run("datatrove", mode).result["kept"], words)
+    runs = interleave(
+        RUNS, {"ropewalk": lambda: run("ropewalk", "time"), "datatrove": lambda: run("datatrove", "time")}
+    )
+    ours, theirs = (
+        median(runs, side, lambda m: m.result["documents_per_s"]) for side in ("ropewalk", "datatrove")
+    )
+    entries = [entry("gopher rules: speed", ours, theirs, "documents/s of one core")]
+    kept = run("ropewalk", "rules").result["kept"]
+    for mode, words in (("rules", "own words"), ("rules-same-words", "same words")):
+        entries += agreement(kept, run("datatrove", mode).result["kept"], words)
     return entries
 
 
@@ -179,7 +181,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--environments", type=Path, default=BENCH, help="folder of the peers' environments")
     options = parser.parse_args()
-    entries = cases(options.folder, options.environments)
+    with tempfile.TemporaryDirectory(prefix="ropewalk-bench-") as directory:
+        entries = cases(Path(directory), options.folder, options.environments)
     for one in entries:
         same = f"  {one['agreement']:.2%} alike" if "agreement" in one else ""
         print(f"{one['case']:58} {one['ours']:8.0f} {one['peer_value']:8.0f} {one['unit']}{same}")
