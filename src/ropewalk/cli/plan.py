@@ -125,6 +125,12 @@ def _lines(made: "Plan") -> list[str]:
     if made.seconds is not None:
         cost = "" if made.dollars is None else f", ${made.dollars:,.2f}"
         lines.append(f"run      {made.steps:,} steps in {_seconds(made.seconds)}{cost}")
+    work = run.work
+    if made.data is None:
+        lines.append("data     not prepared: a row is one document, all of it scored")
+    else:
+        held = f"documents of {work.document_length:,} tokens, {work.scored:.0%} of the rows scored"
+        lines.append(f"data     {made.data}: {held}")
     lines += ["", *_bars("memory of the device that holds most", memory.terms, _gib)]
     if memory.host_terms:
         lines += ["", *_bars("memory of the host", memory.host_terms, _gib)]

@@ -243,8 +243,12 @@ def _fingerprint(made_from: Mapping[str, Any]) -> str:
 
 
 def _target(directory: Path, train: Sequence[Source], fingerprint: str) -> Path:
-    slug = re.sub(r"[^A-Za-z0-9_-]+", "-", PurePath(train[0].name).stem).strip("-") or "data"
-    return directory / f"{slug}-{fingerprint[:12]}"
+    return directory / f"{folder_slug(train[0].name)}-{fingerprint[:12]}"
+
+
+def folder_slug(name: str) -> str:
+    """What the folder of data begins with whose first source has this name."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", PurePath(name).stem).strip("-") or "data"
 
 
 def _judged(

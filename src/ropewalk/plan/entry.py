@@ -1,13 +1,16 @@
 """`plan`: what a recipe's run will take, whether it fits, what would be better; and how well that came
 true."""
 
+import json
+import math
 import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
+from ropewalk.data.entry import folder_slug
 from ropewalk.errors import UserError
 from ropewalk.layout import DEGREES
 from ropewalk.plan.calibration import calibration, corrected
@@ -16,7 +19,7 @@ from ropewalk.plan.hardware import Cluster, cluster
 from ropewalk.plan.here import default_processes, here, plain
 from ropewalk.plan.search import By, Fix, fixes, search
 from ropewalk.plan.sizes import parameters
-from ropewalk.plan.work import Work, work_of
+from ropewalk.plan.work import Rows, Work, work_of
 from ropewalk.recipe import Machine, Recipe, load_recipe, resolve
 from ropewalk.track import RunDirectory, list_runs
 from ropewalk.train.build import config_of
@@ -36,6 +39,8 @@ class Plan:
     """as the recipe has it"""
     steps: int | None
     """None where the recipe counts epochs of data that are not prepared"""
+    data: Path | None
+    """prepared data that say lengths and scored tokens; without, a row is one document, all scored"""
     ranked: list[Estimate]
     """other layouts of the same step, best first; none fits where there is none"""
     fixes: list[Fix]
@@ -72,14 +77,16 @@ def plan(
         processes = max(default_processes(), layout.processes)
         where = here(processes, whole.train.precision, whole.train.device)
     config = config_of(whole)
-    work = work_of(whole, config, where.devices)
+    folder, rows = _prepared(whole)
+    work = work_of(whole, config, where.devices, rows)
     where = _running(work, where)
     run = point(work, where)
     return Plan(
         whole.name,
         parameters(config),
         run,
-        _steps(whole, work),
+        _steps(whole, work, rows),
+        folder,
         search(work, where, by, accept=_trainable(recipe, overrides, machine)) if where.devices > 1 else [],
         [] if run.fits else fixes(work, where),
     )
@@ -148,21 +155,43 @@ def _machine(where: Cluster) -> Machine:
     )
 
 
-def _steps(recipe: Recipe, work: Work) -> int | None:
+def _prepared(recipe: Recipe) -> tuple[Path | None, Rows | None]:
+    """The newest data prepared from the recipe's first source in rows of its length. (Which sources and rules
+    it was made from is not compared: that would mean to read them all.)"""
+    data = recipe.data
+    slug = folder_slug(data.train[0].name or PurePath(data.train[0].path).name)
+    accounts = [p for p in Path(data.directory).glob(f"{slug}-*/prepared.json") if p.is_file()]
+    for account in sorted(accounts, key=lambda p: p.stat().st_mtime, reverse=True):
+        try:
+            report = json.loads(account.read_text(encoding="utf-8"))["report"]
+            if report["sequence_length"] == data.sequence_length:
+                return account.parent, Rows.of(report["train"], data.packing, data.sequence_length)
+        except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
+            continue  # it is damaged, or of another version: `prepare` will say so
+    return None, None
+
+
+def _steps(recipe: Recipe, work: Work, rows: Rows | None) -> int | None:
     train = recipe.train
     if train.steps is not None:
         return train.steps
     if train.tokens is not None:
         return max(1, round(train.tokens / work.step_tokens))
-    return None
+    if rows is None or train.epochs is None or train.batch_size is None:
+        return None
+    return max(1, math.ceil(train.epochs * rows.rows / train.batch_size))
 
 
 # The loop closed: what a run foresaw is kept beside what it measured.
 
 
-def foreseen(recipe: Recipe, processes: int) -> dict[str, Any]:
-    """What the planner says of a run that is about to start here, as it is kept in the run's directory."""
-    work = work_of(recipe, config_of(recipe), processes)
+def foreseen(recipe: Recipe, processes: int, report: Mapping[str, Any]) -> dict[str, Any]:
+    """What the planner says of a run that is about to start here, as it is kept in the run's directory.
+
+    `report` is that of its prepared data.
+    """
+    rows = Rows.of(report["train"], recipe.data.packing, recipe.data.sequence_length)
+    work = work_of(recipe, config_of(recipe), processes, rows)
     where = _running(work, here(processes, recipe.train.precision, work.device))
     run = point(work, where)
     return {

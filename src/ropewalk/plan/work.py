@@ -1,7 +1,8 @@
 """What a run asks of each device, in plain values: all that the planner needs to know of it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ropewalk.layout import Layout
 from ropewalk.model.config import ModelConfig
@@ -94,10 +95,28 @@ class Work:
         return self.batch_size * self.sequence_length
 
 
-def work_of(recipe: "Recipe", config: ModelConfig, processes: int) -> Work:
+@dataclass(frozen=True)
+class Rows:
+    """What the rows of an epoch hold, as prepared data say it."""
+
+    rows: int
+    scored: float
+    """share of all their places, padding included, that counts in the loss"""
+    document_length: int
+
+    @classmethod
+    def of(cls, split: Mapping[str, Any], packing: str, sequence_length: int) -> "Rows":
+        """From a split's account in the report of a preparation."""
+        rows = split["rows"][packing]
+        share = split["scored"] / (rows * sequence_length)
+        return cls(rows, share, max(1, round(split["tokens"] / split["documents"])))
+
+
+def work_of(recipe: "Recipe", config: ModelConfig, processes: int, data: Rows | None = None) -> Work:
     """What a resolved recipe asks for, with a model of this shape, of each of so many processes.
 
-    UserError where the recipe's degrees do not make that many.
+    Without `data` every row is one document, all of it scored. UserError where the recipe's degrees do not
+    make that many processes.
     """
     train, adapt, optimizer, parallel = recipe.train, recipe.adapt, recipe.train.optimizer, recipe.parallel
     layout = Layout(
@@ -143,4 +162,6 @@ def work_of(recipe: "Recipe", config: ModelConfig, processes: int) -> Work:
         compile=train.compile,
         loss_chunk=train.loss_chunk,
         device=train.device,
+        scored=data.scored if data else 1.0,
+        document_length=data.document_length if data else None,
     )

@@ -85,7 +85,7 @@ def train(
         prepared = prepare(recipe)  # the first one has done the work
     from ropewalk.plan import PLAN, foreseen  # it knows the training step, which so comes first
 
-    ahead = foreseen(recipe, world.size) if world.first else {}
+    ahead = foreseen(recipe, world.size, prepared.report) if world.first else {}
     job = open_job(recipe, prepared.train, prepared.validation, world=world)
     if world.first:
         job.check_room(Path(recipe.runs))
