@@ -53,7 +53,8 @@ def cases(directory: Path, gigabytes: float = 2.0, near: bool = False) -> list[d
     }
     (directory / "recipe.json").write_text(json.dumps(recipe))
     program = (
-        "import json, sys; from ropewalk.data.entry import judge; from ropewalk.data.look import judgement;"
+        "import json, sys; from ropewalk.data.entry import judge;"
+        "from ropewalk.look.documents import judgement;"
         f"print({MARK!r} + json.dumps(judgement(judge(sys.argv[1]))))"
     )
     found = measure("ropewalk", [sys.executable, "-c", program, directory / "recipe.json"], timeout=7200)

@@ -5,11 +5,11 @@ from html.parser import HTMLParser
 
 import pytest
 
-from ropewalk.data.comparison import CHANGED, COPY, NOT_READ, compare
 from ropewalk.data.encode import Options
 from ropewalk.data.entry import name_sources, prepare_sources
-from ropewalk.data.profile.comparison_page import comparison_page
 from ropewalk.data.view import View
+from ropewalk.look.comparison import CHANGED, COPY, NOT_READ, compare
+from ropewalk.look.comparison_page import comparison_page
 
 from .looked_at import all_texts, plan, prepared, words_in
 

@@ -5,9 +5,9 @@ import re
 import pytest
 
 from ropewalk.data.encode import tokenization
-from ropewalk.data.look import Question, judgement, look, places_of, tokens_of
 from ropewalk.data.view import View
 from ropewalk.errors import UserError
+from ropewalk.look.documents import Question, judgement, look, places_of, tokens_of
 
 from .looked_at import all_texts, prepared, words_in
 

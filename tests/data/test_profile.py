@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from ropewalk.data.cleaning import Plan
-from ropewalk.data.profile import profile
-from ropewalk.data.profile.html import document, el
-from ropewalk.data.profile.page import page
-from ropewalk.data.profile.thresholds import thresholds
-from ropewalk.data.profile.unit import NGRAM
 from ropewalk.errors import UserError
+from ropewalk.look import profile
+from ropewalk.look.html import document, el
+from ropewalk.look.page import page
+from ropewalk.look.thresholds import thresholds
+from ropewalk.look.unit import NGRAM
 
 from .looked_at import FOOTER, all_texts, prepared, words_in
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ropewalk.data.profile.sketch import EXACT, Frequent, Quantiles
+from ropewalk.look.sketch import EXACT, Frequent, Quantiles
 
 PIECES = [np.s_[:1], np.s_[1:700], np.s_[700:]]
 

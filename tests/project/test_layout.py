@@ -12,7 +12,9 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "src" / "ropewalk"
 
 LOW = {"model", "ops", "adapt", "parallel"}
-STAGES = set("clean data train launch align evaluate plan sweep compress export serve board compare".split())
+STAGES = set(
+    "clean data look train launch align evaluate plan sweep compress export serve board compare".split()
+)
 LEAVES = {"errors", "files", "layout", "stage"}
 """Single modules that everybody may use."""
 WHOLE_LANE = {"cli", "lane", "ablate", "doctor"}

@@ -141,12 +141,9 @@ def _block(codes: np.ndarray, begins: np.ndarray) -> tuple[np.ndarray, np.ndarra
 def _hashes(codes: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
     """Of the codes from starts[i] to ends[i]: sum of code * base^place modulo 2^64, mixed. By differences of
     one running sum, divided by the base's power (the base is odd, so that it has an inverse)."""
-    import torch
-
     powers, inverses = _powers(1 << max(len(codes) - 1, 1).bit_length())
-    terms, sums = codes * powers[: len(codes)], np.zeros(len(codes) + 1, np.uint64)
-    # Six times as fast as numpy's, and modulo 2^64 as well.
-    torch.cumsum(torch.from_numpy(terms.view(np.int64)), 0, out=torch.from_numpy(sums.view(np.int64))[1:])
+    sums = np.zeros(len(codes) + 1, np.uint64)
+    np.cumsum(codes * powers[: len(codes)], out=sums[1:])
     return mix((sums.take(ends) - sums.take(starts)) * inverses.take(starts))
 
 

@@ -55,9 +55,9 @@ def look(
     debug: Debug = False,
 ) -> None:
     """Show documents with what is known of them, chosen by text, expression, rule or name."""
-    from ropewalk.data.look import Question, tokens_of
-    from ropewalk.data.look import look as find
     from ropewalk.errors import UserError
+    from ropewalk.look.documents import Question, tokens_of
+    from ropewalk.look.documents import look as find
 
     if kept and dropped:
         raise UserError("--kept and --dropped: give one of them")
@@ -81,7 +81,7 @@ def look(
 @app.command("rules")
 def rules(recipe: RecipeFile, overrides: Overrides = None, json: Json = False, debug: Debug = False) -> None:
     """Show what each rule of a recipe drops, without tokenizing: quick when a threshold moves."""
-    from ropewalk.data.look import judgement
+    from ropewalk.look.documents import judgement
 
     found = judgement(_view(recipe, overrides or (), []))
     if json:
@@ -120,9 +120,9 @@ def compare(
     debug: Debug = False,
 ) -> None:
     """Compare two versions of prepared data: what only one of them trains on, and why."""
-    from ropewalk.data.comparison import compare as between
-    from ropewalk.data.profile.comparison_page import comparison_page, headline
     from ropewalk.files import atomic_write
+    from ropewalk.look.comparison import compare as between
+    from ropewalk.look.comparison_page import comparison_page, headline
 
     found = between(_prepared(first), _prepared(second))
     if out is not None:

@@ -26,7 +26,7 @@ def print_documents(found: Mapping[str, Any], whole: bool) -> None:
 def _head(document: Mapping[str, Any]) -> Any:
     from rich.text import Text
 
-    from ropewalk.data.profile.samples import visible
+    from ropewalk.look.samples import visible
 
     head = Text(visible(document["id"]), style="bold")
     if document["verdict"] is not None:
@@ -54,7 +54,7 @@ def _value(value: Any) -> str:
 def _text(document: Mapping[str, Any], whole: bool, colour: bool) -> Any:
     from rich.text import Text
 
-    from ropewalk.data.profile.samples import shown, visible
+    from ropewalk.look.samples import shown, visible
 
     text = document["text"]
     part = shown(text, map(tuple, document["marks"]), len(text) if whole else CHARACTERS)
@@ -77,7 +77,7 @@ def _tokens(tokens: Sequence[tuple[str, bool, bool]], whole: bool, colour: bool)
     tokens are divided by | and those not scored stand in brackets."""
     from rich.text import Text
 
-    from ropewalk.data.profile.samples import visible
+    from ropewalk.look.samples import visible
 
     shown = tokens if whole else tokens[:TOKENS]
     result = Text()

@@ -32,7 +32,7 @@ def command(
     with Stage(f"prepare {recipe}") as stage:
         prepared = prepare(checked, overwrite=overwrite, on=on, progress=stage.progress)
         if profile:
-            from ropewalk.data.profile import profile as look_at
+            from ropewalk.look import profile as look_at
 
             account = look_at(
                 prepared.directory,

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 
 from ropewalk.clean.rules import columns_of
-from ropewalk.data.profile.duplicates import Duplicates
-from ropewalk.data.profile.samples import Wanted, reasons
-from ropewalk.data.profile.sketch import Frequent, Quantiles, log_edges, octaves
-from ropewalk.data.profile.thresholds import thresholds
-from ropewalk.data.profile.total import Numbers, Total
-from ropewalk.data.profile.unit import NGRAM, ProfileUnit
 from ropewalk.data.view import View
+from ropewalk.look.duplicates import Duplicates
+from ropewalk.look.samples import Wanted, reasons
+from ropewalk.look.sketch import Frequent, Quantiles, log_edges, octaves
+from ropewalk.look.thresholds import thresholds
+from ropewalk.look.total import Numbers, Total
+from ropewalk.look.unit import NGRAM, ProfileUnit
 
 FORMAT = 1
 BINS = 40

@@ -8,9 +8,9 @@ import numpy as np
 import pyarrow as pa
 
 from ropewalk.clean.words import mix
-from ropewalk.data.profile.samples import Wanted
-from ropewalk.data.profile.sketch import Quantiles, octaves
 from ropewalk.data.view import View
+from ropewalk.look.samples import Wanted
+from ropewalk.look.sketch import Quantiles, octaves
 
 SAMPLES = 3
 """Documents that are shown for each reason."""

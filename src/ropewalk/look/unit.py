@@ -18,8 +18,8 @@ from ropewalk.data.documents import Documents
 from ropewalk.data.edits import edited
 from ropewalk.data.part_files import part_schema, read_part
 from ropewalk.data.parts import key
-from ropewalk.data.profile.sketch import Frequent, Quantiles
 from ropewalk.data.verdicts import Verdicts
+from ropewalk.look.sketch import Frequent, Quantiles
 
 VERSION = 1
 TAIL = 2

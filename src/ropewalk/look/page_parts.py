@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ropewalk.data.profile.charts import histogram
-from ropewalk.data.profile.html import Markup, bar, el, join, number, percent, table
+from ropewalk.look.charts import histogram
+from ropewalk.look.html import Markup, bar, el, join, number, percent, table
 
 
 def sample(entry: Mapping[str, Any], *more: Any) -> Markup:

@@ -5,7 +5,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ropewalk.data.profile.samples import visible
+from ropewalk.look.samples import visible
 
 
 class Markup(str):

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ropewalk.data.profile.charts import histogram
-from ropewalk.data.profile.html import Markup, document, el, join, number, stylesheet, table
-from ropewalk.data.profile.page_parts import sample
+from ropewalk.look.charts import histogram
+from ropewalk.look.html import Markup, document, el, join, number, stylesheet, table
+from ropewalk.look.page_parts import sample
 
 
 def comparison_page(account: Mapping[str, Any]) -> str:

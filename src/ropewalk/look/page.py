@@ -4,8 +4,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ropewalk.data.profile.charts import histogram
-from ropewalk.data.profile.html import (
+from ropewalk.look.charts import histogram
+from ropewalk.look.html import (
     Markup,
     bar,
     document,
@@ -17,7 +17,7 @@ from ropewalk.data.profile.html import (
     stylesheet,
     table,
 )
-from ropewalk.data.profile.page_parts import attributes, edits, rules, sample
+from ropewalk.look.page_parts import attributes, edits, rules, sample
 
 FATES = 8
 """Rows that say what became of documents; the rules have a section of their own."""

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ropewalk.data.profile.sketch import Frequent, Quantiles
-from ropewalk.data.profile.unit import DROPPED, PASSED_ON, TAIL, most
+from ropewalk.look.sketch import Frequent, Quantiles
+from ropewalk.look.unit import DROPPED, PASSED_ON, TAIL, most
 
 Row = tuple[int, int]
 """A part, and a row of it."""

@@ -7,12 +7,12 @@ from typing import Any
 from ropewalk.clean.quality import Quality
 from ropewalk.data.attributes import Attributes, Unit
 from ropewalk.data.parts import Makers, Progress
-from ropewalk.data.profile.alerts import alerts
-from ropewalk.data.profile.gather import gather
-from ropewalk.data.profile.page import page
-from ropewalk.data.profile.unit import ProfileUnit
 from ropewalk.data.view import View
 from ropewalk.files import atomic_write
+from ropewalk.look.alerts import alerts
+from ropewalk.look.gather import gather
+from ropewalk.look.page import page
+from ropewalk.look.unit import ProfileUnit
 
 
 def profile(

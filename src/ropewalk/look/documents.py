@@ -13,12 +13,12 @@ from ropewalk.clean.rules import columns_of
 from ropewalk.clean.words import mix
 from ropewalk.data.cleaning import evaluate
 from ropewalk.data.edits import Edit, edited
-from ropewalk.data.profile.samples import Place, reasons
 from ropewalk.data.records import BadRow, Record
 from ropewalk.data.tokenize import Tokenization
 from ropewalk.data.verdicts import Verdicts
 from ropewalk.data.view import View
 from ropewalk.errors import UserError
+from ropewalk.look.samples import Place, reasons
 
 _OPEN, _CLOSE = "\ue000", "\ue001"
 """Around what a pattern found: of Unicode's private use, which a text that has them is not marked for."""

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from math import ceil, floor, log10
 
-from ropewalk.data.profile.html import Markup, el, number, short
+from ropewalk.look.html import Markup, el, number, short
 
 WIDTH, HEIGHT = 340, 150
 LEFT, RIGHT, TOP, BOTTOM = 36, 10, 18, 22

@@ -1,0 +1,8 @@
+"""Looking at data. In: prepared or judged documents (data.View). Out: a page, tables, documents, comparisons.
+
+May import: data, clean, files, errors.
+"""
+
+from ropewalk.look.make import profile
+
+__all__ = ["profile"]
