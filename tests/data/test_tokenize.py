@@ -1,5 +1,7 @@
 """Plain text, pairs and pieces: which tokens there are and which are scored."""
 
+import pickle
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -84,6 +86,16 @@ def test_results_keep_the_order_of_mixed_records_and_do_not_depend_on_the_batch(
     for record, result in zip(records, together, strict=True):
         (alone,) = tokenization([record])
         assert str(alone) == str(result)
+
+
+@pytest.mark.parametrize("settings", [{}, {"score": "all", "append_eos": False}])
+def test_another_process_gets_the_same_tokens(tokenizers, settings):
+    made = Tokenization(next(iter(t for t in tokenizers.values() if t.chat_template)), **settings)
+    records = [text("Hello, rope walk"), pair("Question: 1?", "1")]
+    here, there = made(records), pickle.loads(pickle.dumps(made))(records)
+    for one, other in zip(here, there, strict=True):
+        assert one.ids.tolist() == other.ids.tolist()
+        assert one.scored.tolist() == other.scored.tolist()
 
 
 def test_turns_that_nothing_ends_are_counted(tokenizers):

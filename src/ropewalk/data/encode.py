@@ -28,10 +28,19 @@ _SCHEMA = pa.schema(
         "row": pa.int32(),
         "piece": pa.int32(),
         "pieces": pa.int32(),
-        "ids": pa.large_list(pa.uint32()),
-        "scored": pa.large_list(pa.bool_()),
+        "ids": pa.large_binary(),
+        "scored": pa.large_binary(),
     }
 )
+"""ids: 4 bytes a token, scored: one; lists would have a length and a level for each token to encode."""
+_WRITTEN: dict[str, Any] = {
+    **PART,
+    "compression": "lz4",
+    "use_dictionary": False,
+    "write_statistics": False,
+}
+LAYOUT = 2
+"""Counted up when the files are laid out in another way."""
 
 
 @dataclass(frozen=True)
@@ -84,17 +93,15 @@ class EncodeUnit:
     documents: Path
     verdicts: Path | None
     files: Mapping[str, str]
-    tokenizer: Any
+    tokenization: Tokenization
     options: Options
     workers: int
 
     def make(self, path: Path) -> None:
-        encoder = _Encoder(self.tokenizer, self.options, self.workers)
+        encoder = _Encoder(self.tokenization, self.options, self.workers)
         documents = Documents(self.documents, self.files)
         verdicts = None if self.verdicts is None else Verdicts.read(self.verdicts)
-        with pq.ParquetWriter(
-            path, _SCHEMA, **{**PART, "compression": "lz4"}, use_dictionary=False
-        ) as writer:
+        with pq.ParquetWriter(path, _SCHEMA, **_WRITTEN) as writer:
             waiting: list[Piece] = []
             tokens = 0
             for piece in encoder.pieces(documents, verdicts):
@@ -120,9 +127,10 @@ def _pieces(path: Path, file: pq.ParquetFile) -> Iterator[Piece]:
     for group in range(file.num_row_groups):
         with reading(path):
             table = file.read_row_group(group).combine_chunks()
-            ids, scored = (table[name].chunk(0) for name in ("ids", "scored"))
-        offsets = ids.offsets.to_numpy()
-        flat, marks = ids.values.to_numpy(), scored.values.to_numpy(zero_copy_only=False)
+            (_, _, ids), (_, ends, scored) = (table[name].chunk(0).buffers() for name in ("ids", "scored"))
+            offsets = np.frombuffer(ends, np.int64, len(table) + 1)
+            flat = np.frombuffer(ids, np.uint32, offsets[-1])
+            marks = np.frombuffer(scored, np.bool_, offsets[-1])
         places = zip(*(table[name].to_pylist() for name in ("row", "piece", "pieces")), strict=True)
         for i, (row, piece, pieces) in enumerate(places):
             part = slice(offsets[i], offsets[i + 1])
@@ -131,10 +139,12 @@ def _pieces(path: Path, file: pq.ParquetFile) -> Iterator[Piece]:
 
 def _table(pieces: Sequence[Piece]) -> pa.Table:
     offsets = np.concatenate([[0], np.cumsum([len(piece.tokens.ids) for piece in pieces])])
-    flat = [np.concatenate([getattr(p.tokens, name) for p in pieces]) for name in ("ids", "scored")]
-    lists = [pa.LargeListArray.from_arrays(offsets, pa.array(values)) for values in flat]
-    places = [[getattr(piece, name) for piece in pieces] for name in ("row", "piece", "pieces")]
-    return pa.table([*places, *lists], schema=_SCHEMA)
+    columns: list[Any] = [[getattr(piece, name) for piece in pieces] for name in ("row", "piece", "pieces")]
+    for name, size in (("ids", 4), ("scored", 1)):
+        flat = np.concatenate([getattr(piece.tokens, name) for piece in pieces])
+        buffers = [None, pa.py_buffer(offsets * size), pa.py_buffer(flat)]
+        columns.append(pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(pieces), buffers))
+    return pa.table(columns, schema=_SCHEMA)
 
 
 _Encoded = tuple[int, Edited, Tokens | BadRow | None]
@@ -142,9 +152,8 @@ _Encoded = tuple[int, Edited, Tokens | BadRow | None]
 
 
 class _Encoder:
-    def __init__(self, tokenizer: Any, options: Options, workers: int) -> None:
-        self.options, self.workers = options, workers
-        self.tokenization = tokenization(tokenizer, options)
+    def __init__(self, tokenization: Tokenization, options: Options, workers: int) -> None:
+        self.tokenization, self.options, self.workers = tokenization, options, workers
         self.account = Account()
 
     def pieces(self, documents: Documents, verdicts: Verdicts | None) -> Iterator[Piece]:

@@ -26,11 +26,12 @@ from ropewalk.data.catalog import plan_of
 from ropewalk.data.cleaning import Cleaner, Plan
 from ropewalk.data.contamination import CONTAMINATION, contamination
 from ropewalk.data.documents import VERSION, ReadUnit
-from ropewalk.data.encode import EncodeUnit, Options, tokenization
+from ropewalk.data.encode import LAYOUT, EncodeUnit, Options, tokenization
 from ropewalk.data.parts import Makers, Progress, key
 from ropewalk.data.readers import InputFile, Source, cut, files_of, stamp, survey
 from ropewalk.data.report import markdown
 from ropewalk.data.shards import DamagedDataError, TokenShards
+from ropewalk.data.tokenize import Tokenization
 from ropewalk.data.view import View, described
 from ropewalk.errors import UserError
 from ropewalk.files import atomic_directory
@@ -153,7 +154,7 @@ def prepare_sources(
 ) -> Prepared:
     """As `prepare`, from plain values. `plan` is how documents are cleaned; workers change no result."""
     plan = Plan() if plan is None else plan
-    chat = tokenization(tokenizer, options).has_template
+    tokenize = tokenization(tokenizer, options)
     inputs = _inputs(train, validation)
     store = (directory / "parts").absolute()
     reads = [_reads(item, store, plan.repair, options.max_bad_rows) for item in inputs]
@@ -168,10 +169,10 @@ def prepare_sources(
     with Makers(workers, on, progress) as makers:
         judged = _judged(inputs, reads, store, plan, makers)
         units, cleaner, verdicts = judged.units, judged.cleaner, judged.verdicts
-        encodes = _encodes(units, verdicts, store, tokenizer, options, makers.workers, made_from)
+        encodes = _encodes(units, verdicts, store, tokenize, options, makers.workers, made_from)
         makers.make("tokenize", encodes, here=True)
     with atomic_directory(target, overwrite=True) as folder:
-        build = Build(folder, tokenizer, options, chat)
+        build = Build(folder, tokenizer, options, tokenize.has_template)
         for unit, verdict, encode in zip(units, verdicts, encodes, strict=True):
             build.add(unit, verdict, encode.path)
         for item in inputs:
@@ -313,7 +314,7 @@ def _encodes(
     units: Sequence[Unit],
     verdicts: Sequence[Path | None],
     store: Path,
-    tokenizer: Any,
+    tokenize: Tokenization,
     options: Options,
     workers: int,
     made_from: Mapping[str, Any],
@@ -321,13 +322,13 @@ def _encodes(
     values = {
         k: v for k, v in asdict(options).items() if k not in ("validation_fraction", "seed", "max_bad_rows")
     }
-    common = [made_from["format"], made_from["tokenizer"], values]
+    common = [made_from["format"], LAYOUT, made_from["tokenizer"], values]
     tasks = []
     for unit, verdict in zip(units, verdicts, strict=True):
         name = key([*common, unit.documents.name, verdict and verdict.name])
         path = store / f"tokens-{name}.parquet"
         tasks.append(
-            EncodeUnit(path, unit.weight, unit.documents, verdict, unit.files, tokenizer, options, workers)
+            EncodeUnit(path, unit.weight, unit.documents, verdict, unit.files, tokenize, options, workers)
         )
     return tasks
 

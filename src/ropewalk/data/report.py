@@ -36,10 +36,12 @@ class SplitTally:
     """of the contents of the records"""
 
     def add(self, source: str, tokens: Tokens) -> None:
-        length, scored = len(tokens.ids), int(tokens.scored.sum())
+        length, scored = len(tokens.ids), int(np.count_nonzero(tokens.scored))
         self.lengths.append(length)
         self.scored += scored
-        self.sources.setdefault(source, Counter()).update(documents=1, tokens=length, scored=scored)
+        counter = self.sources.setdefault(source, Counter())
+        for name, count in (("documents", 1), ("tokens", length), ("scored", scored)):
+            counter[name] += count
 
     def report(self, sequence_length: int) -> dict[str, Any]:
         lengths = np.array(self.lengths, dtype=np.int64)

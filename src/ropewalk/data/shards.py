@@ -99,7 +99,7 @@ class ShardWriter:
         self._buffered += len(ids)
         self.documents += 1
         self.tokens += len(ids)
-        self.scored += int(scored.sum())
+        self.scored += int(np.count_nonzero(scored))
         if self._buffered >= _BUFFER_TOKENS:
             self._flush()
         if len(self._rows) >= _TABLE_ROWS:

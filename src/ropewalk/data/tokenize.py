@@ -1,7 +1,9 @@
 """Records to tokens with the scored ones marked. Deterministic, and usable from several threads at once."""
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -40,6 +42,7 @@ class Tokenization:
     def __init__(self, tokenizer: Any, *, score: Score = "auto", append_eos: bool = True) -> None:
         from tokenizers import Tokenizer, processors
 
+        self._made_from = tokenizer, append_eos
         # A copy, since a tokenizer file may ask for truncation, and offsets must cover white space too.
         self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self._backend.no_truncation()
@@ -59,6 +62,11 @@ class Tokenization:
         self.score = score
         self.has_template = bool(tokenizer.chat_template)
         self._template = ChatTemplate(tokenizer) if self.has_template else None
+
+    def __reduce__(self) -> Any:
+        """For other processes: as what it is made from, since a template does not travel."""
+        tokenizer, append_eos = self._made_from
+        return partial(Tokenization, score=self.score, append_eos=append_eos), (tokenizer,)
 
     def _ids(self, text: str) -> list[int]:
         return self._backend.encode(text, add_special_tokens=False).ids
@@ -88,7 +96,7 @@ class Tokenization:
                 results[i] = BadRow(record.where, str(error))
         encode, options = self._backend.encode_batch_fast, {"add_special_tokens": False}
         for i, encoding in zip(texts, encode([records[i].text for i in texts], **options), strict=True):
-            results[i] = self._finish(np.array(encoding.ids, dtype=np.uint32), None, begin=True, end=True)
+            results[i] = self._finish(_array(encoding.ids), None, begin=True, end=True)
         for i in (i for i in texts if apart[i]):
             results[i] = self._without(results[i], self._backend.encode(records[i].text, **options), apart[i])
         encodings = self._backend.encode_batch([text for _, text, _ in marked], **options)
@@ -135,7 +143,7 @@ class Tokenization:
         return prompt + completion, [Span(len(prompt), end, end)] if self.score != "all" else []
 
     def _marked(self, text: str, spans: list[Span], encoding: Any, plain: bool) -> Tokens:
-        ids = np.array(encoding.ids, dtype=np.uint32)
+        ids = _array(encoding.ids)
         mask = np.zeros(len(ids), dtype=bool)
         for span in spans:
             edges = _edges(encoding, span, len(text))
@@ -206,6 +214,11 @@ def _edges(encoding: Any, span: Span, length: int) -> tuple[int, int] | None:
             return None
         last += 1  # the end-of-turn token takes the white space after it along
     return first, last
+
+
+def _array(ids: list[int]) -> np.ndarray:
+    """[n] uint32; three times as fast as numpy takes a list."""
+    return np.frombuffer(array("I", ids), dtype=np.uint32)
 
 
 def _token_at(encoding: Any, character: int, length: int) -> int:
