@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import subprocess
 import sys
 
@@ -14,7 +15,7 @@ from ropewalk.data.edits import Edit, edited
 from ropewalk.data.encode import Options
 from ropewalk.data.entry import name_sources, prepare_sources
 from ropewalk.data.records import Record
-from ropewalk.errors import UserError
+from ropewalk.errors import RopewalkError, UserError
 from ropewalk.recipe.schema import Clean
 
 STOP = "the of and to a in that have with be".split()
@@ -423,3 +424,33 @@ def test_a_part_that_is_damaged_is_named(run):
     with pytest.raises(Exception, match=path.name) as raised:
         run(many(20), keep={"long": "words > 51"})
     assert "prepare again" in str(raised.value)
+
+
+@pytest.mark.parametrize("kind", ["quality", "verdicts", "tokens"])
+def test_what_is_damaged_is_never_trained_on(run, kind):
+    """A byte that another one stands for is noticed wherever it is in what was measured, decided, tokenized."""
+    first = run(many(20), keep={"long": "words > 50"})
+    path = next((first.directory.parent / "parts").glob(f"{kind}-*"))
+    whole = path.read_bytes()
+    for at in range(8, 200, 60):
+        data = bytearray(whole)
+        data[at] ^= 255
+        path.write_bytes(data)
+        shutil.rmtree(first.directory)
+        with pytest.raises(RopewalkError, match=path.name):
+            run(many(20), keep={"long": "words > 50"})
+        path.write_bytes(whole)
+        run(many(20), keep={"long": "words > 50"})
+
+
+def test_nothing_says_where_the_data_lay(run, tmp_path, monkeypatch):
+    """From another folder, and by a relative path, the same data is the same, byte for byte, parts too."""
+    made = []
+    for place in ("here", "there"):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / place).mkdir()
+        rows = [prose(1), "", {"txt": "bad"}, prose(2)]
+        options = {"max_bad_rows": 1, "sequence_length": 64}
+        made.append(content(run(rows, name=f"{place}/a.jsonl", directory=f"{place}/out", options=options)))
+    assert made[0] == made[1]
+    assert not [name for name, data in made[0].items() if str(tmp_path).encode() in data]
