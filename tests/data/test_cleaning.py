@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
@@ -428,19 +429,23 @@ def test_a_part_that_is_damaged_is_named(run):
 
 @pytest.mark.parametrize("kind", ["quality", "verdicts", "tokens"])
 def test_what_is_damaged_is_never_trained_on(run, kind):
-    """A byte that another one stands for is noticed wherever it is in what was measured, decided, tokenized."""
+    """A wrong byte in what was measured, decided or tokenized is noticed, or nothing asks for it."""
     first = run(many(20), keep={"long": "words > 50"})
     path = next((first.directory.parent / "parts").glob(f"{kind}-*"))
-    whole = path.read_bytes()
-    for at in range(8, 200, 60):
+    whole, wanted, noticed = path.read_bytes(), content(first), 0
+    for at in np.linspace(8, len(whole) - 9, 12, dtype=int):
         data = bytearray(whole)
         data[at] ^= 255
         path.write_bytes(data)
-        shutil.rmtree(first.directory)
-        with pytest.raises(RopewalkError, match=path.name):
+        shutil.rmtree(first.directory, ignore_errors=True)
+        try:
             run(many(20), keep={"long": "words > 50"})
-        path.write_bytes(whole)
-        run(many(20), keep={"long": "words > 50"})
+        except RopewalkError as error:
+            noticed += 1
+            assert path.name in str(error)  # noqa: PT017
+        else:  # a column that nothing asks for
+            assert content(first) == {**wanted, f"parts/{path.name}": bytes(data)}
+    assert noticed >= 2
 
 
 def test_nothing_says_where_the_data_lay(run, tmp_path, monkeypatch):
