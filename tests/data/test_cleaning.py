@@ -2,9 +2,11 @@
 
 import json
 import random
+import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
@@ -14,7 +16,7 @@ from ropewalk.data.edits import Edit, edited
 from ropewalk.data.encode import Options
 from ropewalk.data.entry import name_sources, prepare_sources
 from ropewalk.data.records import Record
-from ropewalk.errors import UserError
+from ropewalk.errors import RopewalkError, UserError
 from ropewalk.recipe.schema import Clean
 
 STOP = "the of and to a in that have with be".split()
@@ -446,3 +448,37 @@ def test_paraphrases_of_items_are_measured_where_a_rule_asks(run, tmp_path):
     changed = asked.replace("sold", "gave away").replace("friends", "neighbours").replace("clips", "pins")
     prepared = run([prose(1), changed], against=[str(path)], keep={"own_words": "paraphrase < 0.4"})
     assert [row["verdict"] for row in ledger(prepared)] == [None, "own_words"]
+
+
+@pytest.mark.parametrize("kind", ["quality", "verdicts", "tokens"])
+def test_what_is_damaged_is_never_trained_on(run, kind):
+    """A wrong byte in what was measured, decided or tokenized is noticed, or nothing asks for it."""
+    first = run(many(20), keep={"long": "words > 50"})
+    path = next((first.directory.parent / "parts").glob(f"{kind}-*"))
+    whole, wanted, noticed = path.read_bytes(), content(first), 0
+    for at in np.linspace(8, len(whole) - 9, 12, dtype=int):
+        data = bytearray(whole)
+        data[at] ^= 255
+        path.write_bytes(data)
+        shutil.rmtree(first.directory, ignore_errors=True)
+        try:
+            run(many(20), keep={"long": "words > 50"})
+        except RopewalkError as error:
+            noticed += 1
+            assert path.name in str(error)  # noqa: PT017
+        else:  # a column that nothing asks for
+            assert content(first) == {**wanted, f"parts/{path.name}": bytes(data)}
+    assert noticed >= 2
+
+
+def test_nothing_says_where_the_data_lay(run, tmp_path, monkeypatch):
+    """From another folder, and by a relative path, the same data is the same, byte for byte, parts too."""
+    made = []
+    for place in ("here", "there"):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / place).mkdir()
+        rows = [prose(1), "", {"txt": "bad"}, prose(2)]
+        options = {"max_bad_rows": 1, "sequence_length": 64}
+        made.append(content(run(rows, name=f"{place}/a.jsonl", directory=f"{place}/out", options=options)))
+    assert made[0] == made[1]
+    assert not [name for name, data in made[0].items() if str(tmp_path).encode() in data]

@@ -9,15 +9,17 @@ import hashlib
 import json
 import multiprocessing
 import os
+import signal
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from ropewalk.errors import UserError
+from ropewalk.errors import RopewalkError, UserError
 from ropewalk.files import atomic_file
 
 Progress = Callable[[str, int, int], None]
@@ -63,9 +65,14 @@ class Makers:
     def __enter__(self) -> "Makers":
         return self
 
-    def __exit__(self, *error: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._pool is None:
+            return
+        if kind is not None and isinstance(self._pool, ProcessPoolExecutor):
+            # Whoever pressed Ctrl-C does not wait for tasks of minutes. (No public way before Python 3.14.)
+            for process in list((self._pool._processes or {}).values()):
+                process.terminate()
+        self._pool.shutdown(cancel_futures=True)
 
     def make(self, what: str, tasks: Sequence[Task], here: bool = False) -> None:
         """Returns when all are made. Raises what the first of them, in their order, raised.
@@ -91,20 +98,45 @@ class Makers:
         if self._pool is None:
             self._pool = Cluster(self._on) if self._on else _processes(self.workers)
         with _no_main():
-            futures = [self._pool.submit(run, task) for task in tasks]
+            futures = [self._pool.submit(run if self._on else _work, task) for task in tasks]
         try:
             for task, future in zip(tasks, futures, strict=True):
                 future.result()
                 yield task
-        except BaseException:
-            for future in futures:
-                future.cancel()
-            raise
+        except Exception as error:
+            if not isinstance(error, BrokenExecutor) and type(error).__name__ != "KilledWorker":
+                raise
+            raise RopewalkError(
+                "a worker process was killed (out of memory?); what is done is kept: prepare again to go on, "
+                "with fewer data.workers if memory is short"
+            ) from None
 
 
 def _processes(workers: int) -> ProcessPoolExecutor:
     # Spawned: a fork of a process that has threads (tokenizers, torch, Arrow) may hang.
-    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin)
+
+
+def _begin() -> None:
+    """In a worker process, before its first task: it ends with its parent, and when its parent says so."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches all; the parent decides
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the file it was writing is removed
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _work(task: Task) -> None:
+    """`run` in a worker process, which would take the next task after any exception."""
+    try:
+        run(task)
+    except SystemExit:
+        os._exit(1)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 @contextmanager
