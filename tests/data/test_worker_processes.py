@@ -19,7 +19,7 @@ from pathlib import Path
 @dataclass(frozen=True)
 class Slow:
     path: Path
-    weight: int = 1
+    weight: int = 1 << 30
     def make(self, path):
         path.write_text("half")
         Path(str(self.path) + ".begun").touch()
@@ -42,7 +42,7 @@ except KeyboardInterrupt:
 class Killed:
     """A task whose process is killed, as a system without memory does it."""
 
-    weight = 1
+    weight = 1 << 30
 
     def __init__(self, path: Path) -> None:
         self.path = path
