@@ -44,7 +44,9 @@ def simulated(directory: Path) -> Path:
     lengths = np.clip(np.exp(random.normal(6.1, 1.0, DOCUMENTS)), 16, ROW).astype(np.int64)
     starts = random.integers(0, TOKENS - ROW, DOCUMENTS)
     random.integers(0, 1 << 16, TOKENS, dtype=np.uint16).tofile(folder / "tokens-00000.bin")
-    np.full(TOKENS // 8, 255, dtype=np.uint8).tofile(folder / "scored-00000.bin")
+    scored = np.full(TOKENS // 8, 255, dtype=np.uint8)
+    scored[0] = 254  # a document's first token never is
+    scored.tofile(folder / "scored-00000.bin")
     columns = {
         "shard": np.zeros(DOCUMENTS, dtype=np.int32),
         "start": starts,
