@@ -5,12 +5,14 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 
+from ropewalk.data import parts
 from ropewalk.data.parts import Makers
-from ropewalk.errors import RopewalkError
+from ropewalk.errors import RopewalkError, UserError
 
 SLOW = """
 import sys, time
@@ -100,3 +102,21 @@ def session(folder: Path) -> int:
         return int((folder / "stat").read_text().rsplit(")", 1)[1].split()[3])
     except OSError:
         return -1
+
+
+def test_a_cluster_that_writes_elsewhere_is_one_message(tmp_path, monkeypatch):
+    class Elsewhere:
+        def __init__(self, on: str) -> None:
+            pass
+
+        def submit(self, function, task):
+            future: Future[None] = Future()
+            future.set_result(None)  # it was made, in the file system of another machine
+            return future
+
+        def shutdown(self, cancel_futures=True):
+            pass
+
+    monkeypatch.setattr(parts, "Cluster", Elsewhere)
+    with Makers(on="dask:there") as makers, pytest.raises(UserError, match="must be in a file system that"):
+        makers.make("x", [Killed(tmp_path / "0")])

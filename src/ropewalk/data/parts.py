@@ -102,6 +102,11 @@ class Makers:
         try:
             for task, future in zip(tasks, futures, strict=True):
                 future.result()
+                if self._on and not task.path.exists():
+                    raise UserError(
+                        f"--on {self._on}: a worker made {task.path}, and it is not there; data.directory must "
+                        "be in a file system that this machine and the cluster share"
+                    )
                 yield task
         except Exception as error:
             if not isinstance(error, BrokenExecutor) and type(error).__name__ != "KilledWorker":
