@@ -104,8 +104,8 @@ class Makers:
                 future.result()
                 if self._on and not task.path.exists():
                     raise UserError(
-                        f"--on {self._on}: a worker made {task.path}, and it is not there; data.directory must "
-                        "be in a file system that this machine and the cluster share"
+                        f"--on {self._on}: a worker made {task.path}, and it is not there; data.directory "
+                        "must be in a file system that this machine and the cluster share"
                     )
                 yield task
         except Exception as error:
