@@ -98,3 +98,8 @@ def test_neighbours_do_not_matter(shared):
     assert set(table.column_names) == set(Code.attributes)
     assert table.to_pylist() == [rows([text])[0] for text in texts]
     assert rows([]) == []
+
+
+def test_a_bracket_is_not_behind_the_word_of_another_text():
+    alone, together = Code().map(Texts(["()."])), Code().map(Texts(["the", "()."]))
+    assert together["code_lines"].to_pylist()[1] == alone["code_lines"].to_pylist()[0]

@@ -54,15 +54,23 @@ def test_any_shape_equals_the_definition_in_float64(shape, dtype, factor, seed):
     offset = absmax.float().mean().double()
     groups = (absmax - offset).split(256)
     levels, scale_levels = torch.tensor(LEVELS).double(), torch.tensor(SCALE_LEVELS).double()
-    scales = []
+    scales, ties = [], []
     for group in groups:
         wide = group.abs().amax().clamp(min=1e-38)
-        scales.append(scale_levels[(group / wide)[:, None].sub(scale_levels).abs().argmin(1)] * wide + offset)
+        distances = (group / wide)[:, None].sub(scale_levels).abs()
+        scales.append(scale_levels[distances.argmin(1)] * wide + offset)
+        near = distances.topk(2, largest=False).values
+        ties.append(near[:, 1] - near[:, 0] < 1e-6)  # either level is right: float32 may find the other
     nearest = (flat / absmax.clamp(min=1e-38)[:, None])[..., None].sub(levels).abs().argmin(-1)
     exact = (levels[nearest] * torch.cat(scales)[:, None]).flatten()[: tensor.numel()].view(shape)
     tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
+    clear = ~torch.cat(ties).repeat_interleave(64)[: tensor.numel()].view(shape)
     torch.testing.assert_close(
-        packed.dequantize().double(), exact, rtol=tolerance, atol=1e-6 * factor, check_dtype=False
+        packed.dequantize().double()[clear],
+        exact[clear],
+        rtol=tolerance,
+        atol=1e-6 * factor,
+        check_dtype=False,
     )
 
 

@@ -12,6 +12,7 @@ from ropewalk.cli import main
 from ropewalk.data.leave_out import leave_out, nothing
 from ropewalk.errors import UserError
 from ropewalk.recipe import load_recipe, to_yaml
+from ropewalk.recipe.schema import Clean
 
 WORDS = "rope walk fibre strand twist long building loose strong spin lay yarn hemp tar sail mast".split()
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789#%&"
@@ -223,8 +224,7 @@ def test_a_small_model_takes_the_place_of_the_recipes(make_recipe):
 
 
 def clean(**values):
-    return {"rules": (), "keep": {}, "duplicates": (), "pii": "keep", "against": (), "prefer": None,
-            "repair": False, **values}  # fmt: skip
+    return {**Clean().model_dump(), **values}
 
 
 def test_an_own_rule_goes_and_a_published_one_is_left_out_by_null():

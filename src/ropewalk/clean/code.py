@@ -117,7 +117,8 @@ def _is_code(words: Words, lines: Lines) -> np.ndarray:
     or ends as statements do."""
     signs = np.isin(words.hashes, _hashes(_OPERATORS))
     opens = _any_of(words.codes[words.starts], "([")
-    signs[1:] |= opens[1:] & ~words.symbol[:-1] & (words.starts[1:] == words.ends[:-1])
+    behind = ~words.symbol[:-1] & (words.starts[1:] == words.ends[:-1])
+    signs[1:] |= opens[1:] & behind & (words.document[1:] == words.document[:-1])
     before = np.concatenate([[0], np.cumsum(signs)])
     first = np.isin(words.hashes[lines.first], _hashes(_FIRST))
     return first | _any_of(lines.last_character(), "{};\\") | (before[lines.after] > before[lines.first])
