@@ -1,6 +1,8 @@
 """From documents to verdicts: what is kept and what is edited, whatever processes and restarts there are."""
 
+import errno
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -10,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from ropewalk.data import parts
+from ropewalk.data import encode, parts
 from ropewalk.data.catalog import plan_of
 from ropewalk.data.edits import Edit, edited
 from ropewalk.data.encode import Options
@@ -482,3 +484,21 @@ def test_nothing_says_where_the_data_lay(run, tmp_path, monkeypatch):
         made.append(content(run(rows, name=f"{place}/a.jsonl", directory=f"{place}/out", options=options)))
     assert made[0] == made[1]
     assert not [name for name, data in made[0].items() if str(tmp_path).encode() in data]
+
+
+def test_a_full_disk_is_one_message_and_what_is_done_is_kept(run, tmp_path, monkeypatch):
+    """While tokens are written: documents and attributes stay, nothing half-written does, a rerun goes on."""
+    original = encode.EncodeUnit.make
+
+    def full(self, path):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(encode.EncodeUnit, "make", full)
+    with pytest.raises(RopewalkError, match=r"tokens-.*: the disk is full \([\d,]+ bytes free\)"):
+        run(many(20), keep={"long": "words > 50"})
+    left = {path.name.split("-")[0] for path in (tmp_path / "out" / "parts").iterdir()}
+    assert left == {"documents", "quality", "verdicts"}
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["parts"]
+    monkeypatch.setattr(encode.EncodeUnit, "make", original)
+    assert len(run(many(20), keep={"long": "words > 50"}).train)
