@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ropewalk.clean.lines import Lines, share
+from ropewalk.clean.lines import Lines, any_of, share
 from ropewalk.clean.phrases import find_phrase
 from ropewalk.clean.step import Texts
 from ropewalk.clean.words import Words, words_of
@@ -116,16 +116,12 @@ def _is_code(words: Words, lines: Lines) -> np.ndarray:
     """[lines] bool: there is an operator, or a bracket right behind a word (prose has a space), or it begins
     or ends as statements do."""
     signs = np.isin(words.hashes, _hashes(_OPERATORS))
-    opens = _any_of(words.codes[words.starts], "([")
+    opens = any_of(words.codes[words.starts], "([")
     behind = ~words.symbol[:-1] & (words.starts[1:] == words.ends[:-1])
     signs[1:] |= opens[1:] & behind & (words.document[1:] == words.document[:-1])
     before = np.concatenate([[0], np.cumsum(signs)])
     first = np.isin(words.hashes[lines.first], _hashes(_FIRST))
-    return first | _any_of(lines.last_character(), "{};\\") | (before[lines.after] > before[lines.first])
-
-
-def _any_of(codes: np.ndarray, characters: str) -> np.ndarray:
-    return np.isin(codes, np.array([ord(c) for c in characters], np.uint32))
+    return first | any_of(lines.last_character(), "{};\\") | (before[lines.after] > before[lines.first])
 
 
 def _languages(words: Words, code: np.ndarray) -> list[str | None]:

@@ -98,3 +98,8 @@ def lines_of(words: Words) -> Lines:
 def share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     """part / whole as float64; 0 where the whole is 0."""
     return np.divide(part, whole, out=np.zeros(len(part)), where=whole > 0)
+
+
+def any_of(codes: np.ndarray, characters: str) -> np.ndarray:
+    """Bool, of the shape of `codes`: which of them is one of the characters."""
+    return np.isin(codes, np.array([ord(c) for c in characters], np.uint32))

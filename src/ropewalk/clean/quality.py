@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ropewalk.clean.lines import Lines, share
+from ropewalk.clean.lines import Lines, any_of, share
 from ropewalk.clean.step import Texts
 from ropewalk.clean.words import Words, words_of
 
@@ -66,9 +66,9 @@ class Quality:
             "letter_words": share(_with_letter(words.only), counts),
             "stop_words": _stop_words(words.only),
             "lines": total,
-            "bullet_lines": share(lines.count(_any_of(lines.first_character, BULLETS)), total),
+            "bullet_lines": share(lines.count(any_of(lines.first_character, BULLETS)), total),
             "ellipsis_lines": share(lines.count(ends_with_ellipsis(lines)), total),
-            "terminal_lines": share(lines.count(_any_of(lines.last_character(), TERMINAL)), total),
+            "terminal_lines": share(lines.count(any_of(lines.last_character(), TERMINAL)), total),
             "short_lines": share(lines.count(lines.ends - lines.starts <= SHORT_LINE), total),
             "repeated_line_characters": share(repeated, characters - newlines),
             "newline_ratio": share(newlines, counts),
@@ -118,17 +118,13 @@ def sentence_ends(words: Words) -> np.ndarray:
     if not len(symbols):
         return symbols
     marks = [words.codes[places[symbols]] for places in (words.starts, words.ends - 1)]
-    wide = _any_of(marks[0], WIDE_MARKS) | _any_of(marks[1], WIDE_MARKS)
-    narrow = _any_of(marks[0], MARKS) | _any_of(marks[1], MARKS)
+    wide = any_of(marks[0], WIDE_MARKS) | any_of(marks[1], WIDE_MARKS)
+    narrow = any_of(marks[0], MARKS) | any_of(marks[1], MARKS)
     last = np.append(words.document[1:] != words.document[:-1], True)[symbols]
     following = np.minimum(symbols + 1, len(words) - 1)
     apart = words.starts[following] > words.ends[symbols]
     lower = _lower_table()[words.codes[words.starts[following]]]
     return symbols[wide | narrow & (last | apart & ~lower)]
-
-
-def _any_of(codes: np.ndarray, characters: str) -> np.ndarray:
-    return np.isin(codes, np.array([ord(c) for c in characters], np.uint32))
 
 
 @cache

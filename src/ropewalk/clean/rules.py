@@ -4,6 +4,7 @@ import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cache
 from typing import Any
 
 from ropewalk.clean.step import Step
@@ -100,11 +101,11 @@ _CLASSES = {
 }  # fmt: skip
 
 
-def columns_of(expression: str) -> set[str]:
-    """The attributes that an expression over one row asks for, by DuckDB's own parser.
+@cache
+def parsed(expression: str) -> Any:
+    """DuckDB's syntax tree of a SELECT of the expression; with the key `error` true where it is none.
 
-    Raises UserError where it is no expression, or has a subquery, an aggregate, a window, or a function that
-    is not in FUNCTIONS (random numbers, files, time).
+    Kept, since every unit of the data asks again and a database is opened for each. Not to be changed.
     """
     try:
         import duckdb
@@ -112,12 +113,22 @@ def columns_of(expression: str) -> set[str]:
         raise UserError('rules need an extra: pip install "ropewalk[data]"') from error
     with duckdb.connect() as connection:
         found = connection.execute("select json_serialize_sql(?)", [f"select {expression}"]).fetchone()
-    parsed: dict[str, Any] = json.loads(found[0]) if found else {"error": True}
-    if parsed["error"]:
-        raise UserError(f"rule {expression!r}: {parsed.get('error_message', 'cannot be read')}")
-    node = parsed["statements"][0]["node"]
+    return json.loads(found[0]) if found else {"error": True}
+
+
+@cache
+def columns_of(expression: str) -> frozenset[str]:
+    """The attributes that an expression over one row asks for, by DuckDB's own parser.
+
+    Raises UserError where it is no expression, or has a subquery, an aggregate, a window, or a function that
+    is not in FUNCTIONS (random numbers, files, time).
+    """
+    tree = parsed(expression)
+    if tree["error"]:
+        raise UserError(f"rule {expression!r}: {tree.get('error_message', 'cannot be read')}")
+    node = tree["statements"][0]["node"]
     alone = (
-        len(parsed["statements"]) == 1
+        len(tree["statements"]) == 1
         and node["type"] == "SELECT_NODE"
         and len(node["select_list"]) == 1
         and node["from_table"]["type"] == "EMPTY"
@@ -128,7 +139,7 @@ def columns_of(expression: str) -> set[str]:
         raise UserError(f"rule {expression!r}: it must be one expression, such as words >= 50")
     columns: set[str] = set()
     _walk(node["select_list"][0], expression, frozenset(), columns)
-    return columns
+    return frozenset(columns)
 
 
 def _walk(node: Any, expression: str, own: frozenset[str], columns: set[str]) -> None:

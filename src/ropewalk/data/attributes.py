@@ -1,6 +1,7 @@
 """Attributes beside the documents: what each cleaning step says of each, a file for each unit and step."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from ropewalk.data.documents import Documents
 from ropewalk.data.part_files import PART, read_part
 from ropewalk.data.parts import Makers, Task, key
 from ropewalk.files import atomic_file
+
+OWN = ("id", "source", "file")
+"""What can be asked of the documents themselves, besides attributes."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,6 @@ class Attributes:
     def __init__(self, store: Path, units: Sequence[Unit], makers: Makers) -> None:
         self.store, self.units, self.makers = store, units, makers
         self.sizes = [len(unit.read()) for unit in units]
-        self.begins = np.concatenate([[0], np.cumsum(self.sizes, dtype=np.int64)])
         self._files: dict[str, list[Path]] = {}
         """attribute -> its files, one for each unit"""
 
@@ -88,8 +91,8 @@ class Attributes:
         return [[self._files[name][i] for name in wanted] for i in range(len(self.units))]
 
     def table(self, unit: int, names: Sequence[str]) -> pa.Table:
-        """Attributes of a unit; `id`, `source`, `file` and `kind` of its documents are among them."""
-        own = [name for name in names if name in ("id", "source", "file")]
+        """Attributes of a unit, and what is in OWN of its documents."""
+        own = [name for name in names if name in OWN]
         columns = dict(zip(own, self.units[unit].read().columns(*own).columns, strict=True)) if own else {}
         by_file: dict[Path, list[str]] = {}
         for name in names:
@@ -124,14 +127,8 @@ class JoinedParts:
 
     def fingerprint(self) -> str:
         """Of all that `reduce` depends on besides what `map` wrote."""
-        arrays = (array for pair in zip(self.alive, self.preferences, strict=True) for array in pair)
-        return digest(arrays)
-
-
-def digest(arrays: Iterator[np.ndarray]) -> str:
-    import hashlib
-
-    found = hashlib.sha256()
-    for array in arrays:
-        found.update(np.ascontiguousarray(array).view(np.uint8).data)
-    return found.hexdigest()
+        found = hashlib.sha256()
+        for pair in zip(self.alive, self.preferences, strict=True):
+            for array in pair:
+                found.update(np.ascontiguousarray(array).view(np.uint8).data)
+        return found.hexdigest()

@@ -7,6 +7,7 @@ step that compares documents sees one that an earlier rule has dropped.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pyarrow.parquet as pq
 
 from ropewalk.clean.rules import PRESETS, Rule, columns_of, steps_for
 from ropewalk.clean.step import Joined, Step
-from ropewalk.data.attributes import Attributes, JoinedParts
+from ropewalk.data.attributes import OWN, Attributes, JoinedParts
 from ropewalk.data.edits import Action
 from ropewalk.data.evaluation_sets import EvaluationSet
 from ropewalk.data.part_files import PART
@@ -26,8 +27,6 @@ from ropewalk.errors import UserError
 from ropewalk.files import atomic_file
 
 DUPLICATE_OF = ("exact_duplicate_of", "near_duplicate_of", "similar_of")
-OWN = ("id", "source", "file")
-"""What rules may ask of the documents themselves, besides attributes."""
 PREFER, SCORE = "data.clean.prefer", "data.clean.score"
 
 
@@ -90,8 +89,12 @@ class Cleaner:
 
     def _parts(self, files: list[Path]) -> JoinedParts:
         alive = [np.logical_not(failed.any(axis=1)) for failed in self.failed]
-        preferences = [self._preference(i) for i in range(len(self.units))]
-        return JoinedParts(self.units, self.attributes.sizes, files, alive, preferences)
+        return JoinedParts(self.units, self.attributes.sizes, files, alive, self._preferences)
+
+    @cached_property
+    def _preferences(self) -> list[np.ndarray]:
+        """Of all units: the same for every step that compares documents."""
+        return [self._preference(i) for i in range(len(self.units))]
 
     def _preference(self, unit: int) -> np.ndarray:
         """Validation before all training data: what is in both is to be left out of training."""

@@ -13,8 +13,9 @@ import numpy as np
 
 from ropewalk.clean.language import Language
 from ropewalk.clean.step import Texts
+from ropewalk.data.parts import Progress
 from ropewalk.data.readers import Source
-from ropewalk.data.texts import Progress, batches_of
+from ropewalk.data.texts import batches_of
 
 ALL = "all"
 

@@ -6,6 +6,8 @@ library can change it.
 
 import numpy as np
 
+from ropewalk.clean.words import mix
+
 
 def hashes(fingerprint: str, seed: int, epoch: int, purpose: int, count: int) -> np.ndarray:
     """[count] uint64, all different: splitmix64 (Steele, Lea, Flood 2014) of the index, begun from all the
@@ -19,7 +21,4 @@ def hashes(fingerprint: str, seed: int, epoch: int, purpose: int, count: int) ->
 
 def _splitmix(x: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore"):
-        x = x + np.uint64(0x9E3779B97F4A7C15)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
+        return mix(x + np.uint64(0x9E3779B97F4A7C15))

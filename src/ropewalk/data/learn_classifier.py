@@ -9,8 +9,9 @@ import numpy as np
 
 from ropewalk.clean.classifier import Classifier, train_classifier
 from ropewalk.clean.words import words_of
+from ropewalk.data.parts import Progress
 from ropewalk.data.readers import Source
-from ropewalk.data.texts import Progress, batches_of
+from ropewalk.data.texts import batches_of
 from ropewalk.errors import UserError
 
 SHARE, LEAST = 0.01, 5

@@ -1,14 +1,14 @@
 """The plain texts of sources, one after the other: for what learns from texts or measures on them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 
+from ropewalk.data.parts import Progress
 from ropewalk.data.readers import Source, files_of, read_source
 from ropewalk.data.records import BadRow, Record
 from ropewalk.errors import UserError
 
 BATCH_TEXTS, BATCH_CHARACTERS = 512, 1 << 21
-Progress = Callable[[str, int, int], None]
 
 
 def batches_of(source: Source, progress: Progress | None = None) -> Iterator[list[Record]]:

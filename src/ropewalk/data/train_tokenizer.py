@@ -11,8 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ropewalk.data.parts import Progress
 from ropewalk.data.readers import Source
-from ropewalk.data.texts import Progress, batches_of
+from ropewalk.data.texts import batches_of
 from ropewalk.errors import UserError
 from ropewalk.files import atomic_directory
 

@@ -14,9 +14,6 @@ from ropewalk.errors import UserError
 from ropewalk.evaluate.metrics import score_corpus
 from ropewalk.files import read_json_object
 
-ACCOUNT = "contamination.json"
-"""Name of the account in a folder of prepared data."""
-
 
 @dataclass(frozen=True)
 class CleanSubset:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ropewalk.data.contamination import CONTAMINATION
 from ropewalk.data.readers import Source, files_of
 from ropewalk.errors import UserError
-from ropewalk.evaluate.clean_subset import ACCOUNT, contaminated_rows, read_account
+from ropewalk.evaluate.clean_subset import contaminated_rows, read_account
 from ropewalk.evaluate.panel import Sample, panel_markdown, run_panel
 from ropewalk.evaluate.perplexity import PerplexityResult, perplexity
 from ropewalk.evaluate.tasks import TaskResult, run_task
@@ -131,7 +132,7 @@ def _account_of(run: Path | None) -> Path | None:
         return None
     data = read_json_object(run / "lineage.json").get("data")
     directory = data.get("directory") if isinstance(data, dict) else None
-    account = Path(directory) / ACCOUNT if isinstance(directory, str) else None
+    account = Path(directory) / CONTAMINATION if isinstance(directory, str) else None
     return account if account is not None and account.is_file() else None
 
 

@@ -74,14 +74,14 @@ def _columns(view: View, question: Question) -> list[str]:
     """What is shown of each document."""
     asked: set[str] = set()
     if question.where is not None:
-        asked = columns_of(question.where)
+        asked = set(columns_of(question.where))
         for name in sorted(asked - set(view.known)):
             close = get_close_matches(name, view.known, 1)
             hint = f"; did you mean {close[0]}?" if close else ""
             raise UserError(f"--where: unknown column {name}{hint} There is {', '.join(view.known)}")
     names = (question.rule, question.without)
     for rule in (rule for rule in view.rules if rule["rule"] in names):
-        asked |= {c for c in columns_of(rule["keeps"])}
+        asked |= columns_of(rule["keeps"])
     if question.id is not None:
         asked |= {*view.attributes} & {*view.known}
     return [name for name in view.known if name in asked]

@@ -1,17 +1,14 @@
 """The numbers to which a rule compares an attribute, for drawing them."""
 
-import json
 from typing import Any
+
+from ropewalk.clean.rules import parsed
 
 
 def thresholds(expression: str) -> dict[str, list[float]]:
     """Attribute -> numbers in the expression that it is compared to, ascending; by DuckDB's own parser."""
-    import duckdb
-
-    with duckdb.connect() as connection:
-        found = connection.execute("select json_serialize_sql(?)", [f"select {expression}"]).fetchone()
     result: dict[str, set[float]] = {}
-    _walk(json.loads(found[0]) if found else None, result)
+    _walk(parsed(expression), result)
     return {name: sorted(values) for name, values in result.items()}
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 
 from ropewalk.clean.duplicates.rows import Rows
-from ropewalk.clean.step import SPANS
+from ropewalk.clean.spans import spans_of
 
 PLACE_BITS = 28
 """A text has fewer places than this (2.7e8 lines or words), and there are fewer than 2^35 texts."""
@@ -46,12 +46,7 @@ def within(counts: np.ndarray) -> np.ndarray:
 def span_table(name: str, texts: int, document: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> pa.Table:
     """Of so many texts: SPANS `name`, of that kind, and int64 `name_characters`, their length together.
     document [n] rises, and starts [n] with it in each."""
-    counts = np.bincount(document, minlength=texts)
-    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-    fields = [starts.astype(np.int32), ends.astype(np.int32), [name] * len(starts)]
-    arrays = [pa.array(values, field.type) for values, field in zip(fields, SPANS.value_type, strict=True)]
-    struct = pa.StructArray.from_arrays(arrays, fields=list(SPANS.value_type))
-    spans = pa.ListArray.from_arrays(pa.array(offsets), struct, type=SPANS)
+    spans = spans_of(texts, document, starts, ends, np.zeros(len(starts), np.int32), [name])
     length = np.bincount(document, ends - starts, texts).astype(np.int64)
     return pa.table({name: spans, f"{name}_characters": length})
 
