@@ -180,7 +180,11 @@ def recipes(
         train: dict[str, Any] | None = None,
         seed: int = 1,
     ) -> dict[str, Any]:
-        fields: dict[str, Any] = {"steps": 5, "batch_size": 8, "micro_batch_size": 1, "threads": 1}
+        said = layout or {}
+        groups = said.get("replicate", 1) * said.get("shard", 1)
+        # two passes a step or more in every process; a mixture's balance is of the rows of one pass
+        rows = 1 if "pipeline" in said or groups > 2 or "num_experts" in FAMILIES[family] else 2
+        fields: dict[str, Any] = {"steps": 5, "batch_size": 8, "micro_batch_size": rows, "threads": 1}
         fields |= {"device": "cpu", "precision": "float32", "optimizer": {"learning_rate": 3e-3}}
         for name, value in (train or {}).items():
             section, _, key = name.rpartition(".")

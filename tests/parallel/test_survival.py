@@ -199,42 +199,32 @@ def wait_for_step(recipe: dict[str, Any], step: int) -> Path:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_process_costs_the_steps_since_the_last_checkpoint(
+def test_a_killed_and_a_stopped_process_cost_the_steps_since_the_last_checkpoint(
     make_recipe: Any, train_in: Any, rank: int
 ) -> None:
+    """One is killed and, when the run goes on, the other one stopped: each is named, and nothing is lost."""
     recipe = make_recipe(steps=40, batch_size=2, micro_batch_size=1, checkpoint_every=5, keep=99)
-    recipe |= {"parallel": {"shard": 2}}
+    recipe |= {"parallel": {"shard": 2, "hang_seconds": 2}}
     process = start(recipe)
     run = wait_for_step(recipe, 12)
     os.kill(workers(process.pid)[rank], signal.SIGKILL)
-    said, warned = process.communicate(timeout=120)
+    wait_for_step(recipe, 22)
+    os.kill(workers(process.pid)[1 - rank], signal.SIGSTOP)
+    said, warned = process.communicate(timeout=240)
     assert said.strip() == "False", warned
     assert "a process of the run ended by SIGKILL after step" in warned
     assert "starting again (1 of 3)" in warned
+    assert re.search(
+        rf"step \d+ hangs: process {1 - rank} on \S+ never came to \w+ \(.*\), where 1 wait;", warned
+    )
+    assert re.search(r"it has not answered for \d+ s, last seen in step \d+, ", warned)
+    assert "starting again (2 of 3)" in warned
     assert "Traceback" not in warned
     assert [path for path in Path(recipe["runs"]).iterdir()] == [run]
     whole = Path(train_in(2, {"whole": ("train", [recipe, [], False])})["whole"]["run"])
     assert losses(run) == losses(whole)
     wanted = model(whole, 40)
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in model(run, 40).items())
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_stopped_process_is_named_and_the_run_goes_on(make_recipe: Any, train_in: Any, rank: int) -> None:
-    recipe = make_recipe(steps=40, batch_size=2, micro_batch_size=1, checkpoint_every=5, keep=99)
-    recipe |= {"parallel": {"shard": 2, "hang_seconds": 2}}
-    process = start(recipe)
-    run = wait_for_step(recipe, 12)
-    os.kill(workers(process.pid)[rank], signal.SIGSTOP)
-    said, warned = process.communicate(timeout=120)
-    assert said.strip() == "False", warned
-    assert re.search(
-        rf"step \d+ hangs: process {rank} on \S+ never came to \w+ \(.*\), where 1 wait;", warned
-    )
-    assert re.search(r"it has not answered for \d+ s, last seen in step \d+, ", warned)
-    assert "starting again (1 of 3)" in warned
-    whole = Path(train_in(2, {"whole": ("train", [recipe, [], False])})["whole"]["run"])
-    assert losses(run) == losses(whole)
 
 
 def test_a_run_that_dies_twice_at_one_step_is_not_started_for_ever(make_recipe: Any, tmp_path: Path) -> None:

@@ -109,6 +109,15 @@ def test_qlora() -> None:
     assert nf4_bytes(65e9) < 48e9
 
 
+def test_qlora_at_7b_within_ten_percent() -> None:
+    """LLaMA-7B in 4 bits: 5,048 MB (embeddings in float32, constants single); LoRA of 0.2% of it: 26 MB."""
+    embeddings = 2 * 32000 * 4096
+    blocks = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    base = nf4_bytes(blocks, double=False) + 4 * embeddings
+    assert base == pytest.approx(5048e6, rel=0.10)
+    assert 2 * 0.002 * (embeddings + blocks) == pytest.approx(26e6, rel=0.10)
+
+
 def test_the_time_model_predicts_published_runs(reference: Path) -> None:
     """Mean error of the step's seconds at most 10% in every table, with one set of shares for each
     accelerator."""

@@ -151,7 +151,7 @@ class World:
             return self.experts.get_group(axis)
         assert self.mesh is not None
         assert self.weights is not None
-        return self.weights.get_group(1) if axis == "parts" else self.mesh[axis].get_group()
+        return self.weights.get_group(1) if axis == "parts" else self.mesh.get_group(axis)
 
     def sum_along(self, axis: str, value: Tensor) -> Tensor:
         """The sum over the processes along an axis, in place where there are several."""

@@ -54,10 +54,10 @@ def _rates(device: torch.device, precision: str) -> Rates:
         if time.perf_counter() - began > LONGEST and len(works) >= FEWEST:
             break
         works.append(work)
-        both, update = _measure(work, device)
-        seconds.append(both)
+        passes, update = measured_step(work, device)
+        seconds.append(passes)
         if work.method == "full":
-            updates.append(update)
+            updates.append(updated_bytes(work) / update)
     table = np.array([features(work) for work in works])
     found, error = fit_rates(table, np.array(seconds))
     per_flop, per_byte, per_attended, launch = found
@@ -72,23 +72,16 @@ def _rates(device: torch.device, precision: str) -> Rates:
     )
 
 
-def _measure(work: Work, device: torch.device) -> tuple[float, float]:
-    """Seconds of a forward and backward pass, and bytes/s of an update."""
-    passes, updates = measured_step(work, device)
-    trained = updated_bytes(work)
-    return statistics.median(passes), trained / statistics.median(updates)
-
-
 def updated_bytes(work: Work) -> float:
     """What the time model says that an update of this work reads and writes."""
     return trained_here(work) * STATE_BYTES[work.optimizer]
 
 
-def measured_step(work: Work, device: torch.device) -> tuple[list[float], list[float]]:
-    """Seconds of passes, and of updates, of a few real steps on random weights and tokens; the first is
-    left out.
+def measured_step(work: Work, device: torch.device) -> tuple[float, float]:
+    """Seconds of a forward and backward pass, and of an update: each the fastest of a few real steps, since
+    what else the machine does only adds to them.
 
-    On random weights of one process; what `work` says of sharing is not looked at.
+    On random weights and tokens, in one process; what `work` says of sharing is not looked at.
     """
     torch.manual_seed(0)
     model = model_of(work).to(device)
@@ -114,7 +107,7 @@ def measured_step(work: Work, device: torch.device) -> tuple[list[float], list[f
         wait()
         passes.append(middle - start)
         updates.append(time.perf_counter() - middle)
-    return passes[1:], updates[1:]
+    return min(passes[1:]), min(updates[1:])
 
 
 def _disk() -> float:
