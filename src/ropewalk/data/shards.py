@@ -133,16 +133,14 @@ class ShardWriter:
 
     def _flush(self, everything: bool = False) -> None:
         """Appends the buffers to the shard's files; the scored bits of a last part byte wait for the next."""
-        if self._ids:
-            self._append("tokens", np.concatenate(self._ids).tobytes())
-            bits = np.concatenate(self._bits)
-            whole = len(bits) if everything else len(bits) // 8 * 8
-            self._append("scored", np.packbits(bits[:whole], bitorder="little").tobytes())
-            self._ids, self._bits, self._buffered = [], [bits[whole:]], 0
-        elif everything and any(len(bits) for bits in self._bits):
-            self._append("scored", np.packbits(np.concatenate(self._bits), bitorder="little").tobytes())
-        if everything:
-            self._bits = []
+        if not self._ids and not self._bits:
+            return
+        bits = np.concatenate(self._bits)
+        whole = len(bits) if everything else len(bits) // 8 * 8
+        self._append("tokens", b"".join(ids.tobytes() for ids in self._ids))
+        self._append("scored", np.packbits(bits[:whole], bitorder="little").tobytes())
+        self._ids, self._buffered = [], 0
+        self._bits = [bits[whole:]] if whole < len(bits) else []
 
     def _append(self, kind: str, data: bytes) -> None:
         path = self.directory / f"{kind}-{self._shard:05d}.bin"
