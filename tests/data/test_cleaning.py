@@ -7,6 +7,7 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -135,6 +136,10 @@ def test_a_preset_is_changed_and_left_out_by_name(run):
         ({"keep": {"a": "language > 5"}}, r"data\.clean\.keep\.a: "),
         ({"against": ["gone.jsonl"]}, r"gone\.jsonl: no such file"),
         ({"score": "words / 0"}, r"data\.clean\.score"),
+        (
+            {"duplicates": ["near"], "prefer": "near_duplicates"},
+            r"data\.clean\.prefer: near_duplicates is known only when documents have been compared",
+        ),
     ],
 )
 def test_a_mistake_is_one_message_that_names_it(run, clean, message):
@@ -386,6 +391,19 @@ def test_a_killed_preparation_goes_on_and_ends_as_if_it_had_not_been(
     again = run(many(), directory="killed", **EVERYTHING)
     wanted, found = content(whole), content(again)
     assert {k: v for k, v in found.items() if not k.endswith(".tmp")} == wanted
+
+
+def test_what_a_killed_preparation_left_is_removed_when_nobody_can_be_writing_it(run, tmp_path):
+    parts_folder, yesterday = tmp_path / "out" / "parts", time.time() - 25 * 3600
+    old, new = parts_folder / ".tokens-1.parquet.0a.tmp", parts_folder / ".tokens-2.parquet.0b.tmp"
+    shards = tmp_path / "out" / ".a-123.0c.tmp"
+    for path in (old, new, shards / "train" / "tokens-00000.bin"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"half")
+    for path in (old, shards / "train" / "tokens-00000.bin", shards / "train", shards):
+        os.utime(path, (yesterday, yesterday))
+    run(["a b c"])
+    assert (old.exists(), new.exists(), shards.exists()) == (False, True, False)
 
 
 def recipe(folder, directory, tokenizer):
