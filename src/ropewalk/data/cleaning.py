@@ -59,10 +59,11 @@ class Plan:
         names = {*self.edits, *self.asked}
         steps = [s for s in self.steps if s.name in wanted or names & s.attributes.keys()]
         joined = [step for step in steps if isinstance(step, Joined)]
-        late = {name for step in joined for name in step.attributes} & columns_of(self.prefer or "0")
+        asked = columns_of(self.prefer) if self.prefer else frozenset()
+        late = [name for step in joined for name in step.attributes if name in asked]
         if late:
             raise UserError(
-                f"{PREFER}: {min(late)} is known only when documents have been compared, which is what it is "
+                f"{PREFER}: {late[0]} is known only when documents have been compared, which is what it is "
                 "for; use what is known of a document by itself, such as words"
             )
         return [step for step in steps if step not in joined] + joined

@@ -143,8 +143,9 @@ class Documents:
 
     def _record(self, row: dict[str, Any]) -> Record:
         messages = row.pop("messages")
-        file, *member = row["file"].split("!", 1)
-        where = "!".join([self.files.get(file, file), *member])
+        name = row["file"]
+        file = name if name in self.files else name.split("!", 1)[0]  # else it is a member of an archive
+        where = self.files.get(file, file) + name.removeprefix(file)
         return Record(
             **row,
             where=f"{where}:{row['line']}" if row["line"] else where,

@@ -16,24 +16,26 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import count
 from pathlib import Path, PurePath
 from typing import Any
 
 from ropewalk.clean.rules import columns_of
 from ropewalk.data.attributes import Attributes, Unit
-from ropewalk.data.build import Build
+from ropewalk.data.build import LEDGER, Build
 from ropewalk.data.catalog import plan_of
 from ropewalk.data.cleaning import Cleaner, Plan
 from ropewalk.data.contamination import CONTAMINATION, contamination
 from ropewalk.data.documents import VERSION, ReadUnit
 from ropewalk.data.encode import LAYOUT, EncodeUnit, Options, tokenization
+from ropewalk.data.part_files import open_part
 from ropewalk.data.parts import Makers, Progress, key
 from ropewalk.data.readers import InputFile, Source, cut, files_of, stamp, survey
 from ropewalk.data.report import markdown
 from ropewalk.data.shards import DamagedDataError, TokenShards
 from ropewalk.data.tokenize import Tokenization
 from ropewalk.data.view import View, described
-from ropewalk.errors import UserError
+from ropewalk.errors import RopewalkError, UserError
 from ropewalk.files import atomic_directory, remove_leftovers
 from ropewalk.recipe import Recipe, load_recipe
 
@@ -79,6 +81,7 @@ class Reading:
     ) -> None:
         if not train:
             raise UserError("data.train: names no source; give at least one")
+        plan.needed()  # a mistake in a rule is said before everything is read
         self.directory, self.store, self.plan = directory, (directory / "parts").absolute(), plan
         sources = [*train, *validation]
         self.inputs = [
@@ -110,8 +113,8 @@ class Reading:
             if not any(len(unit.read()) for unit in found):
                 raise UserError(f"{item.source.path}: no documents in it (data source {name})")
             units += found
-        for folder in (self.directory, self.store):
-            remove_leftovers(folder, unchanged_for=ABANDONED)
+        remove_leftovers(self.store, ABANDONED)
+        remove_leftovers(self.directory, ABANDONED, f"*-{'?' * 12}.{'?' * 8}")  # folders of `target`
         cleaner = Cleaner(Attributes(self.store, units, makers), self.plan)
         cleaner.run()
         return cleaner
@@ -206,9 +209,10 @@ def name_sources(sources: Sequence[Mapping[str, Any]]) -> list[Source]:
     """By the last part of its path where a source has no name; a name met before gets a number."""
     named: list[Source] = []
     for source in sources:
-        wanted = name = source.get("name") or PurePath(source["path"]).name
+        wanted = name = source.get("name") or PurePath(source["path"]).name or "data"  # "." has no name
+        numbers = count(len(named) + 1)
         while any(other.name == name for other in named):
-            name = f"{wanted} ({len(named) + 1})"
+            name = f"{wanted} ({next(numbers)})"
         named.append(Source(**{**source, "name": name}))
     return named
 
@@ -301,7 +305,7 @@ def prepared_folder(recipe: Recipe | str | Path | Mapping[str, Any], overrides: 
 
 def folder_slug(name: str) -> str:
     """What the folder of data begins with whose first source has this name."""
-    return re.sub(r"[^A-Za-z0-9_-]+", "-", PurePath(name).stem).strip("-") or "data"
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", PurePath(name).stem)[:80].strip("-") or "data"
 
 
 def tokenization_of(recipe: Recipe | str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Any:
@@ -337,6 +341,10 @@ def _open(directory: Path, fingerprint: str, verify: bool) -> Prepared:
             raise DamagedDataError(f"{account}: belongs to other data")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DamagedDataError(f"{account}: {error}") from None
+    try:
+        open_part(directory / LEDGER)
+    except RopewalkError as error:
+        raise DamagedDataError(str(error)) from None
     parts = [TokenShards.open(directory / name) for name in names]
     for part in parts if verify else ():
         part.verify()

@@ -98,6 +98,8 @@ def _from_messages(messages: Any, name: str, id: str, where: str) -> EvaluationI
     except ValueError as error:
         raise UserError(f"{where}: {error}") from None
     answer = turns.pop()["content"] if turns and turns[-1]["role"] == "assistant" else None
+    if not turns:
+        raise UserError(f"{where}: messages have no question")
     return EvaluationItem(name, id, "\n".join(turn["content"] for turn in turns), answer)
 
 
@@ -126,8 +128,8 @@ def _answer(value: Any, choices: Sequence[str], row: Mapping[str, Any]) -> str:
     if not choices or said in choices:
         return said
     offered = row.get("choices")
-    labels = list(offered["label"]) if isinstance(offered, Mapping) and "label" in offered else []
-    if said in labels:
+    labels = offered.get("label") if isinstance(offered, Mapping) else None
+    if isinstance(labels, list | tuple) and said in labels:
         place = labels.index(said)
     elif said.isascii() and said.isdigit():
         place = int(said)

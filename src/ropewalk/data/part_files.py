@@ -21,7 +21,8 @@ def reading(path: Path) -> Iterator[None]:
         yield
     # What is damaged shows itself in errors of many kinds.
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, OverflowError, MemoryError) as error:
-        why = (str(error) or type(error).__name__).splitlines()[0]
+        gone = isinstance(error, FileNotFoundError)
+        why = "no such file" if gone else (str(error) or type(error).__name__).splitlines()[0]
         raise RopewalkError(f"{path}: cannot be read ({why}); delete it and prepare again") from None
 
 

@@ -193,7 +193,8 @@ def check_messages(messages: Any, name: str = "messages") -> tuple[Message, ...]
         message = {key: value for key, value in message.items() if value is not None}
         role = message.get("role")
         if role not in ROLES:
-            other = _OTHER_NAMES.get(role) if isinstance(role, str) else None
+            lower = role.lower() if isinstance(role, str) else None
+            other = lower if lower in ROLES else _OTHER_NAMES.get(lower or "")
             meant = f"; did you mean {other}?" if other else ""
             found = "missing" if role is None else repr(role)
             raise ValueError(f"{where}.role must be one of {', '.join(ROLES)}, is {found}{meant}")

@@ -240,8 +240,7 @@ class TokenShards:
     def sources(self) -> tuple[list[str], np.ndarray]:
         """(names in the order of their first documents, which of them [n] each document comes from: uint16,
         which is sorted fast, or int64)."""
-        path = self.directory / "documents.parquet"
-        column = pq.read_table(path, columns=["source"], read_dictionary=["source"])["source"]
+        column = self._column("source", read_dictionary=["source"])
         joined = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
         codes = joined.indices.to_numpy()
         first = np.full(len(joined.dictionary), len(codes))
@@ -257,7 +256,7 @@ class TokenShards:
         path = self.directory / "documents.parquet"
         if "score" not in pq.read_schema(path).names:
             return None
-        scores = pq.read_table(path, columns=["score"])["score"].to_numpy().astype(np.float64)
+        scores = self._column("score").to_numpy().astype(np.float64)
         if not np.isfinite(scores).all():
             raise DamagedDataError(f"{path}: a document without a score; prepare the data again")
         return scores
@@ -287,7 +286,10 @@ class TokenShards:
 
     @cached_property
     def _ids(self) -> pa.ChunkedArray:
-        return pq.read_table(self.directory / "documents.parquet", columns=["id"])["id"].combine_chunks()
+        return self._column("id").combine_chunks()
+
+    def _column(self, name: str, **options: Any) -> pa.ChunkedArray:
+        return pq.read_table(self.directory / "documents.parquet", columns=[name], **options)[name]
 
 
 def _manifest(directory: Path) -> dict[str, Any]:
@@ -298,13 +300,17 @@ def _manifest(directory: Path) -> dict[str, Any]:
             raise DamagedDataError(
                 f"{path}: format {manifest['format']!r}, not {FORMAT!r}; prepare the data again"
             )
-        if manifest["dtype"] not in _DTYPES or not isinstance(manifest["shards"], int):
+        if manifest["dtype"] not in _DTYPES:
             raise KeyError("dtype")
-        if any(Path(name).name != name for name in manifest["files"]):
-            raise KeyError("files")
+        for name in ("shards", "documents", "tokens", "scored"):
+            if not isinstance(manifest[name], int):
+                raise KeyError(name)
+        for name, file in manifest["files"].items():
+            if Path(name).name != name or file.keys() != {"bytes", "sha256"}:
+                raise KeyError("files")
     except OSError as error:
         raise DamagedDataError(f"{path}: {error.strerror}; prepare the data again") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedDataError(
             f"{path}: not a manifest of token shards ({error}); prepare the data again"
         ) from None

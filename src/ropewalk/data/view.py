@@ -104,11 +104,11 @@ class View:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             report, parts = found["report"], found["parts"]
+            return cls(folder.absolute().parent / "parts", parts, report.get("cleaning"), folder, report)
         except OSError as error:
             raise UserError(f"{path}: {error.strerror}; give a folder that ropewalk prepare made") from None
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{path}: not of this version; run ropewalk prepare --overwrite") from None
-        return cls(folder.absolute().parent / "parts", parts, report.get("cleaning"), folder, report)
 
     def extend(self, attributes: Mapping[str, str], files: Sequence[Sequence[Path]]) -> None:
         """More attributes, and for each part the files in which they are."""

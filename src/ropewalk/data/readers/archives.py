@@ -1,5 +1,6 @@
 """Members of zip and tar archives, as streams, in the order in which they are stored. Nothing is unpacked."""
 
+import lzma
 import tarfile
 import zipfile
 import zlib
@@ -68,7 +69,9 @@ class _Member:
     def read(self, size: int = -1, /) -> bytes:
         try:
             data = self.member.read1(size)
-        except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+        except (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:  # the system's; bz2 has no other kind
+                raise
             raise Unreadable(f"is damaged ({error or 'it ends too early'})") from None
         if self.count is not None:
             self.count(len(data))
