@@ -85,7 +85,8 @@ def test_a_stopped_preparation_leaves_no_process_and_stops_at_once(tmp_path, nam
     while len(spawned(began.pid) if starting else list(tmp_path.glob("parts/*.begun"))) < 2:
         assert time.monotonic() < deadline
         assert began.poll() is None, began.stderr.read()
-        time.sleep(0.01 if starting else 0.1)
+        time.sleep(0.1)
+    time.sleep(0.4 if starting else 0)  # Python has begun there, and imports what it is to run
     group = [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit() and session(p) == began.pid]
     assert len(group) >= 3
     (os.killpg if clean else os.kill)(began.pid, getattr(signal, name))
