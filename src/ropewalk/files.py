@@ -9,6 +9,7 @@ import json
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -75,6 +76,8 @@ def atomic_directory(path: str | Path, overwrite: bool = False, needed: int | No
     path = Path(path)
     if path.exists() and not overwrite:
         raise UserError(f"{path}: already exists; nothing was overwritten")
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path}: is a file, and a folder is to be made there")
     temporary = _sibling(path)
     try:
         with naming_full_disk(path, needed):
@@ -97,13 +100,25 @@ def atomic_directory(path: str | Path, overwrite: bool = False, needed: int | No
         raise
 
 
-def remove_leftovers(folder: str | Path) -> None:
-    """Deletes what killed writers left in `folder`; call it only while nobody else writes there."""
-    for leftover in Path(folder).glob(".*.tmp"):
+def remove_leftovers(folder: str | Path, unchanged_for: float = 0.0, named: str = "*") -> None:
+    """Deletes what killed writers left in `folder`; where somebody else may be writing there, only what has
+    not changed for so many seconds. `named` is a pattern, for a folder that has other people's files too."""
+    before = time.time() - unchanged_for
+    for leftover in Path(folder).glob(f".{named}.tmp"):
+        if unchanged_for and _changed(leftover) > before:
+            continue
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
         else:
             leftover.unlink(missing_ok=True)
+
+
+def _changed(path: Path) -> float:
+    """When it or what is in it was last written to; of what is gone, and so somebody's, just now."""
+    try:
+        return max(inside.stat().st_mtime for inside in (path, *path.rglob("*")))
+    except FileNotFoundError:
+        return time.time()
 
 
 def sha256(path: str | Path) -> str:

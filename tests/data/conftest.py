@@ -217,6 +217,13 @@ def load(backend: str) -> dict[str, Any]:
     }
 
 
+@pytest.fixture(autouse=True)
+def disk_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A preparation of a few documents makes a hundred files, and takes its time to see each on the disk;
+    nothing here is about a machine that loses its power."""
+    monkeypatch.setattr("ropewalk.files.fsync", lambda path: None)
+
+
 @pytest.fixture(scope="session")
 def backend() -> str:
     return train_bpe("modern")

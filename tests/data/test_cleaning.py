@@ -7,6 +7,7 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -135,6 +136,10 @@ def test_a_preset_is_changed_and_left_out_by_name(run):
         ({"keep": {"a": "language > 5"}}, r"data\.clean\.keep\.a: "),
         ({"against": ["gone.jsonl"]}, r"gone\.jsonl: no such file"),
         ({"score": "words / 0"}, r"data\.clean\.score"),
+        (
+            {"duplicates": ["near"], "prefer": "near_duplicates"},
+            r"data\.clean\.prefer: near_duplicates is known only when documents have been compared",
+        ),
     ],
 )
 def test_a_mistake_is_one_message_that_names_it(run, clean, message):
@@ -330,14 +335,14 @@ def many(count=120):
     return rows + rows[::7] + [row.replace("rope", "cord") for row in rows[::11]] + ["short"] * 3
 
 
-@pytest.mark.parametrize("on", [None, "dask"])
-def test_the_result_is_the_same_in_several_processes_byte_for_byte(run, monkeypatch, on):
+def test_the_result_is_the_same_in_several_processes_and_on_a_cluster_byte_for_byte(run, monkeypatch):
     monkeypatch.setattr("ropewalk.data.entry.UNIT_BYTES", 20_000)
     one = run(many(), workers=1, directory="one", **EVERYTHING)
     assert len(list((one.directory.parent / "parts").glob("documents-*"))) >= 4
     assert 0 < len(one.train) < len(many())
-    other = run(many(), workers=2, on=on, directory="other", **EVERYTHING)
-    assert content(one) == content(other)
+    for on in (None, "dask"):
+        other = run(many(), workers=2, on=on, directory=f"on-{on}", **EVERYTHING)
+        assert content(one) == content(other), on
 
 
 def test_what_is_there_is_not_made_again(run, monkeypatch):
@@ -368,7 +373,9 @@ def test_a_killed_preparation_goes_on_and_ends_as_if_it_had_not_been(
     script = tmp_path / "killed.py"
     script.write_text(
         "import os, sys\n"
+        "from ropewalk import files\n"
         "from ropewalk.data import entry, parts\n"
+        "files.fsync = lambda path: None\n"
         "entry.UNIT_BYTES = 20_000\n"
         "done, original = [0], parts.run\n"
         "def run(task):\n"
@@ -386,6 +393,19 @@ def test_a_killed_preparation_goes_on_and_ends_as_if_it_had_not_been(
     again = run(many(), directory="killed", **EVERYTHING)
     wanted, found = content(whole), content(again)
     assert {k: v for k, v in found.items() if not k.endswith(".tmp")} == wanted
+
+
+def test_what_a_killed_preparation_left_is_removed_when_nobody_can_be_writing_it(run, tmp_path):
+    parts_folder, yesterday = tmp_path / "out" / "parts", time.time() - 25 * 3600
+    old, new = parts_folder / ".tokens-1.parquet.0a.tmp", parts_folder / ".tokens-2.parquet.0b.tmp"
+    shards, other = (tmp_path / "out" / f".{name}.tmp" for name in ("a-0123456789ab.0123abcd", "somebody's"))
+    for path in (old, new, other, shards / "train" / "tokens-00000.bin"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"half")
+    for path in (old, other, shards / "train" / "tokens-00000.bin", shards / "train", shards):
+        os.utime(path, (yesterday, yesterday))
+    run(["a b c"])
+    assert [path.exists() for path in (old, new, shards, other)] == [False, True, False, True]
 
 
 def recipe(folder, directory, tokenizer):

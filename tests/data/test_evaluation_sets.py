@@ -37,6 +37,10 @@ def item(row):
             {"question": "Q", "choices": {"text": ["x", "y"], "label": ["1", "2"]}, "answerKey": "2"},
             ("Q", "y", ("x", "y")),
         ),
+        (
+            {"question": "Q", "choices": {"text": ["x", "y"], "label": None}, "answer": "B"},
+            ("Q", "y", ("x", "y")),
+        ),
         ({"ctx": "Q", "endings": ["x", "y"], "label": "0"}, ("Q", "x", ("x", "y"))),
         (
             {"question": "Q", "A": "x", "B": "y", "C": "z", "D": "w", "answer": "C"},
@@ -89,6 +93,7 @@ def test_text_files_are_whole_documents_and_several_files_one_set(tmp_path):
         ('{"question": 3}', r"s.jsonl:1: question must be text, is 3"),
         ("{", r"s.jsonl:1: not valid JSON"),
         ('{"messages": [{"role": "boss", "content": "x"}]}', r"s.jsonl:1: messages\[0\].role must be one of"),
+        ('{"messages": [{"role": "assistant", "content": "x"}]}', r"s.jsonl:1: messages have no question"),
         ("", "has no rows"),
     ],
 )

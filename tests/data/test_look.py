@@ -120,3 +120,12 @@ def test_duplicates_are_called_by_their_names(view, texts):
         "duplicate_of": -1,
         "words": 3,
     }
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", '{"report": null}', '{"report": {}, "parts": {"attributes": {}, "units": [{}]}}']
+)
+def test_a_folder_that_does_not_hold_prepared_data_is_one_message(tmp_path, content):
+    (tmp_path / "prepared.json").write_text(content)
+    with pytest.raises(UserError, match=r"prepared\.json: not of this version"):
+        View.open(tmp_path)

@@ -3,11 +3,14 @@
 import json
 import logging
 import re
+import sys
 from itertools import chain
 from pathlib import Path
 
 import pytest
 
+from ropewalk.clean.rules import Rule, columns_of, parsed
+from ropewalk.data.cleaning import Plan
 from ropewalk.data.encode import Options
 from ropewalk.data.entry import name_sources, prepare, prepare_sources
 from ropewalk.errors import RopewalkError, UserError
@@ -435,6 +438,57 @@ def recipe(path, tokenizer, **data):
         },
         "train": {"steps": 1},
     }
+
+
+def test_a_long_name_of_a_source_makes_a_folder_all_the_same(run, write):
+    path = write("a.jsonl", jsonl(rows(3)))
+    folder = run({"path": str(path), "name": "x" * 300}).directory
+    assert folder.name.startswith("x" * 80 + "-")
+
+
+def test_names_of_sources_are_different_whatever_they_are_called():
+    names = [
+        source.name for source in name_sources([{"path": "x"}, {"path": "y", "name": "x (3)"}, {"path": "x"}])
+    ]
+    assert names == ["x", "x (3)", "x (4)"]
+
+
+def test_a_mistake_in_a_rule_is_said_before_anything_is_read(tokenizers, write, tmp_path, monkeypatch):
+    monkeypatch.setattr("ropewalk.data.entry.survey", None)
+    sources = name_sources([{"path": str(write("a.jsonl", jsonl(rows(3))))}])
+    plan = Plan(rules=(Rule("mine", "wrds > 3", "", ""),))
+    with pytest.raises(UserError, match="unknown attribute wrds"):
+        prepare_sources(sources, [], tokenizers["chatml"], Options(64), tmp_path / "out", plan=plan)
+
+
+def test_plain_files_need_nothing_that_is_an_extra(run, write, monkeypatch):
+    for cached in (parsed, columns_of):
+        cached.cache_clear()
+    for module in ("duckdb", "zstandard", "trafilatura", "pypdf", "warcio", "ftfy"):
+        monkeypatch.setitem(sys.modules, module, None)
+    assert len(run(write("a.jsonl", jsonl(rows(3)))).train) == 3
+
+
+def test_a_folder_without_a_name_of_its_own_is_called_data(run, write, tmp_path, monkeypatch):
+    write("here/a.txt", "some text")
+    monkeypatch.chdir(tmp_path / "here")
+    assert ids_of(run(".").train) == ["data/a.txt"]
+
+
+def test_prepared_data_whose_ledger_is_gone_is_made_anew(run, write):
+    path = write("a.jsonl", jsonl(rows(3)))
+    ledger = run(path).directory / "documents.parquet"
+    whole = ledger.read_bytes()
+    for damage in (ledger.unlink, lambda: ledger.write_bytes(whole[:-50])):
+        damage()
+        run(path)
+        assert ledger.read_bytes() == whole
+
+
+def test_a_row_that_is_found_bad_later_is_named_by_its_path_whatever_the_file_is_called(run, write):
+    path = write("on!off/we!rd.jsonl", jsonl([*rows(1), talk("a", "b " * 200)]))
+    with pytest.raises(UserError, match=re.escape(f"{path}:2: ")):
+        run(path)
 
 
 def test_prepare_takes_a_recipe_with_its_template(write, tiny_tokenizer_dir):

@@ -1,7 +1,10 @@
 """Every kind of file gives its records, each with a stable id; every mistake is named with file and line."""
 
+import io
 import json
+import os
 import re
+import zipfile
 from pathlib import Path
 
 import pyarrow as pa
@@ -133,6 +136,7 @@ def test_text_loses_its_byte_order_mark(write):
             r"messages\[0\]\.role must be one of system.*is missing",
         ),
         ("a.jsonl", '{"messages": [{"role": "gpt", "content": "a"}]}', r"is 'gpt'; did you mean assistant\?"),
+        ("a.jsonl", '{"messages": [{"role": "User", "content": "a"}]}', r"is 'User'; did you mean user\?"),
         ("a.jsonl", '{"messages": [{"role": ["x"], "content": "a"}]}', r"messages\[0\]\.role must be one of"),
         ("a.jsonl", '{"messages": [{"role": "user"}]}', r"messages\[0\]\.content is missing; there is role"),
         ("a.jsonl", '{"messages": [{"role": "user", "content": [1]}]}', r"content must be text, is a list"),
@@ -148,6 +152,9 @@ def test_text_loses_its_byte_order_mark(write):
         ("a.jsonl", b'{"text": "a\0b"}', r"a\.jsonl:1: not valid JSON \(Invalid control character"),
         ("a.jsonl", '{"text": "a", "n": ' + "1" * 5000 + "}", r"a\.jsonl:1: not valid JSON \(Exceeds"),
         ("a.jsonl", '{"text": "a"}\r{"text": "b"}', r"a\.jsonl:1: .*; end lines with \\n, not with \\r"),
+        ("a.jsonl", '{"text": "a", "n":', r"a\.jsonl:1: not valid JSON \(.*\); .* does not end on this line"),
+        ("a.jsonl", '{"text": "a b', r"a\.jsonl:1: not valid JSON \(.*\); .* does not end on this line"),
+        ("a.json", '\n{"text": "a", "n":', r"a\.json:2: not valid JSON \(.*\); .* does not end on this line"),
         ("a.jsonl", '{"text": "a"}'.encode("utf-16"), r"a\.jsonl:1: not UTF-8 \(byte 0"),
         ("a.csv", b"text\nfine\n\xff\nfine\n", r"a\.csv:3: not UTF-8 \(byte 0 of a line\)"),
         ("a.csv", b"text\nfine\na\0b\n", r"a\.csv:3: text has a NUL at character 1"),
@@ -191,6 +198,33 @@ def test_missing_paths_and_folders_without_text(write, tmp_path):
     write("folder/a.jsonl", "{}")
     with pytest.raises(UserError, match=r"no text, source, HTML or PDF file in this folder; .*r/\*\.jsonl"):
         read(tmp_path / "folder")
+
+
+def test_what_is_no_file_is_refused_and_not_waited_for(write, tmp_path):
+    write("folder/a.txt", "a")
+    os.mkfifo(tmp_path / "folder" / "pipe.txt")
+    (tmp_path / "lost.jsonl").symlink_to(tmp_path / "nowhere")
+    for path, name in (("folder", "pipe.txt"), ("folder/pipe.txt", "pipe.txt"), ("*.jsonl", "lost.jsonl")):
+        with pytest.raises(UserError, match=rf"{name}: neither a file nor a link to one"):
+            read(tmp_path / path)
+    for path in ("~nobody-of-this-name/a.jsonl", "x" * 300 + ".jsonl", "a\0b.jsonl"):
+        with pytest.raises(UserError, match=r"no such file or folder"):
+            read(path)
+    with pytest.raises(UserError, match="data source src: its path is empty"):
+        read("")
+
+
+def test_damaged_members_are_bad_rows_whatever_they_are_compressed_with(write):
+    for method in (zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
+        sink = io.BytesIO()
+        with zipfile.ZipFile(sink, "w", method) as archive:
+            archive.writestr("a.txt", bytes(range(33, 99)) * 9)
+            archive.writestr("b.txt", b"fine")
+        content = bytearray(sink.getvalue())
+        content[60] ^= 255
+        records = read(write("a.zip", bytes(content)))
+        assert [r.text for r in records if isinstance(r, Record)] == ["fine"], "the rest is read"
+        assert "a.zip!a.txt: is damaged" in str(records[0])
 
 
 def test_a_file_that_cannot_be_opened_is_named(tmp_path):

@@ -132,3 +132,13 @@ def test_pieces_hold_every_token_in_order(total, limit, begins):
         assert 2 <= len(piece.ids) <= limit
         assert piece.ids[: len(begin)].tolist() == begin
         assert piece.scored.tolist() == [False] + [True] * (len(piece.ids) - 1)
+
+
+@pytest.mark.parametrize("begin", ["", "<bos>"])
+def test_places_that_are_not_scored_are_found_with_and_without_a_bos_of_the_text(with_bos, begin):
+    content = f"{begin}Hello rope walk"
+    place = (content.index("rope"), content.index("rope") + 4)
+    (result,) = Tokenization(with_bos)([text(content)], [[place]])
+    unscored = result.ids[1:][~result.scored[1:]].tolist()
+    assert with_bos.decode(unscored).strip() == "rope"
+    assert result.ids.tolist() == Tokenization(with_bos)([text("Hello rope walk")])[0].ids.tolist()

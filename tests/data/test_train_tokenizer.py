@@ -126,6 +126,10 @@ def test_mistakes_are_said_before_anything_is_written(tmp_path, write):
     good = [Source(str(write("x.txt", "some text")), "x")]
     with pytest.raises(UserError, match="no room to learn"):
         train_tokenizer(good, 260, tmp_path / "out")
+    with pytest.raises(UserError, match="vocab size: 1,000,000,000,000 is more than 4,194,304"):
+        train_tokenizer(good, 10**12, tmp_path / "out")
+    with pytest.raises(UserError, match=r"x\.txt: is a file, and a folder is to be made there"):
+        train_tokenizer(good, 300, good[0].path, overwrite=True)
     with pytest.raises(UserError, match="no text in it"):
         train_tokenizer([Source(str(write("empty.txt", "")), "empty")], 300, tmp_path / "out")
     bad = write("bad.jsonl", '{"text": "x"}\n{"text": 5}\n')

@@ -107,7 +107,7 @@ def test_the_survey_hashes_what_is_there(write):
         (file,), _ = files_of(Source(str(path), "s"))
         found = survey(file, 1000)
         assert found.sha256 == hashlib.sha256(content).hexdigest()
-        assert sum(size for _, size in found.pieces) == len(content)
+        assert sum(piece.size for piece in found.pieces) == len(content)
 
 
 def test_a_file_that_vanishes_is_named(write):

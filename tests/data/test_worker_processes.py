@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -65,9 +66,11 @@ def alive(pid: int) -> bool:
         return False
 
 
+@pytest.mark.parametrize("starting", [False, True])
 @pytest.mark.parametrize(("name", "status", "clean"), [("SIGINT", 130, True), ("SIGTERM", -15, False)])
-def test_a_stopped_preparation_leaves_no_process_and_stops_at_once(tmp_path, name, status, clean):
-    """By Ctrl-C in a terminal, which reaches the workers too, or by a scheduler, which reaches the parent."""
+def test_a_stopped_preparation_leaves_no_process_and_stops_at_once(tmp_path, name, status, clean, starting):
+    """By Ctrl-C in a terminal, which reaches the workers too, or by a scheduler, which reaches the parent;
+    while workers are at work, or while they are being started."""
     (tmp_path / "slow.py").write_text(SLOW)
     (tmp_path / "run.py").write_text(RUN)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
@@ -79,10 +82,11 @@ def test_a_stopped_preparation_leaves_no_process_and_stops_at_once(tmp_path, nam
         stderr=subprocess.PIPE,
     )
     deadline = time.monotonic() + 120
-    while len(list(tmp_path.glob("parts/*.begun"))) < 2:
+    while len(spawned(began.pid) if starting else list(tmp_path.glob("parts/*.begun"))) < 2:
         assert time.monotonic() < deadline
         assert began.poll() is None, began.stderr.read()
         time.sleep(0.1)
+    time.sleep(0.4 if starting else 0)  # Python has begun there, and imports what it is to run
     group = [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit() and session(p) == began.pid]
     assert len(group) >= 3
     (os.killpg if clean else os.kill)(began.pid, getattr(signal, name))
@@ -93,7 +97,7 @@ def test_a_stopped_preparation_leaves_no_process_and_stops_at_once(tmp_path, nam
     while any(map(alive, group)):
         assert time.monotonic() < deadline, "a process was left behind"
         time.sleep(0.1)
-    if clean:
+    if clean and not starting:
         assert sorted(p.suffix for p in (tmp_path / "parts").iterdir()) == [".begun"] * 2, "nothing half made"
 
 
@@ -102,6 +106,16 @@ def session(folder: Path) -> int:
         return int((folder / "stat").read_text().rsplit(")", 1)[1].split()[3])
     except OSError:
         return -1
+
+
+def spawned(leader: int) -> list[Path]:
+    """The worker processes of its session, from their first moment on."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit() and session(folder) == leader:
+            with suppress(OSError):
+                found += [folder] if b"spawn_main" in (folder / "cmdline").read_bytes() else []
+    return found
 
 
 def test_a_cluster_that_writes_elsewhere_is_one_message(tmp_path, monkeypatch):

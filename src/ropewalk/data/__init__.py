@@ -1,6 +1,6 @@
 """Documents to batches. In: files of text and conversations, a tokenizer. Out: shards, a report, a `Loader`.
 
-May import: recipe and model (in `prepare` only), files, errors; torch in batch and loader only.
+May import: clean, recipe and model (in `prepare` only), files, errors; torch in batch and loader only.
 """
 
 from importlib import import_module

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from ropewalk.clean.step import Joined, Step, Texts
 from ropewalk.data.documents import Documents
-from ropewalk.data.part_files import PART, read_part
+from ropewalk.data.part_files import PART, read_columns, read_part
 from ropewalk.data.parts import Makers, Task, key
 from ropewalk.files import atomic_file
 
@@ -27,6 +27,7 @@ class Unit:
     weight: int
     files: Mapping[str, str]
     held_out: bool
+    source: str = ""
 
     def read(self) -> Documents:
         return Documents(self.documents, self.files)
@@ -92,14 +93,8 @@ class Attributes:
 
     def table(self, unit: int, names: Sequence[str]) -> pa.Table:
         """Attributes of a unit, and what is in OWN of its documents."""
-        own = [name for name in names if name in OWN]
-        columns = dict(zip(own, self.units[unit].read().columns(*own).columns, strict=True)) if own else {}
-        by_file: dict[Path, list[str]] = {}
-        for name in names:
-            if name in self._files:
-                by_file.setdefault(self._files[name][unit], []).append(name)
-        for path, inside in by_file.items():
-            columns |= dict(zip(inside, read_part(path, inside).columns, strict=True))
+        files = dict.fromkeys(self._files[name][unit] for name in names if name in self._files)
+        columns = read_columns([self.units[unit].documents, *files], names)
         return pa.table({name: columns[name] for name in names})
 
 

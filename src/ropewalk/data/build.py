@@ -1,7 +1,6 @@
 """Token shards from encoded units, one after the other, with a ledger of every document that was read."""
 
 import hashlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,19 +50,18 @@ class Build:
 
     def add(self, unit: Unit, verdict: Path | None, tokens: Path) -> None:
         """A unit. Raises UserError for more bad rows, all units together, than the recipe lets pass."""
-        documents, verdicts = unit.read(), None if verdict is None else Verdicts.read(verdict)
+        documents = unit.read()
+        verdicts = Verdicts.read(verdict, len(documents)).table
         account, pieces = encoded(tokens)
         for bad in (*documents.bad, *(BadRow(*bad) for bad in account.bad)):
             if len(self.tally.skipped) >= self.options.max_bad_rows:
                 raise UserError(too_many(bad, self.options.max_bad_rows))
             self.tally.skipped.append(bad)
-        self.tally.take(account)
+        self.tally.account.add(account)
         table = documents.columns(*_LEDGER.names[:8])
         ids, sources = table["id"].to_pylist(), table["source"].to_pylist()
         hashes = table["hash"].to_pylist()
-        scores: list[float | None] = [None] * len(ids)
-        if verdicts is not None:
-            scores = verdicts.table["score"].to_pylist()
+        scores = verdicts["score"].to_pylist()
         split: list[str | None] = [None] * len(ids)
         places = np.zeros((len(ids), 2), np.int64)
         for row, piece, count, part in pieces:
@@ -80,20 +78,9 @@ class Build:
             self.writers[name].add(part.ids, part.scored, id, sources[row], scores[row])
             self.tally.splits[name].add(sources[row], part)
             places[row, 1] += 1
-        if verdicts is not None:
-            self.tally.dropped.update(v for v in verdicts.table["verdict"].to_pylist() if v is not None)
-        self._write_ledger(table, split, places, verdicts)
-
-    def _write_ledger(
-        self, table: pa.Table, split: Sequence[str | None], places: np.ndarray, verdicts: Verdicts | None
-    ) -> None:
-        rows = len(table)
+        self.tally.dropped.update(verdicts["verdict"].drop_null().to_pylist())
         columns = [*table.columns, pa.array(split, pa.string()), *map(pa.array, places.T)]
-        if verdicts is None:
-            nothing = [pa.nulls(rows, pa.string()), pa.nulls(rows, _LEDGER.field("failed").type)]
-            columns += [*nothing, pa.array(np.full(rows, -1))]
-        else:
-            columns += [verdicts.table[name] for name in ("verdict", "failed", "duplicate_of")]
+        columns += [verdicts[name] for name in _LEDGER.names[-3:]]
         self._ledger.write_table(pa.table(columns, names=_LEDGER.names).cast(_LEDGER))
 
     def finish(self) -> dict[str, Any]:
@@ -101,7 +88,7 @@ class Build:
         self._ledger.close()
         options, held_out = self.options, len(self.tally.validation.lengths)
         if not self.tally.train.lengths:
-            why = [f"{count:,} {what}" for what, count in self.tally.changes.items()]
+            why = [f"{count:,} {what}" for what, count in self.tally.account.changes.items()]
             why += [f"{count:,} dropped by rule {rule}" for rule, count in self.tally.dropped.most_common()]
             if held_out and options.validation_fraction:
                 held = f"{held_out:,} held out by data.validation_fraction={options.validation_fraction:g}"
@@ -109,7 +96,7 @@ class Build:
             raise UserError(f"no documents are left to train on: {', '.join(why) or 'there were none'}")
         for writer in self.writers.values():
             writer.close()
-        if self.tally.kinds["prompts with completions"]:
+        if self.tally.account.kinds["prompts with completions"]:
             how = (
                 "rendered as user and assistant turns"
                 if self.has_template

@@ -53,13 +53,20 @@ class Plan:
 
     def needed(self) -> list[Step]:
         """The steps that rules and edits ask for, those that compare documents last. Raises UserError for an
-        expression that is none, or has an attribute that there is not."""
-        own = [Rule(PREFER, self.prefer, "", "")] if self.prefer else []
-        own += [Rule(SCORE, self.score, "", "")] if self.score else []
+        expression that is none, or has an attribute that there is not, or not yet when it is asked for."""
+        own = [Rule("", expression, "", "") for expression in (self.prefer, self.score) if expression]
         wanted = {step.name for step in steps_for([*self.rules, *own], self.steps, OWN)}
         names = {*self.edits, *self.asked}
         steps = [s for s in self.steps if s.name in wanted or names & s.attributes.keys()]
-        return sorted(steps, key=lambda step: isinstance(step, Joined))
+        joined = [step for step in steps if isinstance(step, Joined)]
+        asked = columns_of(self.prefer) if self.prefer else frozenset()
+        late = [name for step in joined for name in step.attributes if name in asked]
+        if late:
+            raise UserError(
+                f"{PREFER}: {late[0]} is known only when documents have been compared, which is what it is "
+                "for; use what is known of a document by itself, such as words"
+            )
+        return [step for step in steps if step not in joined] + joined
 
     def made_from(self) -> Any:
         """All that the result depends on, JSON-able."""
@@ -69,7 +76,7 @@ class Plan:
 
 
 class Cleaner:
-    """Runs those steps of a plan that its rules and edits need, over all units."""
+    """Runs those steps of a plan that its rules and edits need, over all units: of an empty plan none."""
 
     def __init__(self, attributes: Attributes, plan: Plan) -> None:
         self.attributes, self.plan = attributes, plan
@@ -125,26 +132,20 @@ class Cleaner:
 
     def _evaluate(self, unit: int, expressions: Mapping[str, str], kind: str) -> list[pa.Array]:
         names = sorted(set().union(*(columns_of(e) for e in expressions.values())))
-        table = (
-            self.attributes.table(unit, names)
-            if names
-            else pa.table({"_": np.zeros(self.attributes.sizes[unit])})
-        )
-        return evaluate(table, expressions, kind)
+        return evaluate(self.attributes.table(unit, names or ["id"]), expressions, kind)
 
-    def verdicts(self) -> list[Path]:
-        """A file for each unit: see verdicts.py."""
-        names = {*self.plan.edits, *(name for name in DUPLICATE_OF if name in self.attributes.available)}
+    @cached_property
+    def verdicts(self) -> list[Path | None]:
+        """A file for each unit (see verdicts.py), or None where nothing is asked; after `run`."""
+        if not self.plan:
+            return [None] * len(self.units)
+        names = {*self.plan.edits, *self._duplicate_of}
         for expression in [rule.expression for rule in self.done] + [self.plan.score or "0"]:
             names |= columns_of(expression) - set(OWN)
-        paths = []
+        asked = [[[rule.name, rule.expression] for rule in self.done], self.plan.score, dict(self.plan.edits)]
+        paths: list[Path | None] = []
         for i, files in enumerate(self.attributes.files(sorted(names))):
             unit = self.units[i]
-            asked = (
-                [[rule.name, rule.expression] for rule in self.done],
-                self.plan.score,
-                dict(self.plan.edits),
-            )
             made_from = [unit.documents.name, unit.held_out, [f.name for f in files], *asked]
             path = self.attributes.store / f"verdicts-{key(made_from)}.parquet"
             if not path.exists():
@@ -153,17 +154,19 @@ class Cleaner:
             paths.append(path)
         return paths
 
+    @property
+    def _duplicate_of(self) -> list[str]:
+        return [name for name in DUPLICATE_OF if name in self.attributes.available]
+
     def _verdicts(self, unit: int) -> pa.Table:
         size = self.attributes.sizes[unit]
-        names = np.array([rule.name for rule in self.done], dtype=object)
-        failed = [names[row].tolist() for row in self.failed[unit]]
-        spans = {} if self.units[unit].held_out else self.plan.edits  # what is measured on stays as it is
-        edits = {name: (action, self._attribute(unit, name)) for name, action in spans.items()}
+        rules = np.array([rule.name for rule in self.done], dtype=object)
+        failed = [rules[row].tolist() for row in self.failed[unit]]
+        edits = {} if self.units[unit].held_out else self.plan.edits  # what is measured on stays as it is
+        said = self.attributes.table(unit, [*edits, *self._duplicate_of])
         duplicate_of = np.full(size, -1)
-        for name in DUPLICATE_OF:
-            if name in self.attributes.available:
-                found = self._attribute(unit, name).to_numpy()
-                duplicate_of = np.where(duplicate_of < 0, found, duplicate_of)
+        for name in self._duplicate_of:
+            duplicate_of = np.where(duplicate_of < 0, said[name].to_numpy(), duplicate_of)
         scores: Any = pa.nulls(size, pa.float64())
         if self.plan.score:
             (scores,) = self._evaluate(unit, {SCORE: self.plan.score}, "DOUBLE")
@@ -174,12 +177,9 @@ class Cleaner:
             "failed": failed,
             "duplicate_of": duplicate_of,
             "score": scores,
-            "edits": edits_column(edits, size),
+            "edits": edits_column({name: (action, said[name]) for name, action in edits.items()}, size),
         }
         return pa.table([columns[name] for name in SCHEMA.names], schema=SCHEMA)
-
-    def _attribute(self, unit: int, name: str) -> pa.ChunkedArray:
-        return self.attributes.table(unit, [name])[name]
 
     def report(self) -> dict[str, Any]:
         """For each rule: how many documents it drops, alone or first of all; JSON-able."""

@@ -5,7 +5,7 @@ Attributes lie beside it in files of their own, with a row for each of its rows 
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from ropewalk.data.part_files import PART, open_part, reading
 from ropewalk.data.readers import Source, Stamp, Unit, id_of, read_unit, stamp
-from ropewalk.data.records import BadRow, Record
+from ropewalk.data.records import BadRow, Record, in_batches
 from ropewalk.errors import RopewalkError, UserError
 
 VERSION = 2
@@ -51,34 +51,27 @@ class ReadUnit:
         return {piece.file.name: piece.file.path for piece in self.unit}
 
     def make(self, path: Path) -> None:
-        rows: list[Record] = []
         bad: list[tuple[str, str]] = []
-        characters = 0
         with pq.ParquetWriter(path, _SCHEMA, **PART) as writer:
-
-            def flush() -> None:
-                nonlocal characters
+            groups = in_batches(self._records(bad), lambda row: row.characters, GROUP_CHARACTERS, GROUP_ROWS)
+            for rows in groups:
                 writer.write_table(_table(rows))
-                rows.clear()
-                characters = 0
-
-            for piece, item in ((p, item) for p in self.unit for item in read_unit(self.source, (p,))):
-                if isinstance(item, BadRow):
-                    at = item.where.removeprefix(piece.file.path)
-                    bad.append((id_of(self.source, piece.file) + at, item.reason))
-                    if len(bad) > self.allowed:
-                        raise UserError(too_many(item, self.allowed))
-                    continue
-                rows.append(repaired(item) if self.repair else item)
-                characters += rows[-1].characters
-                if len(rows) >= GROUP_ROWS or characters >= GROUP_CHARACTERS:
-                    flush()
-            if rows:
-                flush()
             writer.add_key_value_metadata({"bad": json.dumps(bad, ensure_ascii=False)})
         for name, before in self.stamps.items():
             if stamp(name) != before:
                 raise RopewalkError(f"{name}: changed while it was read; prepare the data again")
+
+    def _records(self, bad: list[tuple[str, str]]) -> Iterator[Record]:
+        """Puts the bad rows into `bad`, as (id, reason)."""
+        for piece in self.unit:
+            for item in read_unit(self.source, (piece,)):
+                if isinstance(item, Record):
+                    yield repaired(item) if self.repair else item
+                    continue
+                at = item.where.removeprefix(piece.file.path)
+                bad.append((id_of(self.source, piece.file) + at, item.reason))
+                if len(bad) > self.allowed:
+                    raise UserError(too_many(item, self.allowed))
 
 
 def too_many(row: BadRow, allowed: int) -> str:
@@ -90,15 +83,7 @@ def repaired(record: Record) -> Record:
     """With mojibake undone, in Unicode's composed form, without control characters (see clean.repair)."""
     from ropewalk.clean.repair import repair
 
-    if record.text is not None:
-        return replace(record, text=repair(record.text))
-    if record.messages is None:
-        return replace(record, prompt=repair(record.prompt or ""), completion=repair(record.completion or ""))
-    messages = tuple(
-        {**message, "content": repair(message["content"])} if "content" in message else message
-        for message in record.messages
-    )
-    return replace(record, messages=messages)
+    return record.with_contents([repair(content) for content in record.contents])
 
 
 def _table(rows: Sequence[Record]) -> pa.Table:
@@ -158,8 +143,9 @@ class Documents:
 
     def _record(self, row: dict[str, Any]) -> Record:
         messages = row.pop("messages")
-        file, *member = row["file"].split("!", 1)
-        where = "!".join([self.files.get(file, file), *member])
+        name = row["file"]
+        file = name if name in self.files else name.split("!", 1)[0]  # else it is a member of an archive
+        where = self.files.get(file, file) + name.removeprefix(file)
         return Record(
             **row,
             where=f"{where}:{row['line']}" if row["line"] else where,

@@ -4,10 +4,9 @@ Places are characters of `Record.plain`: of a conversation, the contents one aft
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Literal, NamedTuple
 
-from ropewalk.data.records import SEPARATOR, Message, Record
+from ropewalk.data.records import SEPARATOR, Record
 
 Action = Literal["cut", "replace", "mask"]
 
@@ -43,7 +42,7 @@ def edited(record: Record, edits: Sequence[Edit]) -> Edited:
     merged = _merged(edits)
     if record.text is not None:
         text, unscored = _apply(record.text, merged)
-        return Edited(replace(record, text=text), unscored, _emptied(record.text, text))
+        return Edited(record.with_contents([text]), unscored, _emptied(record.text, text))
     contents: list[str] = []
     touched: list[tuple[int, int]] = []
     emptied = False
@@ -64,7 +63,7 @@ def edited(record: Record, edits: Sequence[Edit]) -> Edited:
         if unscored:
             touched.append((number, number + 1))
         begin = end + len(SEPARATOR)
-    return Edited(_with_contents(record, contents), tuple(touched), emptied)
+    return Edited(record.with_contents(contents), tuple(touched), emptied)
 
 
 def _emptied(before: str, after: str) -> bool:
@@ -104,13 +103,3 @@ def _apply(text: str, edits: Sequence[Edit]) -> tuple[str, tuple[tuple[int, int]
         at = edit.end
     put(text[at:])
     return "".join(pieces), tuple(unscored)
-
-
-def _with_contents(record: Record, contents: Sequence[str]) -> Record:
-    if record.messages is None:
-        return replace(record, prompt=contents[0], completion=contents[1])
-    rest = iter(contents)
-    messages: list[Message] = [
-        {**message, "content": next(rest)} if "content" in message else message for message in record.messages
-    ]
-    return replace(record, messages=tuple(messages))

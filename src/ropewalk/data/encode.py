@@ -1,7 +1,7 @@
 """The kept documents of one unit as tokens, in pieces that fit in a row: one file, and an account of it."""
 
 import json
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -15,12 +15,13 @@ import pyarrow.parquet as pq
 from ropewalk.data.documents import Documents, too_many
 from ropewalk.data.edits import Edited, edited
 from ropewalk.data.part_files import PART, open_part, reading
-from ropewalk.data.records import BadRow, Record
+from ropewalk.data.records import BadRow, Record, in_batches
 from ropewalk.data.tokenize import Score, Tokenization, Tokens, split
 from ropewalk.data.verdicts import Verdicts
 from ropewalk.errors import UserError
 
 BATCH_ROWS, BATCH_CHARACTERS = 512, 1 << 20
+GROUP_TOKENS = 1 << 20
 NAMED = 1000
 """Rows named for each reason; the count is always of all."""
 _SCHEMA = pa.schema(
@@ -60,8 +61,8 @@ class Options:
 class Account:
     """What became of the documents of a unit, JSON-able."""
 
-    kinds: dict[str, int] = field(default_factory=dict)
-    changes: dict[str, int] = field(default_factory=dict)
+    kinds: Counter[str] = field(default_factory=Counter)
+    changes: Counter[str] = field(default_factory=Counter)
     changed: dict[str, list[str]] = field(default_factory=dict)
     """what was done -> the first ids of the records it was done to"""
     bad: list[tuple[str, str]] = field(default_factory=list)
@@ -70,9 +71,19 @@ class Account:
     turns_without_end: int = 0
 
     def change(self, what: str, where: str) -> None:
-        self.changes[what] = self.changes.get(what, 0) + 1
+        self.changes[what] += 1
         if self.changes[what] <= NAMED:
             self.changed.setdefault(what, []).append(where)
+
+    def add(self, other: "Account") -> None:
+        """What became of another unit, but for its bad rows, of which there is a limit."""
+        self.kinds.update(other.kinds)
+        self.changes.update(other.changes)
+        for what, where in other.changed.items():
+            named = self.changed.setdefault(what, [])
+            named += where[: NAMED - len(named)]
+        self.truncated_tokens += other.truncated_tokens
+        self.turns_without_end += other.turns_without_end
 
 
 class Piece(NamedTuple):
@@ -100,18 +111,11 @@ class EncodeUnit:
     def make(self, path: Path) -> None:
         encoder = _Encoder(self.tokenization, self.options, self.workers)
         documents = Documents(self.documents, self.files)
-        verdicts = None if self.verdicts is None else Verdicts.read(self.verdicts)
+        verdicts = Verdicts.read(self.verdicts, len(documents))
         with pq.ParquetWriter(path, _SCHEMA, **_WRITTEN) as writer:
-            waiting: list[Piece] = []
-            tokens = 0
-            for piece in encoder.pieces(documents, verdicts):
-                waiting.append(piece)
-                tokens += len(piece.tokens.ids)
-                if tokens >= BATCH_CHARACTERS:
-                    writer.write_table(_table(waiting))
-                    waiting, tokens = [], 0
-            if waiting:
-                writer.write_table(_table(waiting))
+            pieces = encoder.pieces(documents, verdicts)
+            for group in in_batches(pieces, lambda piece: len(piece.tokens.ids), GROUP_TOKENS):
+                writer.write_table(_table(group))
             writer.add_key_value_metadata({"account": json.dumps(vars(encoder.account), ensure_ascii=False)})
 
 
@@ -156,7 +160,7 @@ class _Encoder:
         self.tokenization, self.options, self.workers = tokenization, options, workers
         self.account = Account()
 
-    def pieces(self, documents: Documents, verdicts: Verdicts | None) -> Iterator[Piece]:
+    def pieces(self, documents: Documents, verdicts: Verdicts) -> Iterator[Piece]:
         for row, item, tokens in self._encoded(_kept(documents, verdicts, self.account)):
             if isinstance(tokens, BadRow):
                 self._skip(item.record, tokens.reason)
@@ -171,7 +175,7 @@ class _Encoder:
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix="ropewalk-tokenize")
         pending: deque[Future[list[_Encoded]]] = deque()
         try:
-            for batch in _batches(items):
+            for batch in in_batches(items, _characters, BATCH_CHARACTERS, BATCH_ROWS):
                 pending.append(pool.submit(self._encode, batch))
                 if len(pending) > self.workers + 1:
                     yield from pending.popleft().result()
@@ -253,15 +257,13 @@ def tokenization(tokenizer: Any, options: Options) -> Tokenization:
     return made
 
 
-def _kept(documents: Documents, verdicts: Verdicts | None, account: Account) -> Iterator[tuple[int, Edited]]:
+def _kept(documents: Documents, verdicts: Verdicts, account: Account) -> Iterator[tuple[int, Edited]]:
     """The documents that are kept, with their row numbers, edited as the recipe says."""
     row = 0
     for records in documents.batches():
         for record in records:
-            account.kinds[record.kind] = account.kinds.get(record.kind, 0) + 1
-            if verdicts is None:
-                yield row, Edited(record)
-            elif verdicts.kept[row]:
+            account.kinds[record.kind] += 1
+            if verdicts.kept[row]:
                 yield row, edited(record, verdicts.edits[row])
             row += 1
 
@@ -270,14 +272,5 @@ def _empty(item: Edited) -> bool:
     return item.emptied or (item.record.text is not None and not item.record.text.strip())
 
 
-def _batches(items: Iterator[tuple[int, Edited]]) -> Iterator[list[tuple[int, Edited]]]:
-    batch: list[tuple[int, Edited]] = []
-    characters = 0
-    for item in items:
-        batch.append(item)
-        characters += item[1].record.characters
-        if len(batch) >= BATCH_ROWS or characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
+def _characters(item: tuple[int, Edited]) -> int:
+    return item[1].record.characters

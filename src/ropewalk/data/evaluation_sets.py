@@ -13,7 +13,7 @@ from typing import Any
 
 from ropewalk.clean.contamination import EvaluationItem
 from ropewalk.data.readers import Source, files_of, read_rows, survey
-from ropewalk.data.records import check_messages
+from ropewalk.data.records import messages_of
 from ropewalk.errors import RopewalkError, UserError
 
 HARNESS = "lm-eval:"
@@ -93,16 +93,13 @@ def item_from_row(row: Mapping[str, Any], name: str, id: str, where: str) -> Eva
 
 
 def _from_messages(messages: Any, name: str, id: str, where: str) -> EvaluationItem:
-    if isinstance(messages, str):  # CSV has no lists
-        try:
-            messages = json.loads(messages)
-        except (ValueError, RecursionError):
-            raise UserError(f"{where}: messages is text, not a list of messages") from None
     try:
-        turns = [m for m in check_messages(messages) if m["role"] != "system" and "content" in m]
+        turns = [m for m in messages_of(messages) if m["role"] != "system" and "content" in m]
     except ValueError as error:
         raise UserError(f"{where}: {error}") from None
     answer = turns.pop()["content"] if turns and turns[-1]["role"] == "assistant" else None
+    if not turns:
+        raise UserError(f"{where}: messages have no question")
     return EvaluationItem(name, id, "\n".join(turn["content"] for turn in turns), answer)
 
 
@@ -131,8 +128,8 @@ def _answer(value: Any, choices: Sequence[str], row: Mapping[str, Any]) -> str:
     if not choices or said in choices:
         return said
     offered = row.get("choices")
-    labels = list(offered["label"]) if isinstance(offered, Mapping) and "label" in offered else []
-    if said in labels:
+    labels = offered.get("label") if isinstance(offered, Mapping) else None
+    if isinstance(labels, list | tuple) and said in labels:
         place = labels.index(said)
     elif said.isascii() and said.isdigit():
         place = int(said)

@@ -1,6 +1,7 @@
 """A quality classifier from two sources, what it reaches on texts held out, and the words that it goes by."""
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,28 +68,18 @@ def learn_classifier(
 def telling(classifier: Classifier, texts: Sequence[str]) -> list[tuple[str, float]]:
     """(word, probability of a text of that word alone), the best sign of a good text first; of the words that
     are in enough of the texts."""
-    found: dict[int, list[Any]] = {}
-    for hash, word, count in _words(texts):
-        found.setdefault(hash, [word, 0])[1] += count
-    least = max(LEAST, SHARE * len(texts))
-    words = sorted(word for word, count in found.values() if count >= least)
-    if not words:
-        return []
-    probabilities = classifier.probabilities(words_of(words))
-    order = np.argsort(-probabilities, kind="stable")
-    return [(words[i], float(probabilities[i])) for i in order]
-
-
-def _words(texts: Sequence[str]) -> Iterator[tuple[int, str, int]]:
-    """(hash, word in lower case, how many texts have it), of some texts after the other."""
+    found: Counter[str] = Counter()
     for first in range(0, len(texts), 256):
-        words = words_of(texts[first : first + 256]).only
-        order = np.lexsort((words.document, words.hashes))
-        hashes, document = words.hashes[order], words.document[order]
-        new = np.ones(len(order), bool)
-        new[1:] = (hashes[1:] != hashes[:-1]) | (document[1:] != document[:-1])
-        unique, at, counts = np.unique(hashes[new], return_index=True, return_counts=True)
-        places = order[new][at]
-        for hash, place, count in zip(unique.tolist(), places.tolist(), counts.tolist(), strict=True):
-            codes = words.codes[words.starts[place] : words.ends[place]]
-            yield hash, "".join(map(chr, codes)).lower(), count
+        some = texts[first : first + 256]
+        words = words_of(some).only
+        begins = words.begins[words.document]
+        places = (words.document, words.starts - begins, words.ends - begins)
+        met = {(i, some[i][a:b].lower()) for i, a, b in zip(*(p.tolist() for p in places), strict=True)}
+        found.update(word for _, word in met)
+    least = max(LEAST, SHARE * len(texts))
+    enough = sorted(word for word, count in found.items() if count >= least)
+    if not enough:
+        return []
+    probabilities = classifier.probabilities(words_of(enough))
+    order = np.argsort(-probabilities, kind="stable")
+    return [(enough[i], float(probabilities[i])) for i in order]

@@ -51,9 +51,9 @@ class Mixture:
     def __init__(
         self,
         shards: TokenShards,
-        seed: int = 0,
-        weights: Mapping[str, float] | None = None,
-        temperature: float = 1.0,
+        seed: int,
+        weights: Mapping[str, float] | None,
+        temperature: float,
     ) -> None:
         self._shards = shards
         self.parts: tuple[Part, ...] = ()

@@ -66,10 +66,10 @@ class Order:
         self,
         shards: TokenShards,
         sequence_length: int,
-        packing: PackingName = "best_fit",
-        seed: int = 0,
-        mixture: Mixture | None = None,
-        curriculum: Curriculum = "none",
+        packing: PackingName,
+        seed: int,
+        mixture: Mixture,
+        curriculum: Curriculum,
     ) -> None:
         if not len(shards):
             raise UserError(f"{shards.directory}: no documents")
@@ -82,8 +82,7 @@ class Order:
             raise UserError(
                 f"{shards.directory}: its documents have no scores; set data.curriculum to length or none"
             )
-        self.mixture = mixture or Mixture(shards)
-        self._shards, self._seed = shards, seed
+        self.mixture, self._shards, self._seed = mixture, shards, seed
         self._row_tokens, self._packing, self._curriculum = sequence_length, packing, curriculum
         # Two threads may read here: what is kept is replaced whole, at worst something is computed twice.
         self._ends: list[int] = []  # rows up to the end of each epoch so far, where epochs differ

@@ -1,6 +1,6 @@
 """The Parquet files in parts/, and the ledger: each page has a checksum, which every reader compares."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,26 @@ def reading(path: Path) -> Iterator[None]:
         yield
     # What is damaged shows itself in errors of many kinds.
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, OverflowError, MemoryError) as error:
-        why = (str(error) or type(error).__name__).splitlines()[0]
+        gone = isinstance(error, FileNotFoundError)
+        why = "no such file" if gone else (str(error) or type(error).__name__).splitlines()[0]
         raise RopewalkError(f"{path}: cannot be read ({why}); delete it and prepare again") from None
 
 
 def open_part(path: Path) -> pq.ParquetFile:
     with reading(path):
         return pq.ParquetFile(path, page_checksum_verification=True)
+
+
+def read_columns(paths: Iterable[Path], names: Collection[str]) -> dict[str, pa.ChunkedArray]:
+    """Columns by their names, each from the first of the files that has it."""
+    found: dict[str, pa.ChunkedArray] = {}
+    for path in paths:
+        file = open_part(path)
+        inside = [name for name in file.schema_arrow.names if name in names and name not in found]
+        if inside:
+            with reading(path):
+                found |= zip(inside, file.read(columns=inside).columns, strict=True)
+    return found
 
 
 def read_part(path: Path, columns: Sequence[str] | None = None, **options: Any) -> pa.Table:

@@ -16,6 +16,7 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +26,9 @@ from ropewalk.files import atomic_file
 Progress = Callable[[str, int, int], None]
 ALONE = 16 << 20
 """Bytes of input for which starting other processes would take longer than the work."""
+
+
+_DISTURBING = {signal.SIGINT, signal.SIGTERM}
 
 
 class Task(Protocol):
@@ -97,7 +101,7 @@ class Makers:
             return
         if self._pool is None:
             self._pool = Cluster(self._on) if self._on else _processes(self.workers)
-        with _no_main():
+        with _no_main(), _undisturbed():
             futures = [self._pool.submit(run if self._on else _work, task) for task in tasks]
         try:
             for task, future in zip(tasks, futures, strict=True):
@@ -125,16 +129,19 @@ def _processes(workers: int) -> ProcessPoolExecutor:
 def _begin() -> None:
     """In a worker process, before its first task: it ends with its parent, and when its parent says so."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches all; the parent decides
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the file it was writing is removed
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _DISTURBING)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _work(task: Task) -> None:
     """`run` in a worker process, which would take the next task after any exception."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the file it is writing is removed
     try:
         run(task)
     except SystemExit:
         os._exit(1)
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _end_with_parent() -> None:
@@ -154,6 +161,26 @@ def _no_main() -> Iterator[None]:
         yield
     finally:
         sys.modules["__main__"] = main
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Signals wait while processes are started. A parent that stops in the middle leaves one that misses what
+    it was to be told, and one that is not at `_begin` yet ends like any script: with a traceback."""
+    resource_tracker.ensure_running()  # starting it lets signals through again
+    came: list[int] = []
+    main = threading.current_thread() is threading.main_thread()
+    # A signal to a process goes to any of its threads, and Python then interrupts the main one.
+    before = signal.signal(signal.SIGINT, lambda number, _: came.append(number)) if main else None
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _DISTURBING)  # which new processes inherit
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        if main:
+            signal.signal(signal.SIGINT, before)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 class Cluster:

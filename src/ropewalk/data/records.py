@@ -2,13 +2,14 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, TypeVar
 
 from ropewalk.errors import UserError
 
 Message = dict[str, Any]
+T = TypeVar("T")
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SEPARATOR = "\n\n"
 _OTHER_NAMES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
@@ -49,6 +50,19 @@ class Record:
             return (self.text,)
         return tuple(message["content"] for message in self.conversation or () if "content" in message)
 
+    def with_contents(self, contents: Sequence[str]) -> "Record":
+        """The same with other `contents`, as many as it has."""
+        if self.text is not None:
+            return replace(self, text=contents[0])
+        if self.messages is None:
+            return replace(self, prompt=contents[0], completion=contents[1])
+        rest = iter(contents)
+        messages = [
+            {**message, "content": next(rest)} if "content" in message else message
+            for message in self.messages
+        ]
+        return replace(self, messages=tuple(messages))
+
     @property
     def plain(self) -> str:
         """What cleaning looks at."""
@@ -85,6 +99,23 @@ class BadRow:
 
     def __str__(self) -> str:
         return f"{self.where}: {self.reason}"
+
+
+def in_batches(
+    items: Iterable[T], size: Callable[[T], int], most: int, count: int | None = None
+) -> Iterator[list[T]]:
+    """The items, some at a time: a batch is full with an item that brings its size to `most`, or with `count`
+    items."""
+    batch: list[T] = []
+    total = 0
+    for item in items:
+        batch.append(item)
+        total += size(item)
+        if total >= most or len(batch) == count:
+            yield batch
+            batch, total = [], 0
+    if batch:
+        yield batch
 
 
 class Columns(NamedTuple):
@@ -127,13 +158,7 @@ def record_from_row(row: Mapping[str, Any], columns: Columns, make: Callable[...
         if column is not None and column not in row:
             raise ValueError(f"{column} is missing; there is {', '.join(row) or 'nothing'}")
     if columns.messages is not None:
-        messages = row[columns.messages]
-        if isinstance(messages, str):  # CSV has no lists
-            try:
-                messages = json.loads(messages)
-            except (ValueError, RecursionError):
-                raise ValueError(f"{columns.messages} is text, not a list of messages") from None
-        return make(messages=check_messages(messages, columns.messages))
+        return make(messages=messages_of(row[columns.messages], columns.messages))
     if columns.text is not None:
         return make(text=_text(row, columns.text))
     assert columns.prompt is not None
@@ -142,6 +167,16 @@ def record_from_row(row: Mapping[str, Any], columns: Columns, make: Callable[...
     if not completion.strip():
         raise ValueError(f"{columns.completion} is empty")
     return make(prompt=prompt, completion=completion)
+
+
+def messages_of(value: Any, name: str = "messages") -> tuple[Message, ...]:
+    """As `check_messages`, of a column that may have them as JSON, since CSV has no lists."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise ValueError(f"{name} is text, not a list of messages") from None
+    return check_messages(value, name)
 
 
 def check_messages(messages: Any, name: str = "messages") -> tuple[Message, ...]:
@@ -158,7 +193,8 @@ def check_messages(messages: Any, name: str = "messages") -> tuple[Message, ...]
         message = {key: value for key, value in message.items() if value is not None}
         role = message.get("role")
         if role not in ROLES:
-            other = _OTHER_NAMES.get(role) if isinstance(role, str) else None
+            lower = role.lower() if isinstance(role, str) else None
+            other = lower if lower in ROLES else _OTHER_NAMES.get(lower or "")
             meant = f"; did you mean {other}?" if other else ""
             found = "missing" if role is None else repr(role)
             raise ValueError(f"{where}.role must be one of {', '.join(ROLES)}, is {found}{meant}")

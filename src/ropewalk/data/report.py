@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ropewalk.data.encode import NAMED, Account
+from ropewalk.data.encode import Account
 from ropewalk.data.packing import rows_needed
 from ropewalk.data.records import BadRow
 from ropewalk.data.tokenize import Tokens
@@ -73,31 +73,17 @@ class Tally:
 
     train: SplitTally = field(default_factory=SplitTally)
     validation: SplitTally = field(default_factory=SplitTally)
-    kinds: Counter = field(default_factory=Counter)
+    account: Account = field(default_factory=Account)
+    """of all units together"""
     skipped: list[BadRow] = field(default_factory=list)
-    changed: dict[str, list[str]] = field(default_factory=dict)
-    """what was done -> ids of the records it was done to"""
-    changes: Counter = field(default_factory=Counter)
     dropped: Counter = field(default_factory=Counter)
     """rule -> documents of which it is the verdict"""
-    truncated_tokens: int = 0
-    turns_without_end: int = 0
     notes: list[str] = field(default_factory=list)
     samples: list[tuple[int, str, Tokens]] = field(default_factory=list)
 
     @property
     def splits(self) -> dict[str, SplitTally]:
         return {"train": self.train, "validation": self.validation}
-
-    def take(self, account: Account) -> None:
-        """What became of a unit."""
-        self.kinds.update(account.kinds)
-        self.changes.update(account.changes)
-        for what, where in account.changed.items():
-            named = self.changed.setdefault(what, [])
-            named += where[: NAMED - len(named)]
-        self.truncated_tokens += account.truncated_tokens
-        self.turns_without_end += account.turns_without_end
 
     def document(self, train: bool, content_hash: int, id: str, tokens: Tokens) -> None:
         """One that is kept. Shows those for training with the highest hashes: as good as random, and always
@@ -112,16 +98,18 @@ class Tally:
     def report(self, tokenizer: Any, sequence_length: int) -> dict[str, Any]:
         """The whole account, JSON-able."""
         validation = self.validation.report(sequence_length) if self.validation.lengths else None
+        account = self.account
         return {
             "sequence_length": sequence_length,
-            "read": dict(self.kinds),
+            "read": dict(account.kinds),
             "train": self.train.report(sequence_length),
             "validation": validation,
             "skipped": {"count": len(self.skipped), "rows": [str(row) for row in self.skipped]},
             "changed": {
-                what: {"count": self.changes[what], "rows": where} for what, where in self.changed.items()
+                what: {"count": account.changes[what], "rows": where}
+                for what, where in account.changed.items()
             },
-            "truncated_tokens": self.truncated_tokens,
+            "truncated_tokens": account.truncated_tokens,
             "notes": [*self.notes, *self._found()],
             "samples": [
                 {"id": id, "text": show(tokens, tokenizer)}
@@ -130,9 +118,10 @@ class Tally:
         }
 
     def _found(self) -> Iterable[str]:
-        if self.turns_without_end:
+        endless = self.account.turns_without_end
+        if endless:
             yield (
-                f"{self.turns_without_end:,} assistant turns end without a special token in this chat "
+                f"{endless:,} assistant turns end without a special token in this chat "
                 "template: nothing that would end an answer is learned from them"
             )
         train, validation = (np.array(s.hashes, dtype=np.uint64) for s in (self.train, self.validation))

@@ -133,16 +133,14 @@ class ShardWriter:
 
     def _flush(self, everything: bool = False) -> None:
         """Appends the buffers to the shard's files; the scored bits of a last part byte wait for the next."""
-        if self._ids:
-            self._append("tokens", np.concatenate(self._ids).tobytes())
-            bits = np.concatenate(self._bits)
-            whole = len(bits) if everything else len(bits) // 8 * 8
-            self._append("scored", np.packbits(bits[:whole], bitorder="little").tobytes())
-            self._ids, self._bits, self._buffered = [], [bits[whole:]], 0
-        elif everything and any(len(bits) for bits in self._bits):
-            self._append("scored", np.packbits(np.concatenate(self._bits), bitorder="little").tobytes())
-        if everything:
-            self._bits = []
+        if not self._ids and not self._bits:
+            return
+        bits = np.concatenate(self._bits)
+        whole = len(bits) if everything else len(bits) // 8 * 8
+        self._append("tokens", b"".join(ids.tobytes() for ids in self._ids))
+        self._append("scored", np.packbits(bits[:whole], bitorder="little").tobytes())
+        self._ids, self._buffered = [], 0
+        self._bits = [bits[whole:]] if whole < len(bits) else []
 
     def _append(self, kind: str, data: bytes) -> None:
         path = self.directory / f"{kind}-{self._shard:05d}.bin"
@@ -242,8 +240,7 @@ class TokenShards:
     def sources(self) -> tuple[list[str], np.ndarray]:
         """(names in the order of their first documents, which of them [n] each document comes from: uint16,
         which is sorted fast, or int64)."""
-        path = self.directory / "documents.parquet"
-        column = pq.read_table(path, columns=["source"], read_dictionary=["source"])["source"]
+        column = self._column("source", read_dictionary=["source"])
         joined = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
         codes = joined.indices.to_numpy()
         first = np.full(len(joined.dictionary), len(codes))
@@ -259,7 +256,7 @@ class TokenShards:
         path = self.directory / "documents.parquet"
         if "score" not in pq.read_schema(path).names:
             return None
-        scores = pq.read_table(path, columns=["score"])["score"].to_numpy().astype(np.float64)
+        scores = self._column("score").to_numpy().astype(np.float64)
         if not np.isfinite(scores).all():
             raise DamagedDataError(f"{path}: a document without a score; prepare the data again")
         return scores
@@ -289,7 +286,10 @@ class TokenShards:
 
     @cached_property
     def _ids(self) -> pa.ChunkedArray:
-        return pq.read_table(self.directory / "documents.parquet", columns=["id"])["id"].combine_chunks()
+        return self._column("id").combine_chunks()
+
+    def _column(self, name: str, **options: Any) -> pa.ChunkedArray:
+        return pq.read_table(self.directory / "documents.parquet", columns=[name], **options)[name]
 
 
 def _manifest(directory: Path) -> dict[str, Any]:
@@ -300,13 +300,17 @@ def _manifest(directory: Path) -> dict[str, Any]:
             raise DamagedDataError(
                 f"{path}: format {manifest['format']!r}, not {FORMAT!r}; prepare the data again"
             )
-        if manifest["dtype"] not in _DTYPES or not isinstance(manifest["shards"], int):
+        if manifest["dtype"] not in _DTYPES:
             raise KeyError("dtype")
-        if any(Path(name).name != name for name in manifest["files"]):
-            raise KeyError("files")
+        for name in ("shards", "documents", "tokens", "scored"):
+            if not isinstance(manifest[name], int):
+                raise KeyError(name)
+        for name, file in manifest["files"].items():
+            if Path(name).name != name or file.keys() != {"bytes", "sha256"}:
+                raise KeyError("files")
     except OSError as error:
         raise DamagedDataError(f"{path}: {error.strerror}; prepare the data again") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedDataError(
             f"{path}: not a manifest of token shards ({error}); prepare the data again"
         ) from None

@@ -1,11 +1,10 @@
 """The plain texts of sources, one after the other: for what learns from texts or measures on them."""
 
 from collections.abc import Iterator
-from itertools import islice
 
 from ropewalk.data.parts import Progress
 from ropewalk.data.readers import Source, files_of, read_source
-from ropewalk.data.records import BadRow, Record
+from ropewalk.data.records import BadRow, Record, in_batches
 from ropewalk.errors import UserError
 
 BATCH_TEXTS, BATCH_CHARACTERS = 512, 1 << 21
@@ -18,7 +17,7 @@ def batches_of(source: Source, progress: Progress | None = None) -> Iterator[lis
     """
     records = _records(source, progress)
     found = False
-    while batch := _batch(records):
+    for batch in in_batches(records, lambda record: record.characters, BATCH_CHARACTERS, BATCH_TEXTS):
         found = True
         yield batch
     if not found:
@@ -35,14 +34,3 @@ def _records(source: Source, progress: Progress | None) -> Iterator[Record]:
                 raise UserError(f"{record}; correct the row or take it out")
             if record.plain:
                 yield record
-
-
-def _batch(records: Iterator[Record]) -> list[Record]:
-    batch: list[Record] = []
-    characters = 0
-    for record in islice(records, BATCH_TEXTS):
-        batch.append(record)
-        characters += record.characters
-        if characters >= BATCH_CHARACTERS:
-            break
-    return batch

@@ -2,7 +2,7 @@
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import Any, Literal
@@ -96,9 +96,11 @@ class Tokenization:
                 results[i] = BadRow(record.where, str(error))
         encode, options = self._backend.encode_batch_fast, {"add_special_tokens": False}
         for i, encoding in zip(texts, encode([records[i].text for i in texts], **options), strict=True):
-            results[i] = self._finish(_array(encoding.ids), None, begin=True, end=True)
-        for i in (i for i in texts if apart[i]):
-            results[i] = self._without(results[i], self._backend.encode(records[i].text, **options), apart[i])
+            scored = None
+            if apart[i]:  # again, since the fast way leaves out where tokens are
+                offsets = self._backend.encode(records[i].text, **options).offsets
+                scored = np.array([_outside(places, apart[i]) for places in offsets], bool)
+            results[i] = self._finish(_array(encoding.ids), scored, begin=True, end=True)
         encodings = self._backend.encode_batch([text for _, text, _ in marked], **options)
         for (i, text, spans), encoding in zip(marked, encodings, strict=True):
             try:
@@ -109,15 +111,6 @@ class Tokenization:
 
     def _as_chat(self, record: Record) -> bool:
         return record.messages is not None or self.has_template
-
-    def _without(self, tokens: Any, encoding: Any, places: Places) -> Tokens:
-        """A text's tokens, those that lie in the places not scored, not even in part."""
-        scored, begin = tokens.scored.copy(), len(self.begin) if len(tokens.ids) > len(encoding) else 0
-        begin = begin if tokens.ids[: len(self.begin)].tolist() == self.begin else 0
-        for i, (start, end) in enumerate(encoding.offsets):
-            if any(start < b and end > a for a, b in places):
-                scored[begin + i] = False
-        return replace(tokens, scored=scored)
 
     def _rendered(self, record: Record, unscored: Places = ()) -> tuple[str, list[Span]]:
         if self._as_chat(record):
@@ -214,6 +207,11 @@ def _edges(encoding: Any, span: Span, length: int) -> tuple[int, int] | None:
             return None
         last += 1  # the end-of-turn token takes the white space after it along
     return first, last
+
+
+def _outside(token: tuple[int, int], places: Places) -> bool:
+    """Whether no part of a token, characters (start, end), lies in one of the places."""
+    return not any(token[0] < end and token[1] > start for start, end in places)
 
 
 def _array(ids: list[int]) -> np.ndarray:

@@ -27,6 +27,8 @@ PATTERN = (
 )
 """How a text is split: contractions, letters with what is right before them, at most so many digits, other
 signs, white space. With 3 digits it is Llama 3's and GPT-4's expression, with 1 it is Qwen 2's."""
+MOST = 1 << 22
+"""Tokens for which `tokenizers` takes its memory beforehand; where that is not there, it ends the process."""
 LEAST = 2
 """A pair of tokens that is met once is no pattern."""
 
@@ -87,6 +89,8 @@ def train_tokenizer(
             f"vocab size: {vocab_size:,} has no room to learn anything; {BYTES} bytes and {len(names)} "
             "special tokens are in every vocabulary"
         )
+    if vocab_size > MOST:
+        raise UserError(f"vocab size: {vocab_size:,} is more than {MOST:,}, for which no model has room")
     if digits not in (1, 2, 3):
         raise UserError(f"digits: {digits}; must be 1, 2 or 3")
     template = None if chat_template is None else _template(chat_template)

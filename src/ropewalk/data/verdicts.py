@@ -1,6 +1,6 @@
 """Which documents of a unit are kept, what dropped the others, and the edits of those that are kept."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -35,8 +35,14 @@ class Verdicts:
     table: pa.Table
 
     @classmethod
-    def read(cls, path: Path) -> "Verdicts":
-        return cls(read_part(path))
+    def read(cls, path: Path | None, rows: int = 0, columns: Sequence[str] | None = None) -> "Verdicts":
+        """Of a unit without a file of them all `rows` are kept as they are. `columns`: only these."""
+        if path is not None:
+            return cls(read_part(path, columns))
+        nothing = {name: pa.nulls(rows, SCHEMA.field(name).type) for name in columns or SCHEMA.names}
+        if "duplicate_of" in nothing:
+            nothing["duplicate_of"] = pa.array(np.full(rows, -1))
+        return cls(pa.table(nothing))
 
     @cached_property
     def kept(self) -> np.ndarray:
@@ -46,7 +52,7 @@ class Verdicts:
     @cached_property
     def edits(self) -> list[list[Edit]]:
         """Of each document."""
-        return [[Edit(**edit) for edit in edits] for edits in self.table["edits"].to_pylist()]
+        return [[Edit(**edit) for edit in edits or ()] for edits in self.table["edits"].to_pylist()]
 
 
 def edits_column(spans: Mapping[str, tuple[Action, pa.Array]], rows: int) -> pa.Array:

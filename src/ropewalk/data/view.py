@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ropewalk.clean.step import Step
-from ropewalk.data.attributes import Attributes, Unit
 from ropewalk.data.build import LEDGER
+from ropewalk.data.cleaning import Cleaner
 from ropewalk.data.documents import Documents
-from ropewalk.data.part_files import part_schema, read_part
+from ropewalk.data.part_files import part_schema, read_columns, read_part
 from ropewalk.data.shards import TokenShards
+from ropewalk.data.verdicts import Verdicts
 from ropewalk.errors import UserError
 
 OWN = ("id", "source", "file", "line", "start", "end", "hash")
@@ -27,29 +27,21 @@ VERDICT = ("verdict", "failed", "duplicate_of")
 TOKENS = ("split", "piece", "pieces")
 
 
-def described(
-    sources: Sequence[str],
-    units: Sequence[Unit],
-    attributes: Attributes | None,
-    verdicts: Sequence[Path | None],
-    steps: Sequence[Step],
-) -> dict[str, Any]:
+def described(cleaner: Cleaner) -> dict[str, Any]:
     """The files of each unit in parts/, JSON-able: key `parts` of prepared.json."""
-    known = attributes.available if attributes is not None else frozenset()
-    files = attributes.files(sorted(known)) if attributes is not None and known else [[]] * len(units)
+    about = {name: text for step in cleaner.steps for name, text in step.attributes.items()}
+    files = cleaner.attributes.files(sorted(about))
     return {
-        "attributes": {
-            name: text for step in steps for name, text in step.attributes.items() if name in known
-        },
+        "attributes": about,
         "units": [
             {
-                "source": source,
+                "source": unit.source,
                 "held_out": unit.held_out,
                 "documents": unit.documents.name,
                 "attributes": [path.name for path in found],
-                "verdicts": verdict and verdict.name,
+                "verdicts": verdicts and verdicts.name,
             }
-            for source, unit, found, verdict in zip(sources, units, files, verdicts, strict=True)
+            for unit, found, verdicts in zip(cleaner.units, files, cleaner.verdicts, strict=True)
         ],
     }
 
@@ -112,11 +104,11 @@ class View:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             report, parts = found["report"], found["parts"]
+            return cls(folder.absolute().parent / "parts", parts, report.get("cleaning"), folder, report)
         except OSError as error:
             raise UserError(f"{path}: {error.strerror}; give a folder that ropewalk prepare made") from None
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{path}: not of this version; run ropewalk prepare --overwrite") from None
-        return cls(folder.absolute().parent / "parts", parts, report.get("cleaning"), folder, report)
 
     def extend(self, attributes: Mapping[str, str], files: Sequence[Sequence[Path]]) -> None:
         """More attributes, and for each part the files in which they are."""
@@ -142,40 +134,20 @@ class View:
 
     def table(self, i: int, names: Sequence[str]) -> pa.Table:
         """Columns of part i, a row for each of its documents."""
-        part = self.parts[i]
-        columns: dict[str, Any] = {}
-        wanted = {*names, *(("verdict",) if "kept" in names and not self.folder else ())}
-        own = [name for name in OWN if name in wanted]
-        if own:
-            columns |= _named(part.read().columns(*own))
-        verdict = [name for name in VERDICT if name in wanted]
-        if verdict:
-            columns |= _named(self._verdicts(i, verdict))
-        for path in part.attributes:
-            inside = [name for name in part_schema(path).names if name in wanted - columns.keys()]
-            if inside:
-                columns |= _named(read_part(path, inside))
-        if self.folder and wanted & {*TOKENS, "tokens", "kept"}:
+        part, size = self.parts[i], self.sizes[i]
+        columns: dict[str, Any] = read_columns([part.documents, *part.attributes], names)
+        if any(name in names for name in (*VERDICT, "kept")):
+            verdicts = Verdicts.read(part.verdicts, size, VERDICT)
+            columns |= dict(zip(VERDICT, verdicts.table.columns, strict=True))
+            columns["kept"] = pa.array(verdicts.kept)
+        if self.folder and any(name in names for name in (*TOKENS, "tokens", "kept")):
             rows = slice(*self.begins[i : i + 2].tolist())
             columns |= {name: pa.array(self._ledger[name][rows]) for name in TOKENS}
             columns["tokens"] = pa.array(self.tokens[rows])
             columns["kept"] = pa.array(self._ledger["pieces"][rows] > 0)
-        elif "kept" in wanted:
-            columns["kept"] = columns["verdict"].is_null()
-        if "held_out" in wanted:
-            columns["held_out"] = pa.array(np.full(self.sizes[i], part.held_out))
+        if "held_out" in names:
+            columns["held_out"] = pa.array(np.full(size, part.held_out))
         return pa.table({name: columns[name] for name in names})
-
-    def _verdicts(self, i: int, names: Sequence[str]) -> pa.Table:
-        path, size = self.parts[i].verdicts, self.sizes[i]
-        if path is not None:
-            return read_part(path, names)
-        nothing = {
-            "verdict": pa.nulls(size, pa.string()),
-            "failed": pa.nulls(size, pa.list_(pa.string())),
-            "duplicate_of": pa.array(np.full(size, -1)),
-        }
-        return pa.table({name: nothing[name] for name in names})
 
     @cached_property
     def _ledger(self) -> dict[str, np.ndarray]:
@@ -218,7 +190,3 @@ class View:
                 part, row = self.place(number)
                 result[attribute] = self.table(part, ["id"])["id"][row].as_py()
         return result
-
-
-def _named(table: pa.Table) -> dict[str, pa.ChunkedArray]:
-    return dict(zip(table.column_names, table.columns, strict=True))

@@ -7,14 +7,12 @@ may be skipped. What no row can be blamed for (a missing file, missing columns) 
 from ropewalk.data.readers.read import id_of, read_rows, read_source, read_unit
 from ropewalk.data.readers.source import InputFile, Source, files_of
 from ropewalk.data.readers.streams import Stamp, stamp
-from ropewalk.data.readers.units import Piece, Survey, Unit, cut, survey
+from ropewalk.data.readers.units import Unit, cut, survey
 
 __all__ = [
     "InputFile",
-    "Piece",
     "Source",
     "Stamp",
-    "Survey",
     "Unit",
     "cut",
     "files_of",

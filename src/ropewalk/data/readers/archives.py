@@ -1,9 +1,10 @@
 """Members of zip and tar archives, as streams, in the order in which they are stored. Nothing is unpacked."""
 
+import lzma
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -37,8 +38,14 @@ def _zip(stream: Any, path: str) -> Iterator[tuple[str, Kind, Stream]]:
             raise
         except Exception as error:  # zipfile has many ways to fail at a directory that is none
             raise UserError(f"{path}: not a readable zip archive ({error})") from None
-        size = file.seek(0, 2)
-        budget = _Budget(path, size)
+        size, given = file.seek(0, 2), 0
+
+        def count(more: int) -> None:
+            """All members together are held against the archive's size: they may overlap (Fifield 2019)."""
+            nonlocal given
+            given += more
+            refuse_bomb(path, given, size)
+
         for info in archive.infolist():
             kind = _known(info.filename, path)
             if kind is None:
@@ -50,44 +57,25 @@ def _zip(stream: Any, path: str) -> Iterator[tuple[str, Kind, Stream]]:
             except (zipfile.BadZipFile, NotImplementedError) as error:
                 raise Unreadable(f"the member {info.filename} cannot be read ({error})") from None
             with member:
-                yield info.filename, kind, _Member(member, budget)
-
-
-class _Budget:
-    """All members together are held against the archive's size: members may overlap (Fifield 2019)."""
-
-    def __init__(self, path: str, size: int) -> None:
-        self.path, self.size, self.given = path, size, 0
-
-    def take(self, given: int) -> None:
-        self.given += given
-        refuse_bomb(self.path, self.given, self.size)
+                yield info.filename, kind, _Member(member, count)
 
 
 class _Member:
-    def __init__(self, member: Any, budget: _Budget) -> None:
-        self.member, self.budget = member, budget
+    """A member's bytes, which cannot seek. `count` is told how many are given."""
+
+    def __init__(self, member: Any, count: Callable[[int], None] | None = None) -> None:
+        self.member, self.count = member, count
 
     def read(self, size: int = -1, /) -> bytes:
         try:
             data = self.member.read1(size)
-        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        except (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:  # the system's; bz2 has no other kind
+                raise
             raise Unreadable(f"is damaged ({error or 'it ends too early'})") from None
-        self.budget.take(len(data))
+        if self.count is not None:
+            self.count(len(data))
         return data
-
-
-class _OneWay:
-    """A member of a tar that is read in one go says that it could seek, and cannot."""
-
-    def __init__(self, member: Any) -> None:
-        self.member = member
-
-    def read(self, size: int = -1, /) -> bytes:
-        try:
-            return self.member.read1(size)
-        except tarfile.TarError as error:
-            raise Unreadable(f"is damaged ({error})") from None
 
 
 def _tar(stream: Stream, path: str) -> Iterator[tuple[str, Kind, Stream]]:
@@ -103,6 +91,6 @@ def _tar(stream: Stream, path: str) -> Iterator[tuple[str, Kind, Stream]]:
                     raise UserError(f"{path}!{info.name}: is a sparse file; unpack {path} first")
                 member = archive.extractfile(info)
                 assert member is not None
-                yield info.name, kind, _OneWay(member)
+                yield info.name, kind, _Member(member)  # it says that it could seek
     except (tarfile.TarError, EOFError) as error:
         raise Unreadable(f"not a readable tar archive, or its end is missing ({error})") from None

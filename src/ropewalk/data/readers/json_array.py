@@ -3,6 +3,7 @@
 import codecs
 import json
 import re
+from collections.abc import Iterator
 from itertools import chain
 
 from ropewalk.data.readers.rows import BOM, DECODER, Row, Rows, object_or_reason, read_jsonl, said
@@ -22,17 +23,17 @@ def read_json(stream: Stream, path: str) -> Rows:
         head += chunk
         if len(head) > len(BOM) and head.removeprefix(BOM).strip():
             break
-    source = _Again(chain([head], parts))
+    parts = chain([head], parts)
     if head.removeprefix(BOM).lstrip()[:1] == b"[":
-        yield from _Array(source, path).rows()
+        yield from _Array(parts, path).rows()
     else:
-        yield from read_jsonl(source)
+        yield from read_jsonl(_Chunks(parts))
 
 
-class _Again:
+class _Chunks:
     """Chunks as a stream."""
 
-    def __init__(self, parts: chain[bytes]) -> None:
+    def __init__(self, parts: Iterator[bytes]) -> None:
         self.parts = parts
 
     def read(self, size: int = -1, /) -> bytes:
@@ -42,8 +43,8 @@ class _Again:
 class _Array:
     """`text[at:]` has been read and not been looked at; `line` and `byte` are those of text[at]."""
 
-    def __init__(self, stream: Stream, path: str) -> None:
-        self.parts, self.path = chunks(stream), path
+    def __init__(self, parts: Iterator[bytes], path: str) -> None:
+        self.parts, self.path = parts, path
         self.decode = codecs.getincrementaldecoder("utf-8")().decode
         self.text, self.at, self.line, self.byte, self.ended = "", 0, 1, 0, False
 

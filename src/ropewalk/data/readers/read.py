@@ -25,33 +25,47 @@ def read_source(source: Source, files: Sequence[InputFile]) -> Records:
     """The records of a source's files, one file after the other, memory not growing with the input.
     Raises UserError for what makes a file unreadable."""
     agree(source, files)
-    for file in files:
-        yield from _read_piece(source, Piece(file))
+    yield from read_unit(source, tuple(Piece(file) for file in files))
 
 
 def read_unit(source: Source, unit: Unit) -> Records:
     """The records of one unit of `cut`; the units one after the other give what `read_source` gives."""
     for piece in unit:
-        yield from _read_piece(source, piece)
+        place, kind = _Place(source, piece, id_of(source, piece.file)), kind_of(piece.file.name)
+        if kind is None:
+            raise UserError(f"{place.path}: no reader knows this kind of file")
+        columns = _columns_of_head(place) if piece.start and kind.content == "jsonl" else None
+        with opened(place.path) as raw:
+            yield from _content(place, kind, raw, columns)
+
+
+def id_of(source: Source, file: InputFile) -> str:
+    """What the ids of a file's records begin with, wherever it lies."""
+    return file.name if file.name == source.name else f"{source.name}/{file.name}"
 
 
 @dataclass(frozen=True)
 class _Place:
-    """A file or member: `path` for messages, `name` below the source, `id` that its records' begin with."""
+    """A piece of a file or of a member; `id` is what its records' ids begin with."""
 
-    path: str
-    name: str
+    source: Source
+    piece: Piece
     id: str
-    source: str
+
+    @property
+    def path(self) -> str:
+        """For messages."""
+        return self.piece.file.path
 
     def member(self, name: str) -> "_Place":
-        return _Place(f"{self.path}!{name}", f"{self.name}!{name}", f"{self.id}!{name}", self.source)
+        file = InputFile(f"{self.path}!{name}", f"{self.piece.file.name}!{name}")
+        return _Place(self.source, Piece(file), f"{self.id}!{name}")
 
     def record(self, line: int = 0, start: int = -1, end: int = -1, before: int = 0) -> partial[Record]:
         """Record, less its content; so many rows `before` it are on the same line."""
         number = (f":{line}" if line else "") + (f".{before + 1}" if before else "")
-        origin = {"file": self.name, "line": line, "start": start, "end": end}
-        return partial(Record, self.id + number, self.source, self.path + number, **origin)  # type: ignore[arg-type]
+        origin = {"file": self.piece.file.name, "line": line, "start": start, "end": end}
+        return partial(Record, self.id + number, self.source.name, self.path + number, **origin)  # type: ignore[arg-type]
 
 
 def read_rows(file: InputFile) -> Iterator[tuple[str, dict[str, Any] | str]]:
@@ -60,52 +74,24 @@ def read_rows(file: InputFile) -> Iterator[tuple[str, dict[str, Any] | str]]:
     kind = kind_of(file.name)
     if kind is None or kind.content in (*ARCHIVES, "warc"):
         raise UserError(f"{file.path}: rows are read of tables, JSON and documents only")
-    place = _Place(file.path, file.name, file.name, "")
+    place = _Place(Source("", ""), Piece(file), file.name)
     with opened(file.path) as raw:
         try:
-            if kind.content in TABLES:
-                with seekable(raw) as table:
-                    names = list(table_schema(table, file.path, kind.content).names)
-                    read = read_arrow if kind.content == "arrow" else read_parquet
-                    yield from (
-                        (f"{file.path}:{row.line}", row.value) for row in read(table, file.path, names)
-                    )
-                return
             stream = inflated(raw, file.path, kind.compression)
             if kind.content in DOCUMENTS:
                 yield file.path, {"text": _document(place, kind.content, stream).text}
+                return
+            if kind.content in TABLES:
+                rows = _table(place, kind.content, stream, None)
             else:
-                rows = _rows(place, kind.content, stream, None)
-                yield from ((f"{file.path}:{row.line}", row.value) for row in rows)
+                rows = _rows(place, kind.content, stream)
+            yield from ((f"{file.path}:{row.line}", row.value) for row in rows)
         except Unreadable as reason:
             yield file.path, str(reason)
 
 
-def id_of(source: Source, file: InputFile) -> str:
-    """What the ids of a file's records begin with, wherever it lies."""
-    return file.name if file.name == source.name else f"{source.name}/{file.name}"
-
-
-def _read_piece(source: Source, piece: Piece) -> Records:
-    file = piece.file
-    place = _Place(file.path, file.name, id_of(source, file), source.name)
-    kind = kind_of(file.name)
-    if kind is None:
-        raise UserError(f"{file.path}: no reader knows this kind of file")
-    columns = _columns_of_head(source, file) if piece.start and kind.content == "jsonl" else None
-    with opened(file.path) as raw:
-        yield from _content(source, place, kind, raw, piece, columns)
-
-
-def _content(
-    source: Source,
-    place: _Place,
-    kind: Kind,
-    raw: Any,
-    piece: Piece | None = None,
-    columns: Columns | None = None,
-) -> Records:
-    content = kind.content
+def _content(place: _Place, kind: Kind, raw: Any, columns: Columns | None = None) -> Records:
+    content, source = kind.content, place.source
     if content in (*DOCUMENTS, "warc") and source.named != Columns():
         raise UserError(f"{place.path}: is a {content} file; data source {source.name} names columns")
     try:
@@ -118,11 +104,15 @@ def _content(
             for name, inner, member in members(stream, place.path, content):
                 # Who names columns wants the rows, not the README beside them.
                 if inner.content not in DOCUMENTS or source.named == Columns():
-                    yield from _content(source, place.member(name), inner, member)
+                    yield from _content(place.member(name), inner, member)
         elif content in TABLES:
-            yield from _table(source, place, content, raw, piece)
+            with seekable(stream) as file:
+                schema = table_schema(file, place.path, content)
+                columns = source.named.resolve(tuple(schema.names), place.path)
+                check_columns(schema, columns, place.path)
+                yield from _records(_table(place, content, file, columns), place, columns)
         else:
-            yield from _records(_rows(place, content, stream, piece), source, place, columns)
+            yield from _records(_rows(place, content, stream), place, columns)
     except Unreadable as reason:
         yield BadRow(place.path, str(reason))
 
@@ -145,34 +135,27 @@ def _warc(place: _Place, stream: Any) -> Records:
             yield place.record(page.number, page.start, page.end)(text=page.text, url=page.url)
 
 
-def _table(source: Source, place: _Place, content: str, raw: Any, piece: Piece | None) -> Records:
-    with seekable(raw) as file:
-        schema = table_schema(file, place.path, content)
-        columns = source.named.resolve(tuple(schema.names), place.path)
-        check_columns(schema, columns, place.path)
-        wanted = [name for name in columns if name is not None]
-        if content == "arrow":
-            rows = read_arrow(file, place.path, wanted)
-        elif piece is None:
-            rows = read_parquet(file, place.path, wanted)
-        else:
-            rows = read_parquet(file, place.path, wanted, piece.start, piece.end, piece.first_line)
-        yield from _records(rows, source, place, columns)
+def _table(place: _Place, content: str, raw: Any, columns: Columns | None) -> Rows:
+    """`columns`: None for all there are."""
+    piece = place.piece
+    wanted = None if columns is None else [name for name in columns if name is not None]
+    if content == "arrow":
+        return read_arrow(raw, place.path, wanted)
+    return read_parquet(raw, place.path, wanted, piece.start, piece.end, piece.first_line)
 
 
-def _rows(place: _Place, content: str, stream: Any, piece: Piece | None) -> Rows:
+def _rows(place: _Place, content: str, stream: Any) -> Rows:
+    piece = place.piece
     if content == "json":
         return read_json(stream, place.path)
     if content != "jsonl":
         return read_delimited(stream, place.path, "," if content == "csv" else "\t")
-    if piece is None:
-        return read_jsonl(stream)
     if piece.start:
         stream.seek(piece.start)
     return read_jsonl(stream, piece.start, piece.end, piece.first_line)
 
 
-def _records(rows: Rows, source: Source, place: _Place, columns: Columns | None) -> Records:
+def _records(rows: Rows, place: _Place, columns: Columns | None) -> Records:
     line = before = 0
     for row in rows:
         before = before + 1 if row.line == line else 0
@@ -182,16 +165,16 @@ def _records(rows: Rows, source: Source, place: _Place, columns: Columns | None)
             if isinstance(row.value, str):
                 raise ValueError(row.value)
             if columns is None:
-                columns = source.named.resolve(tuple(row.value), place.path)
+                columns = place.source.named.resolve(tuple(row.value), place.path)
             yield record_from_row(row.value, columns, make)
         except ValueError as error:
             yield BadRow(f"{place.path}:{row.line}", str(error))
 
 
-def _columns_of_head(source: Source, file: InputFile) -> Columns | None:
+def _columns_of_head(place: _Place) -> Columns | None:
     """What the file's first good row decides, also for pieces that do not begin with it."""
-    with opened(file.path) as raw:
+    with opened(place.path) as raw:
         for row in read_jsonl(raw):
             if isinstance(row.value, dict):
-                return source.named.resolve(tuple(row.value), file.path)
+                return place.source.named.resolve(tuple(row.value), place.path)
     return None

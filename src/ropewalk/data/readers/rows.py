@@ -69,6 +69,8 @@ def _parsed(raw: bytes) -> dict[str, Any] | str:
         return f"not UTF-8 (byte {error.start:,} of the line); convert the file to UTF-8"
     except (ValueError, RecursionError) as error:
         hint = "; end lines with \\n, not with \\r alone" if b"\r" in raw.rstrip() else ""
+        if getattr(error, "pos", -1) >= len(raw.decode().rstrip()) or said(error).startswith("Unterminated"):
+            hint = "; the object does not end on this line"
         return f"not valid JSON ({said(error)}){hint}"
 
 

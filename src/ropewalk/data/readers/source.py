@@ -48,6 +48,8 @@ def files_of(source: Source) -> tuple[list[InputFile], list[str]]:
     A folder that the library `datasets` saved is read as what it is. Raises UserError for a path that is not
     there, matches nothing or has an extension that no reader knows.
     """
+    if not source.path:
+        raise UserError(f"data source {source.name}: its path is empty; name a file, a folder or a URL")
     found = _remote(source) if is_url(source.path) else _local(source)
     files = list({file.path: file for file in found.files}.values())
     for file in files:
@@ -85,8 +87,10 @@ class _Found:
 
 
 def _local(source: Source) -> _Found:
-    path = Path(source.path).expanduser()
-    if path.exists():
+    path = Path(os.path.expanduser(source.path))
+    if os.path.exists(
+        path
+    ):  # pathlib's raises for names that no file can have, and for a user who is not there
         items, base = [path], path if path.is_dir() else path.parent
     else:
         fixed = re.split(r"[*?\[]", str(path), maxsplit=1)[0]
@@ -104,6 +108,9 @@ def _local(source: Source) -> _Found:
         inside = [Path(where, file) for where, _, files in os.walk(item) for file in files]
         paths = [(str(p), p.relative_to(item).as_posix()) for p in inside]
         found.add_folder(paths, "" if name == "." else name, lambda p: Path(p).read_bytes())
+    for file in found.files:
+        if not os.path.isfile(file.path):  # of a pipe nobody may ever write the end
+            raise UserError(f"{file.path}: neither a file nor a link to one; leave it out")
     return found
 
 

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ropewalk.data.readers.rows import Row, Rows
@@ -59,9 +60,9 @@ def row_groups(file: Any, path: str) -> list[tuple[int, int]]:
 
 
 def read_parquet(
-    file: Any, path: str, columns: list[str], start: int = 0, end: int | None = None, row: int = 1
+    file: Any, path: str, columns: list[str] | None, start: int = 0, end: int | None = None, row: int = 1
 ) -> Rows:
-    """The rows of row groups `start` to `end`; the first is numbered `row`."""
+    """The rows of row groups `start` to `end`; the first is numbered `row`. `columns`: None for all."""
     with _naming(path, "parquet"), seekable(file) as stream, _parquet(stream) as parquet:
         groups = range(start, parquet.metadata.num_row_groups if end is None else end)
         for group in groups:
@@ -73,12 +74,12 @@ def read_parquet(
                 row += batch.num_rows
 
 
-def read_arrow(file: Any, path: str, columns: list[str]) -> Rows:
+def read_arrow(file: Any, path: str, columns: list[str] | None) -> Rows:
     """The IPC file format (also called Feather version 2) and the stream format, which `datasets` saves."""
     with _naming(path, "arrow"), seekable(file) as stream:
         row = 1
         for batch in _arrow(stream)[1]:
-            batch = batch.select(columns)
+            batch = batch if columns is None else batch.select(columns)
             for at in range(0, batch.num_rows, 1024):
                 yield from _rows(batch.slice(at, 1024), row + at)
             row += batch.num_rows
@@ -115,15 +116,11 @@ def _parquet(stream: Any) -> Any:
 def _arrow(stream: Any) -> tuple["pyarrow.Schema", Iterator["pyarrow.RecordBatch"]]:
     import pyarrow.ipc
 
-    source = _native(stream)
-    if not isinstance(source, str):
-        source.seek(0)
-        magic = source.read(6)
-        source.seek(0)
-    else:
-        with open(source, "rb") as file:
-            magic = file.read(6)
-        source = pyarrow.OSFile(source)
+    native = _native(stream)
+    source = pyarrow.OSFile(native) if isinstance(native, str) else native
+    source.seek(0)
+    magic = source.read(6)
+    source.seek(0)
     if magic == b"ARROW1":
         reader = pyarrow.ipc.open_file(source)
         return reader.schema, (reader.get_batch(i) for i in range(reader.num_record_batches))
@@ -136,20 +133,16 @@ def _native(stream: Any) -> Any:
     return stream.name if isinstance(stream, io.FileIO) and isinstance(stream.name, str) else stream
 
 
-class _naming:  # noqa: N801 - a context manager
+@contextmanager
+def _naming(path: str, content: str) -> Iterator[None]:
     """What Arrow has against a file, in one line that names it."""
+    import pyarrow
 
-    def __init__(self, path: str, content: str) -> None:
-        self.path, self.kind = path, "Parquet" if content == "parquet" else "Arrow"
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        import pyarrow
-
-        if isinstance(error, pyarrow.ArrowException | UnicodeDecodeError) or (
-            isinstance(error, OSError) and error.errno is None
-        ):
-            said = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(f"{self.path}: not a readable {self.kind} file ({said})") from None
+    try:
+        yield
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the system's, and not Arrow's
+            raise
+        kind = "Parquet" if content == "parquet" else "Arrow"
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: not a readable {kind} file ({said})") from None

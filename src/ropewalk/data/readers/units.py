@@ -5,7 +5,7 @@ Each file has to be read once anyway, for its hash; where its lines can be cut i
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,12 +22,13 @@ UNIT_BYTES = 64 << 20
 @dataclass(frozen=True)
 class Piece:
     """Part of a file, from `start` to `end` (None: its end): bytes of plain JSONL, row groups of Parquet;
-    other files are whole. `first_line` is the line or row that is the first in it."""
+    other files are whole. `first_line` is the line or row that is the first in it; `size` in stored bytes."""
 
     file: InputFile
     start: int = 0
     end: int | None = None
     first_line: int = 1
+    size: int = field(default=0, compare=False)
 
     def key(self) -> list[Any]:
         """For fingerprints, as JSON: not where the file lies."""
@@ -40,10 +41,10 @@ Unit = tuple[Piece, ...]
 
 @dataclass(frozen=True)
 class Survey:
-    """What one pass over a file says: its SHA-256 (hexadecimal), and pieces with their stored bytes."""
+    """What one pass over a file says: its SHA-256 (hexadecimal), and its pieces."""
 
     sha256: str
-    pieces: tuple[tuple[Piece, int], ...]
+    pieces: tuple[Piece, ...]
 
 
 def survey(file: InputFile, size: int = UNIT_BYTES) -> Survey:
@@ -67,13 +68,13 @@ def survey(file: InputFile, size: int = UNIT_BYTES) -> Survey:
         if content.content == "parquet" and length and raw.seekable():
             return Survey(digest.hexdigest(), tuple(_group_pieces(file, raw, size)))
     if not plain:
-        return Survey(digest.hexdigest(), ((Piece(file), length),))
+        return Survey(digest.hexdigest(), (Piece(file, size=length),))
     while len(cuts) > 1 and cuts[-1][0] >= length:  # the last line's end is no line's beginning
         cuts.pop()
     ends_at = [start for start, _ in cuts[1:]] + [length]
-    pieces = [
-        (Piece(file, start, end, line), end - start) for (start, line), end in zip(cuts, ends_at, strict=True)
-    ]
+    pieces = (
+        Piece(file, start, end, line, end - start) for (start, line), end in zip(cuts, ends_at, strict=True)
+    )
     return Survey(digest.hexdigest(), tuple(pieces))
 
 
@@ -90,16 +91,16 @@ def _cuts(ends: np.ndarray, at: int, lines: int, last: int, size: int) -> Iterat
         yield last, lines + i + 2
 
 
-def _group_pieces(file: InputFile, raw: Any, size: int) -> Iterator[tuple[Piece, int]]:
+def _group_pieces(file: InputFile, raw: Any, size: int) -> Iterator[Piece]:
     start, first, row, weight = 0, 1, 1, 0
     groups = row_groups(raw, file.path)
     for i, (rows, stored) in enumerate(groups):
         if weight and weight + stored > size:
-            yield Piece(file, start, i, first), weight
+            yield Piece(file, start, i, first, weight)
             start, first, weight = i, row, 0
         row += rows
         weight += stored
-    yield Piece(file, start, len(groups), first), weight
+    yield Piece(file, start, len(groups), first, weight)
 
 
 def cut(
@@ -115,12 +116,12 @@ def cut(
     units: list[Unit] = []
     held: list[Piece] = []
     weight = 0
-    for piece, size in (p for s in surveys or [survey(file, bytes) for file in files] for p in s.pieces):
-        if held and weight + size > bytes:
+    for piece in (p for s in surveys or [survey(file, bytes) for file in files] for p in s.pieces):
+        if held and weight + piece.size > bytes:
             units.append(tuple(held))
             held, weight = [], 0
         held.append(piece)
-        weight += size
+        weight += piece.size
     return [*units, tuple(held)] if held else units
 
 
