@@ -35,7 +35,8 @@ print(mapped, full - resident())
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps freed memory so")
 def test_large_tensors_are_given_back() -> None:
-    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True, timeout=120)
+    command = [sys.executable, "-c", PROGRAM]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     mapped, freed = map(int, done.stdout.split())
     assert mapped == 8  # each has pages of its own
     assert freed >= 90  # MB: 4 of 24

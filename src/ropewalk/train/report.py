@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from ropewalk.evaluate import Sample, panel_markdown
 from ropewalk.track import RunDirectory
@@ -11,25 +11,17 @@ from ropewalk.train.job import Job
 from ropewalk.train.passes import stated
 from ropewalk.train.stragglers import EVERY
 
-
-class Foreseen(Protocol):
-    """One quantity, as planned and as measured."""
-
-    @property
-    def what(self) -> str: ...
-    @property
-    def predicted(self) -> float: ...
-    @property
-    def measured(self) -> float: ...
+if TYPE_CHECKING:
+    from ropewalk.plan.entry import Outcome
 
 
-def write_report(job: Job, run: RunDirectory, foreseen: Sequence[Foreseen] = ()) -> None:
+def write_report(job: Job, run: RunDirectory, foreseen: Sequence["Outcome"] = ()) -> None:
     """Writes report.md; whoever finds one knows that the run is finished."""
     lines = [*_lines(job, run), *_foreseen(foreseen)]
     run.write_text("report.md", "\n".join(lines) + "\n")
 
 
-def _foreseen(found: Sequence[Foreseen]) -> list[str]:
+def _foreseen(found: Sequence["Outcome"]) -> list[str]:
     if not found:
         return []
     lines = ["", "## As planned?", "", "| | planned | measured | difference |", "|---|---|---|---|"]
