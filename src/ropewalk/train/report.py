@@ -76,7 +76,7 @@ def _lines(job: Job, run: RunDirectory) -> list[str]:
     lines += [f"| validation | {step} | {loss:.4f} |" for step, loss in sorted(job.validation_losses.items())]
     if job.validation is None:
         lines.append("\nNo validation data, so nothing says how well this works on text it has not seen.")
-    return lines + _samples(run, job.steps)
+    return lines + samples_of(run, job.steps)
 
 
 def _trouble(run: RunDirectory) -> list[tuple[str, str]]:
@@ -100,9 +100,11 @@ def _trouble(run: RunDirectory) -> list[tuple[str, str]]:
     return [(name, "; ".join(texts)) for name, texts in found.items() if texts]
 
 
-def _samples(run: RunDirectory, step: int) -> list[str]:
+def samples_of(run: RunDirectory, step: int) -> list[str]:
+    """The report's lines about the answers at a step; none where there are no answers."""
     path = run.samples_path / f"step-{step:08d}.jsonl"
     if not path.exists():
         return []
-    rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    # not splitlines, which also splits at what JSON leaves as it is in a text, U+0085 and U+2028
+    rows = map(json.loads, path.read_text(encoding="utf-8").strip("\n").split("\n"))
     return ["", "## Samples", "", panel_markdown([Sample(**row) for row in rows])]
