@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from ropewalk.data import prepare
 from ropewalk.errors import UserError
 from ropewalk.layout import DEGREES
-from ropewalk.model import ModelConfig, Transformer, from_config, load_tokenizer, save_model
+from ropewalk.model import ModelConfig, Transformer, from_config, save_model
 from ropewalk.parallel import World, started
 from ropewalk.recipe import Recipe, load_recipe, resolve
-from ropewalk.train.build import config_of
+from ropewalk.train.build import config_of, load_run_tokenizer
 from ropewalk.train.job import Job, open_job
 from ropewalk.train.loop import compute
 from ropewalk.train.together import together
@@ -111,10 +111,7 @@ def shallow(config: ModelConfig, least: int = LEAST_BLOCKS) -> ModelConfig:
 
 def reduced(recipe: Recipe, config: ModelConfig, folder: Path) -> Recipe:
     """The resolved recipe on random weights of that shape, kept in `folder`: float32, few and short rows."""
-    origin = recipe.model.tokenizer or recipe.model.source
-    assert origin is not None  # the recipe's own check
-    tokenizer = load_tokenizer(origin, recipe.model.revision, recipe.data.chat_template)
-    save_model(from_config(config, recipe.seed), tokenizer, folder / "model")
+    save_model(from_config(config, recipe.seed), load_run_tokenizer(recipe), folder / "model")
     parts = recipe.parallel.replicate * recipe.parallel.shard
     optimizer = recipe.train.optimizer.model_copy(update={"masters": True})
     micro_batches = max(2, recipe.parallel.pipeline)

@@ -29,6 +29,7 @@ class Update:
     seed: int
 
 
+Tensors = list[Tensor]
 Rule = Callable[[list[Slot], Update], None]
 MOMENTS: dict[str, dict[str, bool]] = {
     "adamw": {"exp_avg": True, "exp_avg_sq": False},
@@ -43,9 +44,7 @@ a column.)"""
 def adamw(slots: list[Slot], update: Update) -> None:
     """arXiv 1711.05101, algorithm 2."""
 
-    def kernel(
-        weights: list[Tensor], gradients: list[Tensor], states: list[list[Tensor]], steps: list[Tensor]
-    ) -> None:
+    def kernel(weights: Tensors, gradients: Tensors, states: list[Tensors], steps: Tensors) -> None:
         torch._fused_adamw_(
             weights,
             gradients,
@@ -69,9 +68,7 @@ def lion(slots: list[Slot], update: Update) -> None:
     """arXiv 2302.06675, algorithm 2: the sign of an average, so each weight moves by the same length."""
     beta1, beta2 = update.betas
 
-    def kernel(
-        weights: list[Tensor], gradients: list[Tensor], states: list[list[Tensor]], steps: list[Tensor]
-    ) -> None:
+    def kernel(weights: Tensors, gradients: Tensors, states: list[Tensors], steps: Tensors) -> None:
         directions = torch._foreach_lerp(states[0], gradients, 1 - beta1)
         torch._foreach_sign_(directions)
         torch._foreach_mul_(weights, 1 - update.rate * update.decay)
