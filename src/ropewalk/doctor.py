@@ -6,7 +6,6 @@ May import: torch, `recipe` (for the machine's facts), `track` (for versions). T
 
 import contextlib
 import importlib.metadata
-import os
 import re
 import shutil
 import tempfile
@@ -25,6 +24,7 @@ from ropewalk import make_callable
 from ropewalk.ops.product import product
 from ropewalk.recipe.machine import Machine
 from ropewalk.track import environment
+from ropewalk.track.environment import installed
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 4e-3}
@@ -98,15 +98,16 @@ class Report:
 def doctor() -> Report:
     """Launch small computations in every type on every device and report what came of them."""
     names = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    here = environment()
     report = Report(
-        environment=environment(),
+        environment=here,
         threads=torch.get_num_threads(),
         disk_free={
             "here": shutil.disk_usage(".").free,
             "temporary": shutil.disk_usage(tempfile.gettempdir()).free,
         },
         packages=_packages(),
-        devices=[_device(name) for name in names],
+        devices=[_device(name, here) for name in names],
     )
     report.advice.extend(_advice(report))
     return report
@@ -115,10 +116,10 @@ def doctor() -> Report:
 # --- devices ---------------------------------------------------------------------------------
 
 
-def _device(name: str) -> Device:
+def _device(name: str, here: dict[str, Any]) -> Device:
     if name == "cpu":
-        model = environment()["cpu"]
-        total, free = _memory()
+        model, total = here["cpu"], here["memory_bytes"]
+        free = _memory_free(total)
     else:
         model = torch.cuda.get_device_name(name)
         free, total = torch.cuda.mem_get_info(name)
@@ -143,15 +144,15 @@ def _device(name: str) -> Device:
     )
 
 
-def _memory() -> tuple[int, int]:
-    """Total and available bytes of main memory."""
+def _memory_free(total: int) -> int:
+    """Available bytes of main memory; `total` where nothing says so."""
     try:
-        text = Path("/proc/meminfo").read_text()
-        sizes = dict(re.findall(r"^(\w+):\s+(\d+) kB", text, re.MULTILINE))
-        total, free = int(sizes["MemTotal"]) * 1024, int(sizes["MemAvailable"]) * 1024
-    except (OSError, KeyError):
-        total = free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return total, free
+        (kilobytes,) = re.findall(
+            r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE
+        )
+    except (OSError, ValueError):
+        return total
+    return int(kilobytes) * 1024
 
 
 def _launched(
@@ -241,18 +242,11 @@ def _packages() -> list[Package]:
     except importlib.metadata.PackageNotFoundError:
         lines = []
     names = [re.split(r"[^\w.-]", line)[0] for line in lines if "extra ==" not in line] or sorted(tested)
-    return [Package(name, _installed(name), tested.get(_plain(name))) for name in names]
+    return [Package(name, installed(name), tested.get(_plain(name))) for name in names]
 
 
 def _plain(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
-
-
-def _installed(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _advice(report: Report) -> Iterator[str]:

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -241,3 +242,36 @@ def test_a_slurm_job_whose_time_is_up_is_queued_again_and_goes_on(
     assert (run / "report.md").is_file()
     logs = {path.name for path in (tmp_path / "runs" / "logs" / "tiny").iterdir()}
     assert logs == {"127.0.0.1", "localhost"}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"on": "sge"}, "--on sge: is none of local, slurm, kubernetes"),
+        ({"on": "slurm", "nodes": 0}, "--nodes: 0 is less than 1"),
+        ({"on": "slurm", "processes_per_node": -1}, "--processes-per-node: -1 is less than 1"),
+        ({"cores": 0}, "--cores: 0 is less than 1"),
+    ],
+)
+def test_the_function_checks_what_the_command_line_does(
+    options: dict[str, Any], said: str, recipe_file: Recipe
+) -> None:
+    with pytest.raises(UserError) as caught:
+        rw.launch(recipe_file(), dry_run=True, **options)
+    assert str(caught.value) == said
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP])
+def test_a_signal_that_ends_a_job_reaches_torchrun_as_one_that_it_passes_on(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    """Else `launch` dies of it, and leaves the processes to train on without anybody who knows of them."""
+    script = "trap 'exit 7' TERM; touch ready; for i in {1..300}; do sleep 0.1; done"
+    code = f"from ropewalk.launch.entry import _run; raise SystemExit(_run({script!r}))"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "ready").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(number)
+    assert process.wait(60) == 7

@@ -161,3 +161,33 @@ def test_logging_a_step_is_cheap(tmp_path: Path) -> None:
     record = {f"some_measured_value_{i}": i / 7 for i in range(18)}
     seconds = min(timeit.repeat(lambda: run.log(record), number=200, repeat=5)) / 200
     assert seconds < 500e-6  # measured 15 µs, the write included; this only catches a blunder
+
+
+def test_a_line_is_not_added_to_a_torn_one(tmp_path: Path) -> None:
+    """As a full disk leaves it; a resume goes on in the files that it does not shorten, too."""
+    run = new_run(tmp_path)
+    for text, kept in (('{"step":1}\n{"st', [{"step": 1}]), ('{"st', []), ("", [])):
+        run.metrics_path("life").write_text(text)
+        assert run.read("life") == kept
+        again = RunDirectory.open(run.path)
+        again.log({"step": 2}, "life")
+        assert again.read("life") == [*kept, {"step": 2}]
+
+
+def test_a_record_that_is_no_object_is_damage(tmp_path: Path) -> None:
+    run = new_run(tmp_path)
+    run.metrics_path().write_text('{"step":1}\n17\n{"step":2}\n')
+    with pytest.raises(RopewalkError, match=r"metrics-train.jsonl:2: broken record \(not a JSON object\)"):
+        run.read()
+    (summary,) = list_runs(tmp_path)
+    assert summary.status == "unreadable"
+
+
+def test_looking_at_a_run_writes_nothing_in_it(tmp_path: Path) -> None:
+    run = new_run(tmp_path)
+    before = sorted(run.path.iterdir())
+    assert summarize(run.path).status == "stopped"
+    assert sorted(run.path.iterdir()) == before
+    with run.lock():
+        assert summarize(run.path).status == "running"
+    assert summarize(run.path).status == "stopped"

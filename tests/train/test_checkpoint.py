@@ -1,8 +1,10 @@
 """checkpoint: whole or not there, damage is noticed and named, old ones are pruned but the best is kept."""
 
+import errno
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -118,6 +120,37 @@ def test_every_flipped_bit_of_a_manifest_is_noticed(run: Path) -> None:
             assert ck.find_damage(path.parent) is not None, (place, raw[place - 5 : place + 5])
     path.write_bytes(raw)
     assert ck.find_damage(path.parent) is None
+
+
+def test_what_cannot_be_read_is_damaged(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = save(run, 1)
+    newest = save(run, 2)
+    hashed = ck.sha256
+
+    def sha256(path: Path) -> str:
+        if newest in path.parents:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return hashed(path)
+
+    monkeypatch.setattr(ck, "sha256", sha256)
+    found, (warning,) = newest_valid_checkpoint(run)
+    assert found == before
+    assert re.search(r"step-00000002/\S+: cannot be read \(Input/output error\)", warning)
+    (newest / "MANIFEST.json").unlink()
+    (newest / "MANIFEST.json").mkdir()
+    assert "MANIFEST.json: cannot be read (Is a directory)" in str(ck.find_damage(newest))
+
+
+def test_a_folder_of_another_name_is_no_checkpoint(run: Path) -> None:
+    """A copy that a person made is left alone, and never loaded in place of what it was copied from."""
+    path = save(run, 1)
+    for name in ("step-00000001.bak", "step-00000002-copy", "step-2"):
+        shutil.copytree(path, path.with_name(name))
+    assert list_checkpoints(path.parent) == [path]
+    assert newest_valid_checkpoint(run) == (path, [])
+    save(run, 3)
+    ck.prune(path.parent, 1)
+    assert path.with_name("step-00000001.bak").is_dir()
 
 
 def test_when_all_are_damaged_the_error_names_each(run: Path) -> None:

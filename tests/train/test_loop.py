@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 
 import ropewalk as rw
 from ropewalk.errors import RopewalkError, UserError
+from ropewalk.track import RunDirectory
 from ropewalk.train import TrainResult, newest_valid_checkpoint
+from ropewalk.train.report import samples_of
 
 Make = Callable[..., dict[str, Any]]
 LORA = {"method": "lora", "rank": 4}
@@ -341,3 +343,23 @@ def test_a_tokenizer_too_large_for_the_model_is_refused(make_recipe: Make, tiny_
     with pytest.raises(UserError, match=r"model\.tokenizer"):
         run(make_recipe(model=model))
     assert not Path(make_recipe()["runs"]).exists()
+
+
+def test_a_run_whose_recipe_named_a_template_is_gone_on_with_from_anywhere(
+    make_recipe: Make, tmp_path: Path, tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(tiny_llama_dir / "chat_template.jinja", tmp_path / "mine.jinja")
+    monkeypatch.chdir(tmp_path)
+    done = run(make_recipe(data={"chat_template": "mine.jinja"}, steps=2))
+    monkeypatch.chdir("/")
+    assert rw.resume(done.run, progress=False).step == 2
+
+
+def test_answers_may_hold_what_other_programs_take_for_the_end_of_a_line(tmp_path: Path) -> None:
+    """A model that knows little yet says such characters: JSON leaves them as they are."""
+    directory = RunDirectory.create(tmp_path, "run", "", {})
+    said = [{"prompt": "a\u2028b", "answer": "c\x85d\u2029e\x0cf"}, {"prompt": "g", "answer": "h"}]
+    text = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in said)
+    (directory.samples_path / "step-00000003.jsonl").write_text(text)
+    shown = "\n".join(samples_of(directory, 3)).splitlines()
+    assert [line for line in shown if line.startswith(">")] == ["> c", "> d", "> e", "> f", "> h"]

@@ -96,3 +96,10 @@ def test_a_mistake_is_one_message(
 def test_what_is_neither_a_run_nor_data_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError):
         Provenance.open(tmp_path)
+
+
+def test_a_query_that_is_empty_is_refused(run: Path) -> None:
+    provenance = Provenance.open(run)
+    for query in ("", "-- nothing"):
+        with pytest.raises(UserError, match="--sql: gives no table; ask with SELECT"):
+            provenance.sql(query)

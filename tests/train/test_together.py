@@ -8,8 +8,9 @@ import pytest
 
 from ropewalk import train
 from ropewalk.errors import RopewalkError, UserError
+from ropewalk.track import RunDirectory
 from ropewalk.train import worker
-from ropewalk.train.together import together
+from ropewalk.train.together import run_of, together
 
 LOST = ConnectionResetError("connection closed by peer")
 MISTAKE = UserError("data.train: no such file")
@@ -51,3 +52,16 @@ def test_a_users_mistake_is_what_is_said_whichever_process_found_it(
     with pytest.raises(kind, match=said) as caught:
         together("train", [], 2, 3, str(tmp_path), "run")
     assert type(caught.value) is kind
+
+
+def test_a_job_finds_its_own_run_and_not_that_of_a_longer_name(tmp_path: Path) -> None:
+    """One SLURM job may train `base`, then `base-lora`, and be started again."""
+    assert run_of("SLURM_JOB_ID=7", str(tmp_path), "base") is None
+    runs = [RunDirectory.create(tmp_path, name, "", {}) for name in ("base", "base-lora")]
+    for run in runs:
+        run.write_json("environment.json", {"job": "SLURM_JOB_ID=7"})
+    for run, name in zip(runs, ("base", "base-lora"), strict=True):
+        assert run_of("SLURM_JOB_ID=7", str(tmp_path), name) == run.path
+        assert run_of("SLURM_JOB_ID=8", str(tmp_path), name) is None
+    runs[0].write_text("report.md", "done")
+    assert run_of("SLURM_JOB_ID=7", str(tmp_path), "base") is None

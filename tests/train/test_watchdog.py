@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from ropewalk.errors import RopewalkError
 from ropewalk.train.watchdog import FIRST, LEAST, Watchdog, verdict
 
 
@@ -76,3 +77,23 @@ def test_telling_it_costs_nothing(tmp_path: Path) -> None:
     for _ in range(1000):
         watch.at(1, "update")
     assert time.perf_counter() - began < 0.02
+
+
+def test_a_note_that_cannot_be_written_does_not_end_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, _: str) -> None:
+        raise RopewalkError(f"{path}: the disk is full")
+
+    with Watchdog(tmp_path, 0, 2, seconds=0.1) as watch:
+        monkeypatch.setattr("ropewalk.train.watchdog.atomic_write", full)
+        (tmp_path / "watch" / "0.json").unlink()
+        time.sleep(0.1)
+        watch.at(1, "update")
+        assert watch._thread.is_alive()
+        monkeypatch.undo()
+        deadline = time.monotonic() + 30
+        while not (tmp_path / "watch" / "0.json").exists():
+            watch.at(1, "update")
+            assert time.monotonic() < deadline
+            time.sleep(0.01)

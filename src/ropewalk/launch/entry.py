@@ -10,7 +10,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from ropewalk.errors import RopewalkError, UserError
 from ropewalk.launch.kubernetes import job_name, manifest
@@ -22,6 +22,10 @@ from ropewalk.recipe import Machine, load_recipe, resolve
 Place = Literal["local", "slurm", "kubernetes"]
 IMAGE, VOLUME = "IMAGE", "CLAIM"
 """What a manifest says that is only looked at."""
+PASSED = {number: number for number in (signal.SIGINT, signal.SIGTERM)} | {
+    number: signal.SIGTERM for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+}
+"""What torchrun is sent for a signal to `launch`: on SIGTERM the processes save a checkpoint and end."""
 CORES = 4
 """CPU cores of each process on a machine that is not this one."""
 
@@ -100,6 +104,12 @@ def plan(
     cores: int | None,
 ) -> Start:
     """What is to be started. UserError where the recipe cannot be spread over so many processes."""
+    if on not in get_args(Place):
+        raise UserError(f"--on {on}: is none of {', '.join(get_args(Place))}")
+    counts = {"--nodes": nodes, "--processes-per-node": processes, "--cores": cores}
+    for option, count in counts.items():
+        if count is not None and count < 1:
+            raise UserError(f"{option}: {count} is less than 1")
     if on == "local" and nodes != 1:
         raise UserError("--nodes: --on local has one; use --on slurm or --on kubernetes")
     recipe = load_recipe(_recipe_file(source), overrides)
@@ -129,12 +139,15 @@ def _recipe_file(source: str) -> Path:
 
 
 def _run(script: str) -> int:
-    """The script's exit status; SIGINT and SIGTERM go on to it, and it is waited for."""
+    """The script's exit status; a signal that ends it goes on to torchrun, which is waited for."""
     process = subprocess.Popen(["bash", "-c", script], start_new_session=True)
+
+    def pass_on(number: int, _: object) -> None:
+        process.send_signal(PASSED[signal.Signals(number)])
+
     before = {}
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, lambda signum, _: process.send_signal(signum))
+        before = {number: signal.signal(number, pass_on) for number in PASSED}
     try:
         status = process.wait()
     finally:

@@ -20,7 +20,7 @@ def environment(**facts: Any) -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "packages": {name: version for name in PACKAGES if (version := installed(name))},
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         **facts,
     }
@@ -29,7 +29,7 @@ def environment(**facts: Any) -> dict[str, Any]:
 def versions(whole: bool = True) -> dict[str, str]:
     """What must be the same in all processes of a run: python, packages, the code's commit if `whole`."""
     found = {"python": sys.version.split()[0]}
-    found |= {name: version for name in PACKAGES if (version := _version(name))}
+    found |= {name: version for name in PACKAGES if (version := installed(name))}
     commit = git_commit(Path(__file__).parent) if whole else None
     return found | ({"ropewalk's git commit": commit} if commit else {})
 
@@ -48,7 +48,8 @@ def _git(folder: str | Path, *words: str) -> str:
     return done.stdout.strip()
 
 
-def _version(name: str) -> str | None:
+def installed(name: str) -> str | None:
+    """The version of an installed package; None where there is none."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

@@ -68,6 +68,7 @@ class RunDirectory:
         file = self._writers.get(writer)
         if file is None:
             file = self._writers[writer] = self.metrics_path(writer).open("a", encoding="utf-8")
+            _drop_torn_line(self.metrics_path(writer))
         with naming_full_disk(self.metrics_path(writer)):
             file.write(_line(record) + "\n")
             file.flush()
@@ -86,8 +87,8 @@ class RunDirectory:
         records = []
         for number, line in enumerate(lines, 1):
             try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError as error:
+                records.append(_record(line))
+            except ValueError as error:
                 if number == len(lines):
                     break
                 raise RopewalkError(
@@ -137,14 +138,31 @@ class RunDirectory:
             yield
 
     def locked(self) -> bool:
-        """Whether a process is training this run now (on this machine)."""
-        try:
-            with self.lock():
-                return False
-        except UserError:
-            return True
+        """Whether a process is training this run now (on this machine). Writes nothing."""
+        if not (self.path / "lock").exists():
+            return False
+        with open(self.path / "lock") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
 
     def close(self) -> None:
         for file in self._writers.values():
             file.close()
         self._writers.clear()
+
+
+def _record(line: str) -> dict[str, Any]:
+    record = json.loads(line)
+    if not isinstance(record, dict):
+        raise ValueError("not a JSON object")
+    return record
+
+
+def _drop_torn_line(path: Path) -> None:
+    """Cuts off what a kill or a full disk has left of a last line: the next one must not be added to it."""
+    raw = path.read_bytes()
+    if not raw.endswith(b"\n"):
+        os.truncate(path, raw.rfind(b"\n") + 1)

@@ -1,7 +1,7 @@
 """The model of a run, in the fixed order: weights, adapters, float8, saved activations, compiled blocks."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -95,15 +95,8 @@ def build(recipe: Recipe, device: torch.device, checkpoint: Path | None = None) 
     model = _weights(recipe, device, checkpoint)
     adapted: list[str] = []
     if adapt.method != "full":
-        config = AdapterConfig(
-            adapt.method,
-            adapt.rank,
-            adapt.alpha or 2.0 * adapt.rank,
-            adapt.dropout,
-            adapt.targets,
-            adapt.rank_stabilized,
-            adapt.tokens,
-        )
+        shared = adapt.model_dump(include={field.name for field in fields(AdapterConfig)})
+        config = AdapterConfig(**shared | {"alpha": adapt.alpha or 2.0 * adapt.rank})
         adapted = apply_adapter(model, config, seed=recipe.seed)
     elif adapt.freeze:
         freeze(model, adapt.freeze)

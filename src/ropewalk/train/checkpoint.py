@@ -12,6 +12,7 @@ checkpoint from elsewhere can be wrong, but it cannot run code.
 import hashlib
 import json
 import random
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +26,7 @@ from ropewalk.errors import RopewalkError
 from ropewalk.files import atomic_write, sha256
 
 FORMAT = 1
+NAME = re.compile(r"step-\d{8,}")
 
 
 def checkpoint_name(step: int) -> str:
@@ -57,7 +59,7 @@ def newest_valid_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """All checkpoint directories, oldest first, damaged ones included and half-written ones not."""
-    return sorted(path for path in folder.glob("step-[0-9]*") if path.is_dir())
+    return sorted(path for path in folder.glob("step-*") if NAME.fullmatch(path.name) and path.is_dir())
 
 
 def best_checkpoint(folder: Path) -> Path | None:
@@ -94,6 +96,13 @@ def file_entry(path: Path) -> dict[str, Any]:
 
 def find_damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, naming the file; None where every size and hash is right."""
+    try:
+        return _damage(checkpoint)
+    except OSError as error:  # of a disk with bad blocks, say
+        return f"{error.filename or checkpoint}: cannot be read ({error.strerror})"
+
+
+def _damage(checkpoint: Path) -> str | None:
     path = checkpoint / "MANIFEST.json"
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))

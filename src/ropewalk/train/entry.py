@@ -274,7 +274,11 @@ def anchored(recipe: Recipe) -> Recipe:
     """The recipe with absolute paths to its model, so that the run can be used from any directory."""
     names = {"source": recipe.model.source, "tokenizer": recipe.model.tokenizer}
     local = {key: str(Path(name).absolute()) for key, name in names.items() if name and Path(name).exists()}
-    return recipe.model_copy(update={"model": recipe.model.model_copy(update=local)})
+    update: dict[str, Any] = {"model": recipe.model.model_copy(update=local)}
+    if (template := recipe.data.chat_template) and Path(template).exists():
+        absolute = {"chat_template": str(Path(template).absolute())}
+        update["data"] = recipe.data.model_copy(update=absolute)
+    return recipe.model_copy(update=update)
 
 
 def facts(job: Job) -> dict[str, Any]:

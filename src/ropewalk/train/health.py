@@ -12,18 +12,13 @@ from ropewalk.parallel import local
 SHOWN = 12
 
 
-def not_finite(
-    model: Transformer,
-    step: int,
-    loss: float,
-    gradient_norm: float,
-    parts: list[Batch],
-    updated: bool = False,
-    what: str | None = None,
+def stopped(
+    model: Transformer, step: int, what: str, parts: list[Batch], updated: bool = False
 ) -> RopewalkError:
-    """For a step whose loss or gradient is NaN or infinite; `parts` are the micro-batches to blame.
+    """For a step with a spike, or whose loss or gradient is not finite: `what` says which.
 
-    `updated`: weights were changed already, as train.optimizer.in_backward does. `what`: says more of it.
+    `parts` are the micro-batches to blame. `updated`: weights were changed already, as
+    train.optimizer.in_backward does.
     """
     harm = (
         "some weights were updated with it"
@@ -36,14 +31,10 @@ def not_finite(
             f"step {step}: the model's weight {broken} is not finite; the weights are damaged"
         )
     return RopewalkError(
-        f"step {step}: {what or loss_and_norm(loss, gradient_norm)}; {harm}; "
+        f"step {step}: {what}; {harm}; "
         f"it came with {named_documents(parts)}; look at them (ropewalk spike RUN --step {step}), or lower "
         "train.optimizer.learning_rate"
     )
-
-
-def loss_and_norm(loss: float, gradient_norm: float) -> str:
-    return f"the loss is {loss:.4g} and the gradient norm {gradient_norm:.4g}"
 
 
 def broken_parameter(model: Transformer) -> str | None:

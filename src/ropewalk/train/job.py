@@ -4,14 +4,14 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ropewalk.adapt import rate_factors
-from ropewalk.data import Loader, Prepared, TokenShards
+from ropewalk.data import Batch, Loader, Prepared, TokenShards
 from ropewalk.data.entry import name_sources
 from ropewalk.errors import UserError
 from ropewalk.files import sha256
@@ -87,6 +87,10 @@ class Job:
     @property
     def micro_rows(self) -> int:
         return self.recipe.train.micro_batch_size or self.own_rows
+
+    def micro_batches(self, own: Batch) -> list[Batch]:
+        """This process's rows of a step, as they are computed one after the other."""
+        return [own.rows(row, row + self.micro_rows) for row in range(0, self.own_rows, self.micro_rows)]
 
     @property
     def warmup(self) -> int:
@@ -227,7 +231,7 @@ def open_job(
     optimizer = Optimizer(
         built.model,
         optimizer_config(recipe),
-        rate_factors=_rate_factors(recipe, built),
+        rate_factors=rate_factors(built.model, ratio) if (ratio := recipe.adapt.b_rate) != 1.0 else None,
         seed=recipe.seed,
         world=world,
     )
@@ -294,25 +298,12 @@ def rows_of(recipe: Recipe, shards: TokenShards, tokenizer: Any, mixed: bool = T
 
 
 def optimizer_config(recipe: Recipe) -> OptimizerConfig:
-    """The optimizer of a resolved recipe."""
+    """The optimizer of a resolved recipe, whose fields have the same names."""
     wanted = recipe.train.optimizer
     assert wanted.beta1 is not None  # resolved
     assert wanted.beta2 is not None
-    return OptimizerConfig(
-        name=wanted.name,
-        weight_decay=wanted.weight_decay,
-        betas=(wanted.beta1, wanted.beta2),
-        epsilon=wanted.epsilon,
-        state_bits=wanted.state_bits,
-        masters=wanted.masters,
-        offload=wanted.offload,
-        in_backward=wanted.in_backward,
-    )
-
-
-def _rate_factors(recipe: Recipe, built: Built) -> dict[str, float]:
-    ratio = recipe.adapt.b_rate
-    return rate_factors(built.model, ratio) if ratio != 1.0 else {}
+    shared = {field.name for field in fields(OptimizerConfig)}
+    return OptimizerConfig(betas=(wanted.beta1, wanted.beta2), **wanted.model_dump(include=shared))
 
 
 def check(recipe: Recipe, built: Built, loader: Loader, steps: int) -> SelfCheck | None:

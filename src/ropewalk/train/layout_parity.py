@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from ropewalk.data import prepare
 from ropewalk.errors import UserError
 from ropewalk.layout import DEGREES
-from ropewalk.model import ModelConfig, Transformer, from_config, load_tokenizer, save_model
-from ropewalk.parallel import World, reduce_gradients, started
+from ropewalk.model import ModelConfig, Transformer, from_config, save_model
+from ropewalk.parallel import World, started
 from ropewalk.recipe import Recipe, load_recipe, resolve
-from ropewalk.train.build import config_of
+from ropewalk.train.build import config_of, load_run_tokenizer
 from ropewalk.train.job import Job, open_job
-from ropewalk.train.objective import loss_sum
+from ropewalk.train.loop import compute
 from ropewalk.train.together import together
 
 STEPS, LEAST_BLOCKS, MOST_TOKENS = 5, 2, 512
@@ -111,10 +111,7 @@ def shallow(config: ModelConfig, least: int = LEAST_BLOCKS) -> ModelConfig:
 
 def reduced(recipe: Recipe, config: ModelConfig, folder: Path) -> Recipe:
     """The resolved recipe on random weights of that shape, kept in `folder`: float32, few and short rows."""
-    origin = recipe.model.tokenizer or recipe.model.source
-    assert origin is not None  # the recipe's own check
-    tokenizer = load_tokenizer(origin, recipe.model.revision, recipe.data.chat_template)
-    save_model(from_config(config, recipe.seed), tokenizer, folder / "model")
+    save_model(from_config(config, recipe.seed), load_run_tokenizer(recipe), folder / "model")
     parts = recipe.parallel.replicate * recipe.parallel.shard
     optimizer = recipe.train.optimizer.model_copy(update={"masters": True})
     micro_batches = max(2, recipe.parallel.pipeline)
@@ -167,25 +164,9 @@ def _step(job: Job) -> tuple[float, float]:
     (scored,) = job.world.total([int((batch.labels != -100).sum())])
     rate = job.learning_rate()
     job.optimizer.begin(rate)
-    total = 0.0
-    if job.pipeline is not None:
-        parts = [batch.rows(row, row + job.micro_rows) for row in range(0, job.own_rows, job.micro_rows)]
-        total = sum(loss.item() for loss in job.pipeline.compute(parts, int(scored))) / scored
-        return _updated(job, total, rate)
-    for row in range(0, job.own_rows, job.micro_rows):
-        part = batch.rows(row, row + job.micro_rows)
-        reduce_gradients(job.built.model, job.world, last=row + job.micro_rows == job.own_rows)
-        loss = loss_sum(job.built.model, part, job.recipe.train.loss_chunk) / scored
-        balance = job.built.model.auxiliary_loss()
-        (loss if balance is None else loss + balance * (job.micro_rows / job.rows)).backward()
-        total += loss.item()
-    return _updated(job, total, rate)
-
-
-def _updated(job: Job, total: float, rate: float) -> tuple[float, float]:
-    norm = job.optimizer.gradient_norm().item()
+    *sums, norm = compute(job, job.micro_batches(batch), int(scored))
     job.optimizer.step(rate)
-    return job.world.total_of_tokens([total])[0], norm
+    return job.world.total_of_tokens([math.fsum(sums) / scored])[0], norm
 
 
 class Watched:

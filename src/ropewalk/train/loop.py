@@ -28,7 +28,7 @@ from ropewalk.train.saving import Saved, Saver
 from ropewalk.train.signals import StopRequest
 from ropewalk.train.stragglers import TIMES, sentence
 from ropewalk.train.validate import validation_loss, write_samples
-from ropewalk.train.verify import Again, compare_replicas, compute_twice
+from ropewalk.train.verify import compare_replicas, compute_twice
 
 
 def run_loop(job: Job, run: RunDirectory, reporter: Reporter, stop: StopRequest) -> list[float]:
@@ -121,7 +121,9 @@ def train_step(job: Job, batches: Iterator[Batch]) -> dict[str, Any]:
     waited = time.perf_counter() - began
     job.at(job.step, "forward and backward")
     counts = TokenCounts.of(batch, model.config)
-    parts = [batch.rows(row, row + job.micro_rows) for row in range(0, job.own_rows, job.micro_rows)]
+    parts = job.micro_batches(batch)
+    if not train.compile and job.pipeline is None:  # both want one shape
+        parts = [without_padding(part, math.lcm(64, job.world.layout.whole)) for part in parts]
     met = time.perf_counter()
     counts = counts.total(job.world)
     waiting = time.perf_counter() - met
@@ -186,12 +188,13 @@ def compute(job: Job, parts: list[Batch], scored: int) -> list[float]:
 
 def verified(job: Job, parts: list[Batch], scored: int) -> list[float]:
     """The same, computed twice, by replicas whose weights and states are the same. RopewalkError if not."""
-    optimizer, model = job.optimizer, job.built.model
-    divided(model, job.world)
+    optimizer = job.optimizer
+    divided(job.built.model, job.world)
     weights = {f"weight.{name}": parameter for name, parameter in optimizer.parameters.items()}
     compare_replicas({**weights, **optimizer.state_tensors()}, job.world, job.step)
-    again = Again(lambda: compute(job, parts, scored), optimizer.gradients, optimizer.discard)
-    return compute_twice(again, job.world, job.step)
+    return compute_twice(
+        lambda: compute(job, parts, scored), optimizer.gradients, optimizer.discard, job.world, job.step
+    )
 
 
 def backward(job: Job, part: Batch, scored: int) -> Tensor:
@@ -199,8 +202,6 @@ def backward(job: Job, part: Batch, scored: int) -> Tensor:
 
     Divided by the scored tokens of the whole step, so that accumulated steps equal one large batch exactly.
     """
-    if not job.recipe.train.compile:  # compiled code wants one shape
-        part = without_padding(part, math.lcm(64, job.world.layout.whole))
     loss = loss_sum(job.built.model, part, job.recipe.train.loss_chunk)
     mean = loss / scored
     balance = job.built.model.auxiliary_loss()

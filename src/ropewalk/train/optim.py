@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from ropewalk.errors import UserError
 from ropewalk.parallel import World, axes_of, first_with, has_partial_gradient
-from ropewalk.train.optim_rules import Rule, Update, adafactor, adamw, first_state, lion, muon
+from ropewalk.train.optim_rules import MOMENTS, Rule, Update, adafactor, adamw, first_state, lion, muon
 from ropewalk.train.optim_slot import Host, Slot
 
 RULES: dict[str, Rule] = {"adamw": adamw, "lion": lion, "muon": muon, "adafactor": adafactor}
-MOMENTS = ("exp_avg", "exp_avg_sq", "momentum", "row", "column")
-KINDS = {"master", "step", *MOMENTS, *(f"{m}_codes" for m in MOMENTS), *(f"{m}_scale" for m in MOMENTS)}
+KINDS = {"master", "step", "row", "column"} | {
+    f"{moment}{form}" for kept in MOMENTS.values() for moment in kept for form in ("", "_codes", "_scale")
+}
 """the first parts of the names of `state_tensors`"""
 NORM_PART = {"cpu": 1 << 17, "cuda": 1 << 26}
 
@@ -202,7 +203,7 @@ class Optimizer:
 
     def saved_bytes(self, name: str) -> float:
         """Bytes for each number of a parameter in `state_tensors` once it was updated, without scales."""
-        moments = {"adamw": 2, "lion": 1, "muon": 1, "adafactor": 0}[self._rule(name)]
+        moments = len(MOMENTS[self._rule(name)])
         return self._slots[name].weight.element_size() + moments * self.config.state_bits / 8
 
     def state_tensors(self) -> dict[str, Tensor]:

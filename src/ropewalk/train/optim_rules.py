@@ -29,15 +29,22 @@ class Update:
     seed: int
 
 
+Tensors = list[Tensor]
 Rule = Callable[[list[Slot], Update], None]
+MOMENTS: dict[str, dict[str, bool]] = {
+    "adamw": {"exp_avg": True, "exp_avg_sq": False},
+    "lion": {"exp_avg": True},
+    "muon": {"momentum": True},
+    "adafactor": {},
+}
+"""What a rule keeps for each number of a weight, and whether that can be negative. (Adafactor has a row and
+a column.)"""
 
 
 def adamw(slots: list[Slot], update: Update) -> None:
     """arXiv 1711.05101, algorithm 2."""
 
-    def kernel(
-        weights: list[Tensor], gradients: list[Tensor], states: list[list[Tensor]], steps: list[Tensor]
-    ) -> None:
+    def kernel(weights: Tensors, gradients: Tensors, states: list[Tensors], steps: Tensors) -> None:
         torch._fused_adamw_(
             weights,
             gradients,
@@ -61,9 +68,7 @@ def lion(slots: list[Slot], update: Update) -> None:
     """arXiv 2302.06675, algorithm 2: the sign of an average, so each weight moves by the same length."""
     beta1, beta2 = update.betas
 
-    def kernel(
-        weights: list[Tensor], gradients: list[Tensor], states: list[list[Tensor]], steps: list[Tensor]
-    ) -> None:
+    def kernel(weights: Tensors, gradients: Tensors, states: list[Tensors], steps: Tensors) -> None:
         directions = torch._foreach_lerp(states[0], gradients, 1 - beta1)
         torch._foreach_sign_(directions)
         torch._foreach_mul_(weights, 1 - update.rate * update.decay)
@@ -198,19 +203,13 @@ def first_state(name: str, slot: Slot, bits: int) -> dict[str, Tensor | LowBitSt
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=device)
 
-    def moment(signed: bool) -> Tensor | LowBitState:
-        if LowBitState.fits(count, bits):
-            return LowBitState(count, bits, signed, device)
-        return torch.zeros(slot.parameter.shape, dtype=dtype, device=device)
-
-    match name:
-        case "adamw":
-            return {"exp_avg": moment(True), "exp_avg_sq": moment(False)}
-        case "lion":
-            return {"exp_avg": moment(True)}
-        case "muon":
-            return {"momentum": moment(True)}
-    if slot.parameter.ndim < 2:
-        return {"exp_avg_sq": zeros(count)}
-    columns = slot.parameter.shape[-1]
-    return {"row": zeros(count // columns), "column": zeros(columns)}
+    if name == "adafactor":
+        if slot.parameter.ndim < 2:
+            return {"exp_avg_sq": zeros(count)}
+        columns = slot.parameter.shape[-1]
+        return {"row": zeros(count // columns), "column": zeros(columns)}
+    low = LowBitState.fits(count, bits)
+    return {
+        kind: LowBitState(count, bits, signed, device) if low else zeros(*slot.parameter.shape)
+        for kind, signed in MOMENTS[name].items()
+    }

@@ -110,7 +110,10 @@ class Provenance:
             connection.execute(f"SET allowed_paths = ['{ledger}', '{pieces}']")
             connection.execute("SET enable_external_access = false; SET lock_configuration = true")
             try:
-                return connection.sql(query, params=values).to_arrow_table()
+                found = connection.sql(query, params=values)
+                if found is None:
+                    raise UserError("--sql: gives no table; ask with SELECT")
+                return found.to_arrow_table()
             except duckdb.Error as error:
                 raise UserError(f"--sql: {str(error).splitlines()[0]}") from None
 

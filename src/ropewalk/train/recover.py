@@ -9,7 +9,7 @@ from ropewalk.errors import RopewalkError
 from ropewalk.track import RunDirectory
 from ropewalk.train.checkpoint import newest_valid_checkpoint
 from ropewalk.train.goodput import note_rollback
-from ropewalk.train.health import loss_and_norm, named_documents, not_finite
+from ropewalk.train.health import named_documents, stopped
 from ropewalk.train.job import Job
 from ropewalk.train.progress import Reporter
 
@@ -26,13 +26,17 @@ def on_spike(
     spike, spikes = job.recipe.train.spike, job.spikes
     if sound and spike.policy == "none":
         return None
-    what = describe(loss, gradient_norm, score, len(spikes.losses))
+    if score is None:
+        what = f"the loss is {loss:.4g} and the gradient norm {gradient_norm:.4g}"
+    else:
+        above = f"{score:.1f} robust deviations above the median of {len(spikes.losses)} steps"
+        what = f"the loss is {loss:.4g}, {above}"
     done = {"skip": len(spikes.skipped), "rollback": len(spikes.left_out)}.get(spike.policy)
     if done is None or done >= spike.limit:
         if done is not None:
             what += f", and train.spike.limit ({spike.limit}) is reached"
         updated = job.recipe.train.optimizer.in_backward and math.isfinite(loss)
-        raise not_finite(job.built.model, job.step, loss, gradient_norm, parts, updated, what)
+        raise stopped(job.built.model, job.step, what, parts, updated)
     job.optimizer.discard()
     if spike.policy == "skip":
         spikes.skipped.append(job.step)
@@ -46,12 +50,6 @@ def on_spike(
         "what": f"{what}; it came with {named_documents(parts)}",
         "time": round(time.time(), 3),
     }
-
-
-def describe(loss: float, gradient_norm: float, score: float | None, steps: int) -> str:
-    if score is None:
-        return loss_and_norm(loss, gradient_norm)
-    return f"the loss is {loss:.4g}, {score:.1f} robust deviations above the median of {steps} steps"
 
 
 def roll_back(job: Job, run: RunDirectory, reporter: Reporter, record: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from ropewalk.evaluate import Sample, panel_markdown
 from ropewalk.track import RunDirectory
@@ -11,25 +11,17 @@ from ropewalk.train.job import Job
 from ropewalk.train.passes import stated
 from ropewalk.train.stragglers import EVERY
 
-
-class Foreseen(Protocol):
-    """One quantity, as planned and as measured."""
-
-    @property
-    def what(self) -> str: ...
-    @property
-    def predicted(self) -> float: ...
-    @property
-    def measured(self) -> float: ...
+if TYPE_CHECKING:
+    from ropewalk.plan.entry import Outcome
 
 
-def write_report(job: Job, run: RunDirectory, foreseen: Sequence[Foreseen] = ()) -> None:
+def write_report(job: Job, run: RunDirectory, foreseen: Sequence["Outcome"] = ()) -> None:
     """Writes report.md; whoever finds one knows that the run is finished."""
     lines = [*_lines(job, run), *_foreseen(foreseen)]
     run.write_text("report.md", "\n".join(lines) + "\n")
 
 
-def _foreseen(found: Sequence[Foreseen]) -> list[str]:
+def _foreseen(found: Sequence["Outcome"]) -> list[str]:
     if not found:
         return []
     lines = ["", "## As planned?", "", "| | planned | measured | difference |", "|---|---|---|---|"]
@@ -84,7 +76,7 @@ def _lines(job: Job, run: RunDirectory) -> list[str]:
     lines += [f"| validation | {step} | {loss:.4f} |" for step, loss in sorted(job.validation_losses.items())]
     if job.validation is None:
         lines.append("\nNo validation data, so nothing says how well this works on text it has not seen.")
-    return lines + _samples(run, job.steps)
+    return lines + samples_of(run, job.steps)
 
 
 def _trouble(run: RunDirectory) -> list[tuple[str, str]]:
@@ -108,9 +100,11 @@ def _trouble(run: RunDirectory) -> list[tuple[str, str]]:
     return [(name, "; ".join(texts)) for name, texts in found.items() if texts]
 
 
-def _samples(run: RunDirectory, step: int) -> list[str]:
+def samples_of(run: RunDirectory, step: int) -> list[str]:
+    """The report's lines about the answers at a step; none where there are no answers."""
     path = run.samples_path / f"step-{step:08d}.jsonl"
     if not path.exists():
         return []
-    rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    # not splitlines, which also splits at what JSON leaves as it is in a text, U+0085 and U+2028
+    rows = map(json.loads, path.read_text(encoding="utf-8").strip("\n").split("\n"))
     return ["", "## Samples", "", panel_markdown([Sample(**row) for row in rows])]

@@ -22,6 +22,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -95,16 +96,14 @@ class Saver:
         self.last: Saved | None = None
         """the newest that was finished here"""
         self._copies = HostCopies()
-        self._thread: threading.Thread | None = None
-        self._error: Exception | None = None
-        self._done: Saved | None = None
+        self._under_way: Future[Saved] | None = None
         self._waited = 0.0
         self._copied, self._given_up = threading.Event(), threading.Event()
 
     @property
     def busy(self) -> bool:
         """Whether a save was begun and is not finished."""
-        return self._thread is not None
+        return self._under_way is not None
 
     def begin(self, contents: Contents, copy: bool) -> Path:
         """Starts to write `folder/step-XXXXXXXX`, once the save before is finished: its path.
@@ -121,50 +120,45 @@ class Saver:
             temporary = Path(self.world.share(str(temporary)))
             parts = parts_of(contents.tensors, contents.trained, self.world)
             tensors = {name: tensor for name, tensor in contents.tensors.items() if parts[name].writes}
-            copies, later = self._copies.of(tensors) if copy else None, False
-            if copies is not None:
-                later = not any(tensor.is_cuda for tensor in tensors.values())
-                if not later:  # the stream of the next step must not overtake the copies
-                    fill(copies, tensors)
-                contents = replace(contents, tensors=copies)
-            else:
-                contents = replace(contents, tensors=tensors)
-            arguments = (contents, parts, temporary, path, began, stack.pop_all(), tensors if later else {})
+            copies = self._copies.of(tensors) if copy else None
+            to_copy: Mapping[str, Tensor] = {} if copies is None else tensors
+            if copies is not None and any(tensor.is_cuda for tensor in tensors.values()):
+                fill(copies, tensors)  # the stream of the next step must not overtake the copies
+                to_copy = {}
+            contents = replace(contents, tensors=tensors if copies is None else copies)
+            done: Future[Saved] = Future()
+            arguments = (done, contents, parts, temporary, path, began, stack.pop_all(), to_copy)
         self._copied.clear()
+        self._under_way = done
         # a daemon, so that a second Ctrl-C ends the process
-        self._thread = threading.Thread(target=self._run, args=arguments, daemon=True, name="checkpoint")
-        self._thread.start()
+        threading.Thread(target=self._run, args=arguments, daemon=True, name="checkpoint").start()
         if copies is None:
-            self._thread.join()
+            wait([done])
         self._waited = time.perf_counter() - began
         return path
 
     def settle(self) -> None:
         """Waits until the tensors of the save under way may change."""
-        if self._thread is not None and not self._copied.is_set():
+        if self.busy and not self._copied.is_set():
             began = time.perf_counter()
             self._copied.wait()
             self._waited += time.perf_counter() - began
 
     def finish(self) -> Saved | None:
         """Waits for the save under way, if there is one, and raises what went wrong in it."""
-        if self._thread is None:
+        if self._under_way is None:
             return None
         began = time.perf_counter()
-        self._thread.join()
+        wait([self._under_way])
         self._waited += time.perf_counter() - began
         return self.poll()
 
     def poll(self) -> Saved | None:
         """The save under way, if it is done since; raises what went wrong in it. RopewalkError, usually."""
-        if self._thread is None or self._thread.is_alive():
+        if self._under_way is None or not self._under_way.done():
             return None
-        self._thread = None
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
-        assert self._done is not None
-        self.last = Saved(self._done.step, self._done.path, self._waited, self._done.seconds)
+        done, self._under_way = self._under_way, None
+        self.last = replace(done.result(), waited=self._waited)
         return self.last
 
     def __enter__(self) -> "Saver":
@@ -172,10 +166,10 @@ class Saver:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """What goes wrong in the thread now matters less than what has. A second Ctrl-C does not wait."""
-        if self._thread is not None and kind is not None and issubclass(kind, Exception):
-            self._thread.join(None if self.world.size == 1 else PATIENCE)
+        if self._under_way is not None and kind is not None and issubclass(kind, Exception):
+            wait([self._under_way], None if self.world.size == 1 else PATIENCE)
             self._given_up.set()
-            self._thread.join()
+            wait([self._under_way])
 
     def _open(self, path: Path, needed: int, stack: ExitStack) -> Path:
         remove_leftovers(self.folder)
@@ -190,6 +184,7 @@ class Saver:
     @torch.no_grad()
     def _run(
         self,
+        done: "Future[Saved]",
         contents: Contents,
         parts: Mapping[str, Part],
         temporary: Path,
@@ -210,9 +205,9 @@ class Saver:
                     prune(self.folder, self.keep)
                 else:
                     self._write_and_seal(contents, parts, temporary)
-            self._done = Saved(contents.step, path, 0.0, time.perf_counter() - began)
-        except Exception as error:
-            self._error = error
+            done.set_result(Saved(contents.step, path, 0.0, time.perf_counter() - began))
+        except BaseException as error:
+            done.set_exception(error)
 
     def _write(self, contents: Contents, parts: Mapping[str, Part], folder: Path) -> None:
         """All that the first process has to write, and what the others have."""

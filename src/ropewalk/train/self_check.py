@@ -310,16 +310,14 @@ def _compare(mine: Pass, other: Pass, what: str, bounds: Bounds) -> float:
         name: float((mine.gradients.get(name, empty) - folded).norm())
         for name, folded in other.gradients.items()
     }
-    total = math.hypot(*differences.values()) / whole if whole else 0.0
+    if not whole:
+        differences = {}
+    total = math.hypot(*differences.values()) / (whole or 1.0)
     # what is small beside the rest (the bias of keys has no gradient but rounding) need not agree with itself
-    single = (
-        {
-            name: difference / (float(other.gradients[name].norm()) + 0.03 * whole)
-            for name, difference in differences.items()
-        }
-        if whole
-        else {}
-    )
+    single = {
+        name: difference / (float(other.gradients[name].norm()) + 0.03 * whole)
+        for name, difference in differences.items()
+    }
     worst = max(single, key=lambda name: single[name], default="")
     if loss <= bounds.loss and total <= bounds.gradient and (not worst or single[worst] <= bounds.one):
         return total

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import secrets
 import signal
 import sys
@@ -15,6 +16,8 @@ from ropewalk.track import RunDirectory
 from ropewalk.train.watchdog import HUNG, SAID
 
 JOB = "ROPEWALK_JOB"
+IDENTITY = re.compile(r"\d{8}-\d{6}-[0-9a-f]{4}")
+"""what a run's directory has behind its name"""
 
 
 def together(
@@ -79,6 +82,8 @@ def run_of(key: str | None, runs: str, name: str) -> Path | None:
     if key is None:
         return None
     for path in sorted(Path(runs).glob(f"{name}-*/environment.json"), reverse=True):
+        if not IDENTITY.fullmatch(path.parent.name.removeprefix(f"{name}-")):
+            continue  # `base-lora-...` is not a run of `base`
         run = RunDirectory(path.parent)
         facts = run.read_json("environment.json") or {}
         if facts.get("job") == key and not (run.path / "report.md").exists():

@@ -28,12 +28,12 @@ ADVICE = (
 def check_sums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     """By name, the sum of the bits of (this process's part of) each tensor; one wait for the device."""
     sums = [_check_sum(local(tensor)) for tensor in tensors.values()]
-    devices = {one.device for one in sums}
-    found: dict[int, int] = {}
-    for device in devices:
-        places = [i for i, one in enumerate(sums) if one.device == device]
-        found |= dict(zip(places, torch.stack([sums[i] for i in places]).tolist(), strict=True))
-    return dict(zip(tensors, (found[i] for i in range(len(sums))), strict=True))
+    if not sums:
+        return {}
+    # to the GPU, where there is one: nothing waits for what goes there
+    device = next((one.device for one in sums if one.is_cuda), torch.device("cpu"))
+    numbers = torch.stack([one.to(device, non_blocking=True) for one in sums]).tolist()
+    return dict(zip(tensors, numbers, strict=True))
 
 
 def _check_sum(tensor: Tensor) -> Tensor:
@@ -44,51 +44,38 @@ def _check_sum(tensor: Tensor) -> Tensor:
     return raw[:whole].view(torch.int64).sum() + raw[whole:].sum(dtype=torch.int64)
 
 
-class Again:
-    """Computes a step again from the same state: `again = Again(...)` before it, `again.compare(...)` after.
-
-    `compute` gives a step's numbers, and leaves gradients that `gradients` gives and `discard` drops.
-    """
-
-    def __init__(
-        self,
-        compute: Callable[[], list[float]],
-        gradients: Callable[[], Mapping[str, Tensor]],
-        discard: Callable[[], None],
-    ) -> None:
-        self._compute, self._gradients, self._discard = compute, gradients, discard
-        self._random = torch.get_rng_state()
-        self._random_gpu = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
-
-    def first(self) -> tuple[list[float], Any]:
-        """The step's numbers, and the print of what was computed."""
-        numbers = self._compute()
-        return numbers, self._print(numbers)
-
-    def once_more(self) -> Any:
-        """The same from the same state; the gradients before are gone."""
-        self._discard()
-        torch.set_rng_state(self._random)
-        if self._random_gpu is not None:
-            torch.cuda.set_rng_state(self._random_gpu)
-        return self._print(self._compute())
-
-    def _print(self, numbers: list[float]) -> Any:
-        return [number.hex() for number in numbers], check_sums(self._gradients())
-
-
-def compute_twice(again: Again, world: World, step: int) -> list[float]:
+def compute_twice(
+    compute: Callable[[], list[float]],
+    gradients: Callable[[], Mapping[str, Tensor]],
+    discard: Callable[[], None],
+    world: World,
+    step: int,
+) -> list[float]:
     """A step's numbers, after its second computation gave the same bits in every process.
 
+    `compute` gives the numbers, and leaves gradients that `gradients` gives and `discard` drops.
     RopewalkError, naming process and host, where one did not. Then it is done a third time: where all
     three differ, it is the computation itself that gives other bits each time, and the message says so.
     """
-    numbers, first = again.first()
-    second = again.once_more()
+    random = torch.get_rng_state()
+    random_gpu = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+
+    def printed(numbers: list[float]) -> Any:
+        return [number.hex() for number in numbers], check_sums(gradients())
+
+    def once_more() -> Any:
+        discard()
+        torch.set_rng_state(random)
+        if random_gpu is not None:
+            torch.cuda.set_rng_state(random_gpu)
+        return printed(compute())
+
+    numbers = compute()
+    first, second = printed(numbers), once_more()
     notes = world.each((socket.gethostname(), first, second))
     if all(one == two for _, one, two in notes):
         return numbers
-    third = world.each(again.once_more())
+    third = world.each(once_more())
     odd = [rank for rank, (_, one, two) in enumerate(notes) if one != two]
     if all(third[rank] not in notes[rank][1:] for rank in odd):
         raise RopewalkError(

@@ -12,10 +12,12 @@ import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from ropewalk.errors import RopewalkError
 from ropewalk.files import atomic_write
 
 HUNG = 4
@@ -85,7 +87,8 @@ class Watchdog:
     def _write(self) -> None:
         note = {"rank": self.rank, "host": socket.gethostname(), "step": self.step, "phase": self.phase}
         note |= {"seconds": time.monotonic() - self.since, "time": time.time()} | self._place()
-        atomic_write(self.folder / f"{self.rank}.json", json.dumps(note))
+        with suppress(OSError, RopewalkError):  # of a full disk: the next one may go through again
+            atomic_write(self.folder / f"{self.rank}.json", json.dumps(note))
 
     def _place(self) -> dict[str, Any]:
         """The innermost line of this package that the main thread is in, and the collective it waits in."""
