@@ -9,8 +9,7 @@ from typing import Any, get_args, get_origin
 from ropewalk.errors import UserError
 from ropewalk.model.config import ModelConfig
 from ropewalk.model.families import FAMILIES, HARMLESS, REQUIRED, Family
-
-ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast", "relu")
+from ropewalk.model.layers import ACTIVATIONS
 
 # rope_type -> the parameters it must and may have (names as in transformers' modeling_rope_utils).
 _ORIGINAL = "original_max_position_embeddings"
