@@ -1,8 +1,8 @@
 """The families table: which Hugging Face architectures there are, and what sets each apart.
 
 A row says how the family's config keys and weight names translate to ModelConfig and Transformer;
-`families_config.py` and `families_weights.py` read it in both directions. To add a family, add a row
-here and a case to tests/model/cases.py.
+`families_config.py`, `families_write.py` and `families_weights.py` read it in both directions. To add a
+family, add a row here and a case to CASES in tests/model/conftest.py.
 """
 
 from dataclasses import dataclass, field

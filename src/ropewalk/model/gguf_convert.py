@@ -22,7 +22,8 @@ from ropewalk.errors import UserError
 from ropewalk.files import free_bytes, full_disk
 from ropewalk.model.config import ModelConfig
 from ropewalk.model.families import FAMILIES
-from ropewalk.model.families_config import config_from_hf, config_to_hf
+from ropewalk.model.families_config import config_from_hf
+from ropewalk.model.families_write import config_to_hf
 from ropewalk.model.gguf import GgufFile, GgufTensor, can_dequantize
 from ropewalk.model.gguf_config import config_from_gguf
 from ropewalk.model.gguf_tokenizer import build_tokenizer

@@ -12,8 +12,8 @@ from torch import Tensor
 from ropewalk.errors import RopewalkError
 from ropewalk.files import atomic_directory
 from ropewalk.model.config import ModelConfig
-from ropewalk.model.families_config import config_to_hf
 from ropewalk.model.families_weights import WeightRule, weight_map
+from ropewalk.model.families_write import config_to_hf
 from ropewalk.model.safetensors_file import NAMES, write_safetensors
 from ropewalk.model.transformer import Transformer
 
