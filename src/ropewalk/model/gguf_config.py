@@ -29,7 +29,8 @@ def config_from_gguf(file: GgufFile) -> dict[str, Any]:
         raise keys.fail(
             f"its architecture {keys.architecture!r} is not supported; these are: " + ", ".join(ARCHITECTURES)
         )
-    if file.metadata.get("split.count", 0) not in (0, 1):
+    parts = file.metadata.get("split.count", 0)
+    if not isinstance(parts, int) or parts not in (0, 1):
         raise keys.fail("it is one part of a split model; join the parts with llama-gguf-split --merge")
     fields = build(keys)
     keys.refuse_unused()
@@ -85,6 +86,12 @@ class _Keys:
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise self.fail(f"{self.architecture}.{name} is {value!r}; a number is wanted")
         return float(str(np.float32(value)))  # 1e-05, not 9.999999747378752e-06
+
+    def text(self, name: str, default: str) -> str:
+        value = self.get(name, default)
+        if not isinstance(value, str):
+            raise self.fail(f"{self.architecture}.{name} is {value!r}; a text is wanted")
+        return value
 
     def has(self, tensor: str) -> bool:
         return tensor in self.file.tensors
@@ -147,7 +154,7 @@ def _rms_decoder(keys: _Keys, model_type: str) -> dict[str, Any]:
 def _rope(keys: _Keys) -> dict[str, Any]:
     """rope_theta and rope_scaling (rope_parameters follows from them)."""
     theta = keys.number("rope.freq_base", 10000.0)
-    kind = keys.get("rope.scaling.type", "none")
+    kind = keys.text("rope.scaling.type", "none")
     factor = keys.number("rope.scaling.factor", 1.0)
     original = keys.integer("rope.scaling.original_context_length", 0, least=0)
     scaling: dict[str, Any] | None = None
@@ -234,7 +241,7 @@ def _gemma(keys: _Keys, model_type: str, pattern: int, largest: int) -> dict[str
     given = keys.get("attention.sliding_window_pattern", None)
     if isinstance(given, np.ndarray) and given.shape == (layers,):
         sliding = [window > 0 and bool(x) for x in given]
-    elif given is not None and given != pattern:
+    elif given is not None and (isinstance(given, np.ndarray) or given != pattern):
         raise keys.fail(f"its attention.sliding_window_pattern is {given!r}")
     # The scale of queries is not in the file: the family's largest model alone does not go by head_dim.
     by_width = layers == largest
@@ -264,7 +271,7 @@ def _phi3(keys: _Keys) -> dict[str, Any]:
     original = keys.integer("rope.scaling.original_context_length", fields["max_position_embeddings"])
     long, short = keys.vector("rope_factors_long.weight"), keys.vector("rope_factors_short.weight")
     keys.get("rope.scaling.attn_factor", None)  # transformers works out the same
-    if keys.get("rope.scaling.type", "longrope") != "longrope":
+    if keys.text("rope.scaling.type", "longrope") != "longrope":
         raise keys.fail("its RoPE scaling is not 'longrope'")
     scaling = None
     if long is not None and short is not None:

@@ -112,7 +112,8 @@ def convert(path: Path, directory: Path) -> None:
         tokenizer.save_pretrained(directory)
         # transformers 4 does not know the class by the name that 5 has given it
         path = directory / "tokenizer_config.json"
-        write_json(path, json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"})
+        settings = json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+        path.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def _plan(file: GgufFile, config: ModelConfig) -> list[_Output]:
