@@ -36,6 +36,19 @@ def logits(model, tokens):
     return model.logits(model(tokens))
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (AdapterConfig("lora", rank=0), "adapt.rank is 0"),
+        (AdapterConfig("prompt", tokens=1 << 20), "adapt.tokens is 1048576"),
+        (AdapterConfig("prefix", tokens=0), "adapt.tokens is 0"),
+    ],
+)
+def test_sizes_that_a_model_has_no_room_for_are_refused(tiny, config, message):
+    with pytest.raises(UserError, match=message):
+        apply_adapter(tiny.ours(), config)
+
+
 @pytest.mark.parametrize("method", AT_REST)
 def test_it_begins_as_the_base_model_and_trains_nothing_else(tiny, method):
     model = tiny.ours()

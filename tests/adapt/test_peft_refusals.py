@@ -64,6 +64,7 @@ def rewrite(path, **tensors):
         ({"rank_pattern": {"(a+)+$": 2}}, "plain module names"),
         ({"rank_pattern": [1]}, "no JSON object"),
         ({"lora_alpha": float("nan")}, "finite"),
+        ({"lora_alpha": 1e308}, "finite"),
         ({"alpha_pattern": {"q_proj": "x"}}, "finite"),
         ({"lora_dropout": 1.0}, "lora_dropout is 1.0"),
     ],

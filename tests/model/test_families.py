@@ -20,6 +20,9 @@ SIZES = {
     "num_attention_heads": 6,
 }
 LLAMA = SIZES | {"model_type": "llama"}
+NEOX = SIZES | {"model_type": "gpt_neox"}
+GEMMA2 = SIZES | {"model_type": "gemma2", "num_key_value_heads": 3}
+QWEN3_MOE = SIZES | {"model_type": "qwen3_moe", "num_key_value_heads": 3}
 GPT2_SIZES = {"vocab_size": 37, "n_embd": 24, "n_layer": 2, "n_head": 6}
 
 
@@ -166,6 +169,33 @@ REFUSED = {
     "theta inside": ({"rope_parameters": {"rope_theta": -1}}, "rope_theta"),
     "switch as text": ({"attention_bias": "false"}, "attention_bias = 'false'"),
     "eps": ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+    "negative eps": ({"rms_norm_eps": -1e-5}, "rms_norm_eps = -1e-05"),
+    "negative deviation": ({"initializer_range": -0.02}, "initializer_range = -0.02"),
+    "more than all of a head": ({**NEOX, "rotary_pct": 1e308}, "partial_rotary_factor"),
+    "yarn without growth": (
+        {"rope_theta": 1.0, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
+        "rope_theta above 1",
+    ),
+    "dynamic of one pair": (
+        {"head_dim": 2, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+        "more than 2 elements",
+    ),
+    "longrope without an original": (
+        {
+            "rope_scaling": {
+                "rope_type": "longrope",
+                "short_factor": [1.0, 1.0, 1.0],
+                "long_factor": [2.0, 2.0, 2.0],
+                "original_max_position_embeddings": 1,
+            }
+        },
+        "above 1",
+    ),
+    "no scale of queries": ({**GEMMA2, "query_pre_attn_scalar": -256}, "query_pre_attn_scalar = -256"),
+    "fraction that is not saved": ({**GEMMA2, "query_pre_attn_scalar": 100.5}, "whole number"),
+    "cap of nothing": ({**GEMMA2, "attn_logit_softcapping": 0.0}, "attn_logit_softcapping = 0.0"),
+    "cap of no logits": ({**GEMMA2, "final_logit_softcapping": 0}, "final_logit_softcapping = 0"),
+    "empty experts": ({**QWEN3_MOE, "moe_intermediate_size": 0}, "moe_intermediate_size = 0"),
     "special id": ({"eos_token_id": "</s>"}, "eos_token_id"),
     "llama3 bounds": (
         {

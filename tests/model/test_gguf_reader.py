@@ -16,7 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ropewalk.errors import UserError
-from ropewalk.model.gguf import GgufFile, can_dequantize
+from ropewalk.model.gguf import GgufFile, GgufTensor, can_dequantize
+from ropewalk.model.gguf_config import config_from_gguf
 from ropewalk.model.gguf_convert import convert
 
 MB = 1 << 20
@@ -94,6 +95,20 @@ def test_reads_what_the_gguf_package_writes(tmp_path: Path) -> None:
         for name, array in arrays.items():
             assert file.tensors[name].shape == array.shape
             np.testing.assert_array_equal(file.read(file.tensors[name]).reshape(array.shape), array)
+
+
+@pytest.mark.parametrize("values", [[1, 2], []])
+@pytest.mark.parametrize(
+    "key", ["split.count", "gemma2.rope.scaling.type", "gemma2.attention.sliding_window_pattern"]
+)
+def test_an_array_where_one_value_belongs_is_refused(key: str, values: list[int]) -> None:
+    names = "embedding_length attention.head_count block_count feed_forward_length context_length"
+    metadata: dict[str, Any] = {f"gemma2.{name}": 1 for name in names.split()}
+    metadata |= {"general.architecture": "gemma2", "gemma2.attention.layer_norm_rms_epsilon": 1e-5}
+    embedding = GgufTensor("token_embd.weight", (9, 1), gguf.GGMLQuantizationType.F32, 0, 36)
+    file = GgufFile(Path("m.gguf"), metadata | {key: np.array(values)}, {embedding.name: embedding})
+    with pytest.raises(UserError, match=r"m\.gguf: this GGUF file cannot be converted"):
+        config_from_gguf(file)
 
 
 HUGE = 1 << 62

@@ -243,6 +243,26 @@ def test_what_cannot_be_loaded_into_is_said(model_dir: Path) -> None:
             load_model(model_dir, device="cuda")
 
 
+def test_a_dtype_or_device_that_there_is_not_is_named(model_dir: Path) -> None:
+    with pytest.raises(UserError, match=r"dtype torch\.int8 is not supported"):
+        load_model(model_dir, dtype=torch.int8)
+    for device in ("gpu", "cuda:x"):
+        with pytest.raises(UserError, match=f"device '{device}' is not known"):
+            load_model(model_dir, device=device)
+
+
+def test_tensors_that_share_bytes_are_refused(model_dir: Path) -> None:
+    """A file of a few bytes could otherwise say that it is a model of any size."""
+
+    def overlap(header: dict[str, Any]) -> None:
+        first, second = (n for n in header if n.endswith(("0.mlp.up_proj.weight", "0.mlp.gate_proj.weight")))
+        header[second]["data_offsets"] = header[first]["data_offsets"]
+
+    with_header(model_dir / "model.safetensors", overlap)
+    with pytest.raises(UserError, match="overlap"):
+        load_model(model_dir)
+
+
 def test_an_unknown_kind_of_weights_is_named(model_dir: Path) -> None:
     with pytest.raises(UserError, match="quantize 'int3' is not supported; these are: none, nf4, int8"):
         load_model(model_dir, quantize="int3")  # type: ignore[arg-type]

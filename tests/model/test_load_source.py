@@ -21,6 +21,23 @@ def copy(source: Path, target: Path) -> Path:
     return Path(shutil.copytree(source, target))
 
 
+@pytest.mark.parametrize("load", [load_model, load_tokenizer])
+def test_adapters_on_top_of_each_other_in_a_circle_are_refused(load: Any, tmp_path: Path) -> None:
+    for name, base in (("a", "b"), ("b", "a")):
+        (tmp_path / name).mkdir()
+        text = json.dumps({"base_model_name_or_path": str(tmp_path / base)})
+        (tmp_path / name / "adapter_config.json").write_text(text)
+    with pytest.raises(UserError, match="base_model_name_or_path leads back to the adapter"):
+        load(tmp_path / "a")
+
+
+@pytest.mark.parametrize("load", [load_model, load_tokenizer])
+@pytest.mark.parametrize("source", ["~no-such-user/model", "m/" * 5000])
+def test_names_that_no_file_can_have_are_refused(load: Any, source: str) -> None:
+    with pytest.raises(UserError, match="no such file or directory"):
+        load(source)
+
+
 def test_directories_checkpoints_and_runs(tiny_llama_dir: Path, tmp_path: Path) -> None:
     """Of a run the newest whole checkpoint; of a checkpoint what is in model/."""
     assert resolve_source(tiny_llama_dir) == tiny_llama_dir

@@ -1,11 +1,14 @@
 """Attention by documents, in blocks of queries and over a cache equals the explicit formula."""
 
+import gc
+import weakref
 from importlib import import_module
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
 
 from ropewalk.ops import (
     AttentionLayout,
@@ -124,6 +127,26 @@ def test_long_rows_keep_nothing_of_length_squared(with_prefix, window, softcap):
         return sum(sizes.values())
 
     assert kept(4096) <= 2.5 * kept(2048)
+
+
+@pytest.mark.parametrize(("window", "softcap"), [(64, 5.0), (None, 5.0), (64, None)])
+def test_a_checkpoint_around_long_rows_frees_what_it_computes_again(window, softcap):
+    """Soft-capped blocks of queries are checkpoints of their own: they must not hold its tensors."""
+    x = random(1, 1100, 2 * 8)
+    freed = []
+
+    def block(x):
+        made = [x * factor for factor in (1.0, 2.0, 3.0)]
+        freed.extend(map(weakref.ref, made))
+        q, k, v = (t.view(1, 1100, 2, 8) for t in made)
+        layout = AttentionLayout.rows(1, 1100)
+        return attention(q, k, v, layout=layout, window=window, softcap=softcap)
+
+    out = checkpoint(block, x, use_reentrant=False)
+    gc.collect()
+    assert [t() is None for t in freed] == [True] * 3
+    out.sum().backward()
+    assert x.grad is not None
 
 
 def with_prefix(length=5, kv_heads=2, dim=8, dtype=torch.float32):

@@ -49,6 +49,13 @@ def apply_adapter(model: Transformer, config: AdapterConfig, seed: int = 0) -> l
     already, and for bitfit on a model that has no biases.
     """
     check_plain(model)
+    if config.rank < 1:
+        raise UserError(f"adapt.rank is {config.rank}; it must be at least 1")
+    if config.method in ("prompt", "prefix") and not 0 < config.tokens < model.context_length:
+        raise UserError(
+            f"adapt.tokens is {config.tokens}; this model has {model.context_length} positions for them "
+            "and the texts after them"
+        )
     if config.method == "bitfit":
         return _train_biases(model)
     generator = torch.Generator().manual_seed(seed)

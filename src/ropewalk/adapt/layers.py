@@ -91,12 +91,6 @@ def plain_weight(base: nn.Linear) -> nn.Parameter:
     return base.get_parameter("weight")
 
 
-def plain_values(base: nn.Linear) -> Tensor:
-    """What the layer's weight stands for, as a plain tensor; no copy where it is one."""
-    weight = base.weight
-    return weight.dequantize() if isinstance(weight, QuantizedTensor) else weight.detach()
-
-
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:
     """(name, layer) of every adapted layer, in the model's order."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, AdaptedLinear))

@@ -1,6 +1,7 @@
 """Low-rank adapters beside frozen linear layers: LoRA, rsLoRA and DoRA."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -77,16 +78,9 @@ class DoRALinear(LoRALinear):
     the base.
     """
 
-    def __init__(
-        self,
-        base: nn.Linear,
-        rank: int,
-        alpha: float,
-        dropout: float = 0.0,
-        generator: torch.Generator | None = None,
-        rank_stabilized: bool = False,
-    ) -> None:
-        super().__init__(base, rank, alpha, dropout, generator, rank_stabilized)
+    def __init__(self, base: nn.Linear, *arguments: Any, **options: Any) -> None:
+        """The arguments are LoRALinear's."""
+        super().__init__(base, *arguments, **options)
         self.magnitude = nn.Parameter(self.lengths())
 
     @torch.no_grad()

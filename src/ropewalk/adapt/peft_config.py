@@ -1,6 +1,5 @@
 """adapter_config.json: read, and refused by name where it says what is not understood."""
 
-import math
 import re
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,8 @@ from ropewalk.files import read_json_object
 
 CONFIG = "adapter_config.json"
 MAX_RANK = 1 << 16
+MAX_ALPHA = 1e30
+"""What float32 still holds after the sums."""
 _BOOKKEEPING = frozenset(
     "peft_type base_model_name_or_path revision task_type auto_mapping inference_mode peft_version "
     "runtime_config".split()
@@ -80,8 +81,8 @@ def _check_low_rank(config: dict[str, Any], path: Path) -> None:
     if not all(type(rank) is int and 0 < rank <= MAX_RANK for rank in ranks):
         raise UserError(f"{path}: r and rank_pattern must be whole numbers from 1 to {MAX_RANK:,}")
     alphas = [config.get("lora_alpha", 8), *(config.get("alpha_pattern") or {}).values()]
-    if not all(type(alpha) in (int, float) and math.isfinite(alpha) for alpha in alphas):
-        raise UserError(f"{path}: lora_alpha and alpha_pattern must be finite numbers")
+    if not all(type(alpha) in (int, float) and abs(alpha) <= MAX_ALPHA for alpha in alphas):  # no NaN either
+        raise UserError(f"{path}: lora_alpha and alpha_pattern must be finite numbers, to {MAX_ALPHA:g}")
 
 
 def _check_dropout(config: dict[str, Any], path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ropewalk.adapt.apply import add_virtual_tokens, check_plain, linear, put_on
-from ropewalk.adapt.layers import AdaptedLinear, BottleneckLinear, IA3Linear, plain_values
+from ropewalk.adapt.layers import AdaptedLinear, BottleneckLinear, IA3Linear
 from ropewalk.adapt.lora import DoRALinear, LoRALinear, row_lengths
 from ropewalk.adapt.peft_config import CONFIG, MAX_RANK, of_pattern, read_adapter_config
 from ropewalk.adapt.peft_save import PREFIX, PROMPT, WEIGHTS
@@ -22,6 +22,7 @@ from ropewalk.errors import UserError
 from ropewalk.model.safetensors_file import FLOATS, StoredTensor, read_chunks, read_header
 from ropewalk.model.transformer import Transformer
 from ropewalk.model.virtual import VirtualTokens
+from ropewalk.ops.quantized import dequantized
 
 
 def load_adapter(model: Transformer, path: str | Path) -> list[str]:
@@ -222,7 +223,7 @@ def _cut(
         values[part] = {"lora_a": a[used], "lora_b": rows[:, used]}
         if magnitudes is not None:
             values[part]["magnitude"] = magnitudes[index].flatten()
-            base, found = plain_values(linear(model, part)), magnitudes[index].flatten().float()
+            base, found = dequantized(linear(model, part).weight), magnitudes[index].flatten().float()
             precision = 2 * torch.finfo(base.dtype).eps
             at_rest &= torch.allclose(row_lengths(base).float(), found, precision, 0)
         if at_rest:

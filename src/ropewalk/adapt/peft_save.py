@@ -22,7 +22,7 @@ from ropewalk.adapt.targets import StoredModule, stored_modules
 from ropewalk.errors import RopewalkError
 from ropewalk.files import atomic_directory
 from ropewalk.model.transformer import Transformer
-from ropewalk.ops.quantized import QuantizedTensor
+from ropewalk.ops.quantized import dequantized
 
 WEIGHTS, PREFIX, PROMPT = "adapter_model.safetensors", "base_model.model.", "prompt_embeddings"
 Saved = tuple[dict[str, Tensor], dict[str, Any]]
@@ -142,9 +142,7 @@ def _magnitude(model: Transformer, name: str, values: Values) -> Tensor:
     """DoRA's magnitudes; of a layer without an adapter, the lengths of its rows, which change nothing."""
     if isinstance(model.get_submodule(name), DoRALinear):
         return values(f"{name}.magnitude").detach()
-    weight = values(f"{name}.weight").detach()
-    if isinstance(weight, QuantizedTensor):
-        weight = weight.dequantize()
+    weight = dequantized(values(f"{name}.weight"))
     return row_lengths(weight).to(weight.dtype)
 
 

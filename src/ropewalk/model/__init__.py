@@ -5,8 +5,9 @@ May import ropewalk.ops, ropewalk.files and ropewalk.errors, and ropewalk.adapt 
 
 from ropewalk.model.cache import KVCache
 from ropewalk.model.config import ModelConfig
-from ropewalk.model.families_config import config_from_hf, config_to_hf
+from ropewalk.model.families_config import config_from_hf
 from ropewalk.model.families_weights import WeightRule, weight_map
+from ropewalk.model.families_write import config_to_hf
 from ropewalk.model.init import config_from_fields, from_config
 from ropewalk.model.load import load_model, read_config
 from ropewalk.model.save import save_model

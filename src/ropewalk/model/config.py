@@ -10,7 +10,7 @@ LayerType = Literal["full_attention", "sliding_attention"]
 class ModelConfig:
     """Shape and computation of one model; nothing in it depends on how it is run.
 
-    `families.config_from_hf` builds one from a Hugging Face config and refuses what this class cannot say.
+    `config_from_hf` builds one from a Hugging Face config and refuses what this class cannot say.
     Sizes count elements, positions count tokens.
     """
 

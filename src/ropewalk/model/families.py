@@ -1,8 +1,8 @@
 """The families table: which Hugging Face architectures there are, and what sets each apart.
 
 A row says how the family's config keys and weight names translate to ModelConfig and Transformer;
-`families_config.py` and `families_weights.py` read it in both directions. To add a family, add a row
-here and a case to tests/model/cases.py.
+`families_config.py`, `families_write.py` and `families_weights.py` read it in both directions. To add a
+family, add a row here and a case to CASES in tests/model/conftest.py.
 """
 
 from dataclasses import dataclass, field
@@ -10,66 +10,6 @@ from typing import Any, Literal
 
 REQUIRED = object()
 """Marks a config key without a default."""
-
-
-@dataclass(frozen=True)
-class Fused:
-    """One Hugging Face matrix that holds the rows of several of our linear layers."""
-
-    module: str
-    """Its module name inside the block."""
-    parts: tuple[str, ...]
-    """Our modules, in the order of their rows."""
-    by_head: bool = False
-    """Rows are grouped by attention head, every group holding its share of each part (gpt_neox)."""
-
-
-@dataclass(frozen=True)
-class Family:
-    """One row of the table. Config keys that no entry names are refused, unless harmless."""
-
-    architecture: str
-    keys: dict[str, tuple[str, Any]]
-    """ModelConfig field -> Hugging Face key and the default that transformers gives it."""
-    fixed: dict[str, Any] = field(default_factory=dict)
-    """ModelConfig fields that are the same in every model of the family."""
-    expect: dict[str, tuple[Any, ...]] = field(default_factory=dict)
-    """Keys that change the computation, and the only values of them that are supported (None always is)."""
-    windows: Literal["none", "all", "switched", "layer_types"] = "none"
-    """How sliding layers are said: not at all; sliding_window holds for every layer; it does so if
-    use_sliding_window; or by layer_types."""
-    head_dim: bool = True
-    """Whether the config may set head_dim apart from hidden_size / num_attention_heads."""
-    prefix: str = "model."
-    """What the names of all tensors but the head start with; base-model files lack it."""
-    names: dict[str, str] = field(default_factory=dict)
-    """Our module -> Hugging Face's, with `{i}` and `{e}` for layer and expert."""
-    fused: tuple[Fused, ...] = ()
-    transposed: bool = False
-    """Block matrices are stored [in, out] (gpt2's Conv1D)."""
-    ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
-    """Endings of stored tensors that are no weights."""
-
-
-def _keys(**changes: Any) -> dict[str, tuple[str, Any]]:
-    """The keys that nearly all families share, with a family's own added or (None) taken away."""
-    keys = {
-        "vocab_size": ("vocab_size", REQUIRED),
-        "hidden_size": ("hidden_size", REQUIRED),
-        "intermediate_size": ("intermediate_size", REQUIRED),
-        "num_hidden_layers": ("num_hidden_layers", REQUIRED),
-        "num_attention_heads": ("num_attention_heads", REQUIRED),
-        "num_key_value_heads": ("num_key_value_heads", None),
-        "max_position_embeddings": ("max_position_embeddings", 2048),
-        "norm_eps": ("rms_norm_eps", 1e-6),
-        "hidden_act": ("hidden_act", "silu"),
-        "tie_word_embeddings": ("tie_word_embeddings", False),
-        "initializer_range": ("initializer_range", 0.02),
-        "bos_token_id": ("bos_token_id", None),
-        "eos_token_id": ("eos_token_id", None),
-        "pad_token_id": ("pad_token_id", None),
-    } | changes
-    return {name: key for name, key in keys.items() if key is not None}
 
 
 def _names(**changes: str) -> dict[str, str]:
@@ -93,79 +33,120 @@ def _names(**changes: str) -> dict[str, str]:
     } | {name.replace("__", "."): value for name, value in changes.items()}
 
 
+def _fused_qkv(name: str) -> dict[str, str]:
+    """One matrix for queries, keys and values, in this order."""
+    return {f"attention__{part}_proj": name for part in "qkv"}
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row of the table. Config keys that no entry names are refused, unless harmless."""
+
+    architecture: str
+    keys: dict[str, tuple[str, Any]]
+    """ModelConfig field -> Hugging Face key and the default that transformers gives it."""
+    fixed: dict[str, Any] = field(default_factory=dict)
+    """ModelConfig fields that are the same in every model of the family."""
+    expect: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    """Keys that change the computation, and the only values of them that are supported (None always is)."""
+    windows: Literal["none", "all", "switched", "layer_types"] = "none"
+    """How sliding layers are said: not at all; sliding_window holds for every layer; it does so if
+    use_sliding_window; or by layer_types."""
+    head_dim: bool = True
+    """Whether the config may set head_dim apart from hidden_size / num_attention_heads."""
+    prefix: str = "model."
+    """What the names of all tensors but the head start with; base-model files lack it."""
+    names: dict[str, str] = field(default_factory=_names)
+    """Our module -> Hugging Face's, with `{i}` and `{e}` for layer and expert. Modules of the same name are
+    one there: its matrix holds the rows of all of them, in our order."""
+    by_head: bool = False
+    """Rows of such a matrix are grouped by attention head, every group holding its share of each module."""
+    transposed: bool = False
+    """Block matrices are stored [in, out] (gpt2's Conv1D)."""
+    ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
+    """Endings of stored tensors that are no weights."""
+
+
+def _keys(*without: str, **changes: Any) -> dict[str, tuple[str, Any]]:
+    """The keys that nearly all families share, without some, and with a family's own in their place.
+
+    A change is a pair of key and default, or the default alone: of the shared key, or of the field's name.
+    """
+    keys = {
+        "vocab_size": ("vocab_size", REQUIRED),
+        "hidden_size": ("hidden_size", REQUIRED),
+        "intermediate_size": ("intermediate_size", REQUIRED),
+        "num_hidden_layers": ("num_hidden_layers", REQUIRED),
+        "num_attention_heads": ("num_attention_heads", REQUIRED),
+        "num_key_value_heads": ("num_key_value_heads", None),
+        "max_position_embeddings": ("max_position_embeddings", 2048),
+        "norm_eps": ("rms_norm_eps", 1e-6),
+        "hidden_act": ("hidden_act", "silu"),
+        "tie_word_embeddings": ("tie_word_embeddings", False),
+        "initializer_range": ("initializer_range", 0.02),
+        "bos_token_id": ("bos_token_id", None),
+        "eos_token_id": ("eos_token_id", None),
+        "pad_token_id": ("pad_token_id", None),
+    }
+    for name, change in changes.items():
+        keys[name] = change if isinstance(change, tuple) else (keys.get(name, (name,))[0], change)
+    return {name: key for name, key in keys.items() if name not in without}
+
+
 _SANDWICH = _names(
     post_attention_norm="post_attention_layernorm",
     mlp_norm="pre_feedforward_layernorm",
     post_mlp_norm="post_feedforward_layernorm",
 )
-_QKV = ("attention.q_proj", "attention.k_proj", "attention.v_proj")
 _BIASES = {"qkv_bias": ("attention_bias", False), "o_bias": ("attention_bias", False)}
-_SPECIAL_1_2 = {"bos_token_id": ("bos_token_id", 1), "eos_token_id": ("eos_token_id", 2)}
+_SPECIAL_1_2 = {"bos_token_id": 1, "eos_token_id": 2}
+_LONG = 131_072
+_QWEN = {"num_key_value_heads": 32, "max_position_embeddings": 32_768, "sliding_window": 4096}
 _GEMMA = {
-    "head_dim": ("head_dim", 256),
-    "num_key_value_heads": ("num_key_value_heads", 4),
+    "head_dim": 256,
+    "num_key_value_heads": 4,
     "hidden_act": ("hidden_activation", "gelu_pytorch_tanh"),
-    "tie_word_embeddings": ("tie_word_embeddings", True),
-    "query_pre_attn_scalar": ("query_pre_attn_scalar", 256),
-    "sliding_window": ("sliding_window", 4096),
-    "bos_token_id": ("bos_token_id", 2),
-    "eos_token_id": ("eos_token_id", 1),
-    "pad_token_id": ("pad_token_id", 0),
+    "tie_word_embeddings": True,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
 } | _BIASES
 _GEMMA_FIXED = {"norm": "rms_plus_one", "norm_placement": "sandwich", "scale_embeddings": True}
-_LONG = 131_072
 
 
 FAMILIES: dict[str, Family] = {
     # Llama 2 and 3.x, SmolLM2, TinyLlama.
     "llama": Family(
         "LlamaForCausalLM",
-        _keys(mlp_bias=("mlp_bias", False), **_BIASES, **_SPECIAL_1_2),
+        _keys(mlp_bias=False, **_BIASES, **_SPECIAL_1_2),
         expect={"rope_interleaved": (False,)},
-        names=_names(),
     ),
     "mistral": Family(
         "MistralForCausalLM",
-        _keys(
-            num_key_value_heads=("num_key_value_heads", 8),
-            max_position_embeddings=("max_position_embeddings", _LONG),
-            sliding_window=("sliding_window", 4096),
-            **_SPECIAL_1_2,
-        ),
+        _keys(num_key_value_heads=8, max_position_embeddings=_LONG, sliding_window=4096, **_SPECIAL_1_2),
         windows="all",
-        names=_names(),
     ),
     "qwen2": Family(
         "Qwen2ForCausalLM",
-        _keys(
-            num_key_value_heads=("num_key_value_heads", 32),
-            max_position_embeddings=("max_position_embeddings", 32_768),
-            sliding_window=("sliding_window", 4096),
-        ),
+        _keys(**_QWEN),
         fixed={"qkv_bias": True},
         windows="layer_types",
-        names=_names(),
     ),
     "qwen3": Family(
         "Qwen3ForCausalLM",
-        _keys(
-            num_key_value_heads=("num_key_value_heads", 32),
-            max_position_embeddings=("max_position_embeddings", 32_768),
-            head_dim=("head_dim", 128),
-            sliding_window=("sliding_window", 4096),
-            **_BIASES,
-        ),
+        _keys(**_QWEN, head_dim=128, **_BIASES),
         fixed={"qk_norm": "head"},
         windows="layer_types",
-        names=_names(),
     ),
     "gemma2": Family(
         "Gemma2ForCausalLM",
         _keys(
             **_GEMMA,
-            max_position_embeddings=("max_position_embeddings", 8192),
-            attn_logit_softcapping=("attn_logit_softcapping", 50.0),
-            final_logit_softcapping=("final_logit_softcapping", 30.0),
+            max_position_embeddings=8192,
+            attn_logit_softcapping=50.0,
+            final_logit_softcapping=30.0,
         ),
         fixed=_GEMMA_FIXED,
         # Hub configs carry hidden_act beside hidden_activation; transformers reads only the latter.
@@ -175,11 +156,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "gemma3_text": Family(
         "Gemma3ForCausalLM",
-        _keys(
-            **_GEMMA,
-            max_position_embeddings=("max_position_embeddings", _LONG),
-            final_logit_softcapping=("final_logit_softcapping", None),
-        ),
+        _keys(**_GEMMA, max_position_embeddings=_LONG, final_logit_softcapping=None),
         fixed=_GEMMA_FIXED | {"qk_norm": "head"},
         # transformers does not apply attn_logit_softcapping in gemma3, so a value has no agreed meaning.
         expect={"use_bidirectional_attention": (False,), "attn_logit_softcapping": ()},
@@ -189,49 +166,41 @@ FAMILIES: dict[str, Family] = {
     "phi3": Family(
         "Phi3ForCausalLM",
         _keys(
-            norm_eps=("rms_norm_eps", 1e-5),
-            max_position_embeddings=("max_position_embeddings", 4096),
-            sliding_window=("sliding_window", None),
-            bos_token_id=("bos_token_id", 1),
-            eos_token_id=("eos_token_id", 32_000),
-            pad_token_id=("pad_token_id", 32_000),
+            norm_eps=1e-5,
+            max_position_embeddings=4096,
+            sliding_window=None,
+            bos_token_id=1,
+            eos_token_id=32_000,
+            pad_token_id=32_000,
         ),
         expect={"attention_bias": (False,), "full_attn_mod": (1,), "interpolate_factor": (1,)},
         windows="all",
-        names=_names(),
-        fused=(
-            Fused("self_attn.qkv_proj", _QKV),
-            Fused("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj")),
+        names=_names(
+            **_fused_qkv("self_attn.qkv_proj"),
+            mlp__gate_proj="mlp.gate_up_proj",
+            mlp__up_proj="mlp.gate_up_proj",
         ),
     ),
     "olmo2": Family(
         "Olmo2ForCausalLM",
-        _keys(
-            norm_eps=("rms_norm_eps", 1e-5),
-            eos_token_id=("eos_token_id", 50_279),
-            pad_token_id=("pad_token_id", 1),
-            **_BIASES,
-        ),
+        _keys(norm_eps=1e-5, eos_token_id=50_279, pad_token_id=1, **_BIASES),
         fixed={"norm_placement": "post", "qk_norm": "projection"},
-        names=_names(
-            post_attention_norm="post_attention_layernorm",
-            post_mlp_norm="post_feedforward_layernorm",
-        ),
+        names=_SANDWICH,
     ),
     "gpt2": Family(
         "GPT2LMHeadModel",
         _keys(
+            "num_key_value_heads",
             hidden_size=("n_embd", REQUIRED),
             intermediate_size=("n_inner", None),
             num_hidden_layers=("n_layer", REQUIRED),
             num_attention_heads=("n_head", REQUIRED),
-            num_key_value_heads=None,
             max_position_embeddings=("n_positions", 1024),
             norm_eps=("layer_norm_epsilon", 1e-5),
             hidden_act=("activation_function", "gelu_new"),
-            tie_word_embeddings=("tie_word_embeddings", True),
-            bos_token_id=("bos_token_id", 50_256),
-            eos_token_id=("eos_token_id", 50_256),
+            tie_word_embeddings=True,
+            bos_token_id=50_256,
+            eos_token_id=50_256,
         ),
         fixed={
             "position": "learned",
@@ -250,6 +219,7 @@ FAMILIES: dict[str, Family] = {
         head_dim=False,
         prefix="transformer.",
         names=_names(
+            **_fused_qkv("attn.c_attn"),
             embed="transformer.wte",
             embed_positions="transformer.wpe",
             norm="transformer.ln_f",
@@ -260,7 +230,6 @@ FAMILIES: dict[str, Family] = {
             attention_norm="ln_1",
             mlp_norm="ln_2",
         ),
-        fused=(Fused("attn.c_attn", _QKV),),
         transposed=True,
         ignored=(".attn.bias", ".attn.masked_bias"),
     ),
@@ -268,19 +237,20 @@ FAMILIES: dict[str, Family] = {
     "gpt_neox": Family(
         "GPTNeoXForCausalLM",
         _keys(
-            num_key_value_heads=None,
+            "num_key_value_heads",
             norm_eps=("layer_norm_eps", 1e-5),
-            hidden_act=("hidden_act", "gelu"),
+            hidden_act="gelu",
             parallel_residual=("use_parallel_residual", True),
             qkv_bias=("attention_bias", True),
             o_bias=("attention_bias", True),
-            bos_token_id=("bos_token_id", 0),
-            eos_token_id=("eos_token_id", 2),
+            bos_token_id=0,
+            eos_token_id=2,
         ),
         fixed={"norm": "layer", "mlp_gated": False, "mlp_bias": True},
         head_dim=False,
         prefix="gpt_neox.",
         names=_names(
+            **_fused_qkv("attention.query_key_value"),
             embed="gpt_neox.embed_in",
             norm="gpt_neox.final_layer_norm",
             head="embed_out",
@@ -289,19 +259,19 @@ FAMILIES: dict[str, Family] = {
             mlp__up_proj="mlp.dense_h_to_4h",
             mlp__down_proj="mlp.dense_4h_to_h",
         ),
-        fused=(Fused("attention.query_key_value", _QKV, by_head=True),),
+        by_head=True,
         ignored=("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias"),
     ),
     "mixtral": Family(
         "MixtralForCausalLM",
         _keys(
-            num_key_value_heads=("num_key_value_heads", 8),
-            max_position_embeddings=("max_position_embeddings", _LONG),
-            norm_eps=("rms_norm_eps", 1e-5),
-            sliding_window=("sliding_window", None),
+            num_key_value_heads=8,
+            max_position_embeddings=_LONG,
+            norm_eps=1e-5,
+            sliding_window=None,
             num_experts=("num_local_experts", 8),
-            num_experts_per_tok=("num_experts_per_tok", 2),
-            router_aux_loss_coef=("router_aux_loss_coef", 0.001),
+            num_experts_per_tok=2,
+            router_aux_loss_coef=0.001,
             **_SPECIAL_1_2,
         ),
         fixed={"norm_topk_prob": True},
@@ -317,14 +287,12 @@ FAMILIES: dict[str, Family] = {
     "qwen3_moe": Family(
         "Qwen3MoeForCausalLM",
         _keys(
-            num_key_value_heads=("num_key_value_heads", 4),
-            max_position_embeddings=("max_position_embeddings", 32_768),
-            sliding_window=("sliding_window", 4096),
-            num_experts=("num_experts", 128),
-            num_experts_per_tok=("num_experts_per_tok", 8),
-            moe_intermediate_size=("moe_intermediate_size", 768),
-            norm_topk_prob=("norm_topk_prob", False),
-            router_aux_loss_coef=("router_aux_loss_coef", 0.001),
+            **_QWEN | {"num_key_value_heads": 4},
+            num_experts=128,
+            num_experts_per_tok=8,
+            moe_intermediate_size=768,
+            norm_topk_prob=False,
+            router_aux_loss_coef=0.001,
             **_BIASES,
         ),
         fixed={"qk_norm": "head"},

@@ -1,4 +1,4 @@
-"""Hugging Face config dictionaries <-> ModelConfig, refusing by name whatever cannot be said."""
+"""Hugging Face config dictionaries -> ModelConfig, refusing by name whatever cannot be said."""
 
 import math
 from collections.abc import Mapping
@@ -9,21 +9,20 @@ from typing import Any, get_args, get_origin
 from ropewalk.errors import UserError
 from ropewalk.model.config import ModelConfig
 from ropewalk.model.families import FAMILIES, HARMLESS, REQUIRED, Family
-
-ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast", "relu")
+from ropewalk.model.layers import ACTIVATIONS
 
 # rope_type -> the parameters it must and may have (names as in transformers' modeling_rope_utils).
-_ORIGINAL = "original_max_position_embeddings"
+ORIGINAL_LENGTH = "original_max_position_embeddings"
 _ROPE: dict[str, tuple[set[str], set[str]]] = {
-    "default": (set(), {"factor", _ORIGINAL}),
-    "linear": ({"factor"}, {_ORIGINAL}),
-    "dynamic": ({"factor"}, {_ORIGINAL}),
-    "llama3": ({"factor", "low_freq_factor", "high_freq_factor", _ORIGINAL}, set()),
+    "default": (set(), {"factor", ORIGINAL_LENGTH}),
+    "linear": ({"factor"}, {ORIGINAL_LENGTH}),
+    "dynamic": ({"factor"}, {ORIGINAL_LENGTH}),
+    "llama3": ({"factor", "low_freq_factor", "high_freq_factor", ORIGINAL_LENGTH}, set()),
     "yarn": (
-        {"factor", _ORIGINAL},
+        {"factor", ORIGINAL_LENGTH},
         {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"},
     ),
-    "longrope": ({"short_factor", "long_factor", _ORIGINAL}, {"factor", "attention_factor"}),
+    "longrope": ({"short_factor", "long_factor", ORIGINAL_LENGTH}, {"factor", "attention_factor"}),
 }
 # Sizes and the largest that is believed: a config is read before the file it comes with is.
 _SIZES = {
@@ -35,6 +34,16 @@ _SIZES = {
     "num_key_value_heads": 2**16,
     "head_dim": 2**16,
     "max_position_embeddings": 2**31,
+}
+_EXPERT_SIZES = {"num_experts": 2**16, "moe_intermediate_size": 2**24}
+# Other numbers, and the range in which they mean something: beyond it there are NaN or errors in the middle.
+_RANGES = {
+    "norm_eps": (0.0, 1.0),
+    "initializer_range": (0.0, 1e3),
+    "partial_rotary_factor": (1e-6, 1.0),
+    "query_pre_attn_scalar": (1.0, 1e9),
+    "attn_logit_softcapping": (1e-3, 1e9),
+    "final_logit_softcapping": (1e-3, 1e9),
 }
 _TYPES = {field.name: field.type for field in dataclass_fields(ModelConfig)}
 
@@ -250,10 +259,10 @@ def _fill_rope(reader: _Reader, fields: dict[str, Any]) -> None:
     kind = scaling.pop("rope_type", old_name)
     if family == "phi3" and kind in ("su", "yarn"):  # longrope's first names
         kind = "longrope"
-    if (original := reader.take(_ORIGINAL, 4096 if family == "phi3" else None)) is not None:
-        scaling[_ORIGINAL] = original  # it goes before the one inside the mapping, as in transformers
+    if (original := reader.take(ORIGINAL_LENGTH, 4096 if family == "phi3" else None)) is not None:
+        scaling[ORIGINAL_LENGTH] = original  # it goes before the one inside the mapping, as in transformers
     elif kind in ("llama3", "yarn", "longrope"):
-        scaling.setdefault(_ORIGINAL, fields["max_position_embeddings"])
+        scaling.setdefault(ORIGINAL_LENGTH, fields["max_position_embeddings"])
     fields["rope_scaling"] = _check_rope(reader, family, key, kind, scaling)
 
 
@@ -279,10 +288,12 @@ def _check_rope(
         for number in value if many else [value]:
             if name != "truncate" and not (_fits(number, float) and number >= least):
                 raise reader.refuse(key, f"{name} must be positive")
+    if kind == "longrope" and scaling[ORIGINAL_LENGTH] <= 1:
+        raise reader.refuse(key, f"{ORIGINAL_LENGTH} must be above 1")
     if kind == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
         raise reader.refuse(key, "high_freq_factor must be above low_freq_factor")
     if kind in ("linear", "dynamic"):
-        scaling.pop(_ORIGINAL, None)
+        scaling.pop(ORIGINAL_LENGTH, None)
     return None if kind == "default" else {"rope_type": kind, **scaling}
 
 
@@ -292,6 +303,7 @@ def _check(config: ModelConfig, where: str) -> None:
         raise UserError(
             f"{where}: hidden_act {config.hidden_act!r} is not supported; supported: {', '.join(ACTIVATIONS)}"
         )
+    _check_numbers(config, where)
     if config.position == "learned":
         return
     rotary = int(config.head_dim * config.partial_rotary_factor)
@@ -303,76 +315,34 @@ def _check(config: ModelConfig, where: str) -> None:
     for name in ("short_factor", "long_factor"):
         if (factors := (config.rope_scaling or {}).get(name)) is not None and len(factors) != half:
             raise UserError(f"{where}: rope_scaling.{name} has {len(factors)} numbers, RoPE needs {half}")
+    kind = (config.rope_scaling or {}).get("rope_type")
+    if kind == "dynamic" and rotary <= 2:
+        raise UserError(f"{where}: rope_type 'dynamic' needs RoPE over more than {rotary} elements of a head")
+    if kind == "yarn" and (config.rope_theta <= 1 or rotary % 2):
+        raise UserError(
+            f"{where}: rope_type 'yarn' needs a rope_theta above 1 and an even number of elements"
+        )
+
+
+def _check_numbers(config: ModelConfig, where: str) -> None:
+    """Every number on its own, and the experts of a token."""
+    keys = FAMILIES[config.family].keys
+    limits: dict[str, tuple[float, float]] = dict(_RANGES)
+    if config.moe_layers:
+        limits |= {name: (1, most) for name, most in _EXPERT_SIZES.items()}
+    for name, (least, most) in limits.items():
+        value = getattr(config, name)
+        if value is not None and not least <= value <= most:
+            key = keys.get(name, (name,))[0]
+            raise UserError(f"{where}: {key} = {_short(value)}: must be from {least:,} to {most:,}")
+    if config.query_pre_attn_scalar is not None and config.query_pre_attn_scalar % 1:
+        raise UserError(
+            f"{where}: query_pre_attn_scalar = {config.query_pre_attn_scalar}: must be a whole number"
+        )
     if config.moe_layers and not 0 < config.num_experts_per_tok <= config.num_experts:
         raise UserError(
             f"{where}: num_experts_per_tok = {config.num_experts_per_tok} of {config.num_experts} experts"
         )
-
-
-def config_to_hf(config: ModelConfig) -> dict[str, Any]:
-    """The Hugging Face config of a model, as transformers 4 (rope_theta, rope_scaling) and 5 read it.
-
-    Transformers 5 writes rope_parameters alone, and 4 then silently takes rope_theta = 10000: both are here.
-    """
-    family = FAMILIES[config.family]
-    result: dict[str, Any] = {"model_type": config.family, "architectures": [family.architecture]}
-    for name, (key, _) in family.keys.items():
-        value = getattr(config, name)
-        result[key] = list(value) if isinstance(value, tuple) else value
-    if family.head_dim:
-        result["head_dim"] = config.head_dim
-    if config.query_pre_attn_scalar is not None:
-        result["query_pre_attn_scalar"] = int(config.query_pre_attn_scalar)
-    if config.family == "gpt2":  # transformers' default is 0.1; this model was run without
-        result |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    if config.family == "qwen3_moe":
-        result |= {"num_local_experts": config.num_experts, "decoder_sparse_step": 1}
-        dense = sorted(set(range(config.num_hidden_layers)) - set(config.moe_layers))
-        result["mlp_only_layers"] = dense
-    _write_windows(config, family, result)
-    if config.position == "rope":
-        _write_rope(config, result)
-    return result
-
-
-def _write_windows(config: ModelConfig, family: Family, result: dict[str, Any]) -> None:
-    types = config.layer_types or ("full_attention",) * config.num_hidden_layers
-    sliding = [i for i, t in enumerate(types) if t == "sliding_attention"]
-    if family.windows == "layer_types":
-        result["layer_types"] = list(types)
-    if config.family.startswith("qwen"):
-        result["use_sliding_window"] = bool(sliding)
-    if config.family in ("qwen2", "qwen3"):
-        result["max_window_layers"] = sliding[0] if sliding else config.num_hidden_layers
-
-
-def _write_rope(config: ModelConfig, result: dict[str, Any]) -> None:
-    scaling = deepcopy(config.rope_scaling)
-    parameters = {"rope_type": "default", **(scaling or {}), "rope_theta": config.rope_theta}
-    partial = config.partial_rotary_factor
-    if partial != 1.0 or config.family in ("phi3", "gpt_neox"):
-        parameters["partial_rotary_factor"] = partial
-        result["partial_rotary_factor"] = partial
-    result |= {"rope_theta": config.rope_theta, "rope_parameters": parameters}
-    result["rope_scaling"] = None if scaling is None else _older_scaling(config, scaling)
-    if config.family == "phi3" or (scaling is not None and scaling["rope_type"] == "longrope"):
-        result[_ORIGINAL] = (scaling or {}).get(_ORIGINAL, config.max_position_embeddings)
-    if config.family == "gpt_neox":
-        result |= {"rotary_emb_base": config.rope_theta, "rotary_pct": partial}
-    if config.rope_local_theta is not None:
-        local = {"rope_type": "default", "rope_theta": config.rope_local_theta}
-        result["rope_local_base_freq"] = config.rope_local_theta
-        result["rope_parameters"] = {"full_attention": parameters, "sliding_attention": local}
-
-
-def _older_scaling(config: ModelConfig, scaling: dict[str, Any]) -> dict[str, Any]:
-    """rope_scaling as transformers 4 wants it: some classes refuse any key but those that they expect."""
-    kind = scaling["rope_type"]
-    if config.family == "olmo2" and kind in ("linear", "dynamic"):
-        return {"type": kind, "factor": scaling["factor"]}
-    if config.family == "phi3" and not scaling.keys() & {"factor", "attention_factor"}:
-        return {"type": kind, "short_factor": scaling["short_factor"], "long_factor": scaling["long_factor"]}
-    return scaling
 
 
 def _short(value: Any) -> str:

@@ -72,29 +72,26 @@ def weight_map(config: ModelConfig) -> list[WeightRule]:
     Every parameter of `Transformer(config)` is a part of exactly one rule. A tied head has none.
     """
     family = FAMILIES[config.family]
-    fused = {part: f for f in family.fused for part in f.parts}
-    rules: list[WeightRule] = []
+    stored: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
     for layer, module, shapes in _modules(config):
-        prefix = f"blocks.{layer}." if layer is not None else ""
-        hf_prefix = family.names["block"].format(i=layer) + "." if layer is not None else ""
-        group = fused.get(module) if layer is not None else None
-        if group is not None and module != group.parts[0]:
-            continue  # done with its first part
-        modules = [module] if group is None else list(group.parts)
-        sizes = _block_shapes(config) if group is not None else {module: shapes}
-        hf_module = group.module if group is not None else _hf_module(family.names, module)
-        for kind in shapes:
-            every = [sizes[m][kind] for m in modules]
-            rules.append(
-                WeightRule(
-                    hf=f"{hf_prefix}{hf_module}.{kind}",
-                    parts=tuple(f"{prefix}{m}.{kind}" for m in modules),
-                    rows=tuple(shape[0] for shape in every),
-                    columns=every[0][1] if len(every[0]) > 1 else None,
-                    transposed=family.transposed and layer is not None and len(every[0]) > 1,
-                    groups=config.num_attention_heads if group is not None and group.by_head else 1,
-                )
+        prefix, hf = "", _hf_module(family.names, module)
+        if layer is not None:
+            prefix, hf = f"blocks.{layer}.", f"{family.names['block'].format(i=layer)}.{hf}"
+        for kind, shape in shapes.items():
+            stored.setdefault(f"{hf}.{kind}", []).append((f"{prefix}{module}.{kind}", shape))
+    rules: list[WeightRule] = []
+    for hf, parts in stored.items():
+        (first, (_, *columns)), many = parts[0], len(parts) > 1
+        rules.append(
+            WeightRule(
+                hf=hf,
+                parts=tuple(name for name, _ in parts),
+                rows=tuple(shape[0] for _, shape in parts),
+                columns=columns[0] if columns else None,
+                transposed=family.transposed and bool(columns) and first.startswith("blocks."),
+                groups=config.num_attention_heads if many and family.by_head else 1,
             )
+        )
     return rules
 
 

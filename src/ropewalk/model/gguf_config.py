@@ -6,11 +6,13 @@ what holds where a file says nothing. A key that changes the computation and is 
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from ropewalk.errors import UserError
+from ropewalk.model.families import FAMILIES
 from ropewalk.model.gguf import GgufFile
 
 _REQUIRED: Any = object()
@@ -27,10 +29,13 @@ def config_from_gguf(file: GgufFile) -> dict[str, Any]:
         raise keys.fail(
             f"its architecture {keys.architecture!r} is not supported; these are: " + ", ".join(ARCHITECTURES)
         )
-    if file.metadata.get("split.count", 0) not in (0, 1):
+    parts = file.metadata.get("split.count", 0)
+    if not isinstance(parts, int) or parts not in (0, 1):
         raise keys.fail("it is one part of a split model; join the parts with llama-gguf-split --merge")
-    config = build(keys)
+    fields = build(keys)
     keys.refuse_unused()
+    family = FAMILIES[fields["model_type"]]
+    config = {family.keys.get(name, (name,))[0]: value for name, value in fields.items()}
     ends = list(dict.fromkeys(_token_ids(file, config, "eos", "eot")))
     config["eos_token_id"] = ends if len(ends) > 1 else next(iter(ends), None)
     config["bos_token_id"] = next(_token_ids(file, config, "bos"), None)
@@ -82,6 +87,12 @@ class _Keys:
             raise self.fail(f"{self.architecture}.{name} is {value!r}; a number is wanted")
         return float(str(np.float32(value)))  # 1e-05, not 9.999999747378752e-06
 
+    def text(self, name: str, default: str) -> str:
+        value = self.get(name, default)
+        if not isinstance(value, str):
+            raise self.fail(f"{self.architecture}.{name} is {value!r}; a text is wanted")
+        return value
+
     def has(self, tensor: str) -> bool:
         return tensor in self.file.tensors
 
@@ -96,8 +107,12 @@ class _Keys:
             raise self.fail(f"what {prefix + unknown[0]} = {self.get(unknown[0])!r} means is not known here")
 
 
-def _common(keys: _Keys, model_type: str, name: str, act: str = "silu") -> dict[str, Any]:
-    """What nearly every architecture has."""
+def _common(keys: _Keys, model_type: str) -> dict[str, Any]:
+    """What every architecture has: fields of ModelConfig, and config keys for what is no single field.
+
+    What is not said here has the family's default, which is then what llama.cpp does.
+    """
+    family = FAMILIES[model_type]
     hidden, heads = keys.integer("embedding_length"), keys.integer("attention.head_count")
     head_dim = keys.integer("attention.key_length", max(1, hidden // heads))
     if keys.integer("attention.value_length", head_dim) != head_dim:
@@ -109,35 +124,37 @@ def _common(keys: _Keys, model_type: str, name: str, act: str = "silu") -> dict[
     blocks = keys.integer("block_count")
     if blocks > len(keys.file.tensors):
         raise keys.fail(f"it claims {blocks:,} blocks but holds {len(keys.file.tensors):,} tensors")
-    return {
-        "architectures": [name],
+    kind = "" if family.fixed.get("norm") == "layer" else "rms_"
+    fields = {
         "model_type": model_type,
         "vocab_size": keys.file.tensors["token_embd.weight"].shape[0],
         "hidden_size": hidden,
         "intermediate_size": keys.integer("feed_forward_length"),
         "num_hidden_layers": blocks,
         "num_attention_heads": heads,
-        "num_key_value_heads": keys.integer("attention.head_count_kv", heads),
         "head_dim": head_dim,
-        "hidden_act": act,
         "max_position_embeddings": keys.integer("context_length"),
+        "norm_eps": keys.number(f"attention.layer_norm_{kind}epsilon"),
         "tie_word_embeddings": not keys.has("output.weight"),
     }
+    shared = keys.integer("attention.head_count_kv", heads)
+    if shared != heads or "num_key_value_heads" in family.keys:
+        fields["num_key_value_heads"] = shared
+    return fields
 
 
-def _rms_decoder(keys: _Keys, model_type: str, name: str, act: str = "silu") -> dict[str, Any]:
+def _rms_decoder(keys: _Keys, model_type: str) -> dict[str, Any]:
     """RMSNorm and RoPE over whole heads."""
-    config = _common(keys, model_type, name, act) | _rope(keys)
-    config["rms_norm_eps"] = keys.number("attention.layer_norm_rms_epsilon")
-    if keys.integer("rope.dimension_count", config["head_dim"]) != config["head_dim"]:
+    fields = _common(keys, model_type) | _rope(keys)
+    if keys.integer("rope.dimension_count", fields["head_dim"]) != fields["head_dim"]:
         raise keys.fail("RoPE turns only a part of each head, which is not supported for this architecture")
-    return config
+    return fields
 
 
 def _rope(keys: _Keys) -> dict[str, Any]:
     """rope_theta and rope_scaling (rope_parameters follows from them)."""
     theta = keys.number("rope.freq_base", 10000.0)
-    kind = keys.get("rope.scaling.type", "none")
+    kind = keys.text("rope.scaling.type", "none")
     factor = keys.number("rope.scaling.factor", 1.0)
     original = keys.integer("rope.scaling.original_context_length", 0, least=0)
     scaling: dict[str, Any] | None = None
@@ -182,103 +199,89 @@ def _llama3_scaling(keys: _Keys, theta: float) -> dict[str, Any] | None:
     }
 
 
-def _experts(keys: _Keys, count_key: str) -> dict[str, Any]:
+def _experts(keys: _Keys) -> dict[str, Any]:
     """Sizes of a mixture of experts, checked against the router's rows (a lying count would cost memory)."""
     count = keys.integer("expert_count")
     router = keys.file.tensors.get("blk.0.ffn_gate_inp.weight")
     if router is None or router.shape[0] != count:
         raise keys.fail(f"it claims {count:,} experts; blk.0.ffn_gate_inp.weight does not have as many rows")
-    return {count_key: count, "num_experts_per_tok": keys.integer("expert_used_count")}
+    return {"num_experts": count, "num_experts_per_tok": keys.integer("expert_used_count")}
 
 
 def _llama(keys: _Keys) -> dict[str, Any]:
     if keys.integer("expert_count", 0, least=0):
-        return _rms_decoder(keys, "mixtral", "MixtralForCausalLM") | _experts(keys, "num_local_experts")
+        return _rms_decoder(keys, "mixtral") | _experts(keys)
     keys.integer("expert_used_count", 0, least=0)
-    return _rms_decoder(keys, "llama", "LlamaForCausalLM") | {
-        "attention_bias": keys.has("blk.0.attn_q.bias"),
-        "mlp_bias": keys.has("blk.0.ffn_up.bias"),
-    }
+    biases = {"mlp_bias": keys.has("blk.0.ffn_up.bias")}
+    return _rms_decoder(keys, "llama") | _attention_bias(keys) | biases
 
 
-def _qwen2(keys: _Keys) -> dict[str, Any]:
-    return _rms_decoder(keys, "qwen2", "Qwen2ForCausalLM") | {"use_sliding_window": False}
+def _attention_bias(keys: _Keys) -> dict[str, Any]:
+    return {"attention_bias": keys.has("blk.0.attn_q.bias")}
 
 
 def _qwen3(keys: _Keys) -> dict[str, Any]:
-    return _rms_decoder(keys, "qwen3", "Qwen3ForCausalLM") | {
-        "attention_bias": keys.has("blk.0.attn_q.bias"),
-        "use_sliding_window": False,
-    }
+    return _rms_decoder(keys, "qwen3") | _attention_bias(keys)
 
 
 def _qwen3moe(keys: _Keys) -> dict[str, Any]:
-    config = _rms_decoder(keys, "qwen3_moe", "Qwen3MoeForCausalLM") | _experts(keys, "num_experts")
-    return config | {
+    return _rms_decoder(keys, "qwen3_moe") | {
+        **_experts(keys),
         "moe_intermediate_size": keys.integer("expert_feed_forward_length"),
         "norm_topk_prob": True,  # llama.cpp always does for this architecture
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-        "use_sliding_window": False,
     }
 
 
-def _gemma(keys: _Keys, model_type: str, name: str, pattern: int, largest: int) -> dict[str, Any]:
+def _gemma(keys: _Keys, model_type: str, pattern: int, largest: int) -> dict[str, Any]:
     """Gemma 2 and 3; every `pattern`-th layer sees everything."""
-    config = _rms_decoder(keys, model_type, name)
-    del config["hidden_act"]
-    layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
+    fields = _rms_decoder(keys, model_type)
+    layers, heads = fields["num_hidden_layers"], fields["num_attention_heads"]
     window = keys.integer("attention.sliding_window", 4096 if model_type == "gemma2" else 0, least=0)
     sliding = [window > 0 and (i + 1) % pattern != 0 for i in range(layers)]
     given = keys.get("attention.sliding_window_pattern", None)
     if isinstance(given, np.ndarray) and given.shape == (layers,):
         sliding = [window > 0 and bool(x) for x in given]
-    elif given is not None and given != pattern:
+    elif given is not None and (isinstance(given, np.ndarray) or given != pattern):
         raise keys.fail(f"its attention.sliding_window_pattern is {given!r}")
     # The scale of queries is not in the file: the family's largest model alone does not go by head_dim.
     by_width = layers == largest
-    return config | {
-        "hidden_activation": "gelu_pytorch_tanh",
-        "query_pre_attn_scalar": config["hidden_size"] // heads if by_width else config["head_dim"],
+    return fields | {
+        "query_pre_attn_scalar": fields["hidden_size"] // heads if by_width else fields["head_dim"],
         "sliding_window": window or 4096,
         "layer_types": ["sliding_attention" if s else "full_attention" for s in sliding],
     }
 
 
 def _gemma2(keys: _Keys) -> dict[str, Any]:
-    config = _gemma(keys, "gemma2", "Gemma2ForCausalLM", pattern=2, largest=46)
-    return config | {
+    return _gemma(keys, "gemma2", pattern=2, largest=46) | {
         "attn_logit_softcapping": keys.number("attn_logit_softcapping", 50.0),
         "final_logit_softcapping": keys.number("final_logit_softcapping", 30.0),
     }
 
 
 def _gemma3(keys: _Keys) -> dict[str, Any]:
-    config = _gemma(keys, "gemma3_text", "Gemma3ForCausalLM", pattern=6, largest=62)
-    final = keys.number("final_logit_softcapping", 0.0)
-    config["final_logit_softcapping"] = final or None
-    config["rope_local_base_freq"] = keys.number("rope.freq_base_swa", 10000.0)
-    return config
+    return _gemma(keys, "gemma3_text", pattern=6, largest=62) | {
+        "final_logit_softcapping": keys.number("final_logit_softcapping", 0.0) or None,
+        "rope_local_base_freq": keys.number("rope.freq_base_swa", 10000.0),
+    }
 
 
 def _phi3(keys: _Keys) -> dict[str, Any]:
-    config = _common(keys, "phi3", "Phi3ForCausalLM")
-    original = keys.integer("rope.scaling.original_context_length", config["max_position_embeddings"])
+    fields = _common(keys, "phi3")
+    original = keys.integer("rope.scaling.original_context_length", fields["max_position_embeddings"])
     long, short = keys.vector("rope_factors_long.weight"), keys.vector("rope_factors_short.weight")
     keys.get("rope.scaling.attn_factor", None)  # transformers works out the same
-    if keys.get("rope.scaling.type", "longrope") != "longrope":
+    if keys.text("rope.scaling.type", "longrope") != "longrope":
         raise keys.fail("its RoPE scaling is not 'longrope'")
     scaling = None
     if long is not None and short is not None:
         scaling = {"rope_type": "longrope", "long_factor": _floats(long), "short_factor": _floats(short)}
-    window = keys.integer("attention.sliding_window", 0, least=0)
-    return config | {
-        "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
+    return fields | {
         "rope_theta": keys.number("rope.freq_base", 10000.0),
         "rope_scaling": scaling,
         "original_max_position_embeddings": original,
-        "partial_rotary_factor": _rotary_share(keys, config["head_dim"], config["head_dim"]),
-        "sliding_window": window or None,
+        "partial_rotary_factor": _rotary_share(keys, fields["head_dim"], fields["head_dim"]),
+        "sliding_window": keys.integer("attention.sliding_window", 0, least=0) or None,
     }
 
 
@@ -293,53 +296,25 @@ def _floats(values: np.ndarray) -> list[float]:
     return [float(str(x)) for x in values.astype(np.float32)]
 
 
-def _olmo2(keys: _Keys) -> dict[str, Any]:
-    return _rms_decoder(keys, "olmo2", "Olmo2ForCausalLM") | {"attention_bias": False}
-
-
-def _gpt2(keys: _Keys) -> dict[str, Any]:
-    common = _common(keys, "gpt2", "GPT2LMHeadModel")
-    return {
-        "architectures": common["architectures"],
-        "model_type": "gpt2",
-        "vocab_size": common["vocab_size"],
-        "n_positions": common["max_position_embeddings"],
-        "n_embd": common["hidden_size"],
-        "n_inner": common["intermediate_size"],
-        "n_layer": common["num_hidden_layers"],
-        "n_head": common["num_attention_heads"],
-        "activation_function": "gelu_new",
-        "layer_norm_epsilon": keys.number("attention.layer_norm_epsilon"),
-        "tie_word_embeddings": common["tie_word_embeddings"],
-    }
-
-
 def _gptneox(keys: _Keys) -> dict[str, Any]:
-    config = _common(keys, "gpt_neox", "GPTNeoXForCausalLM", act="gelu")
-    head_dim = config.pop("head_dim")
-    del config["num_key_value_heads"]
-    parallel = keys.get("use_parallel_residual", True)
-    if not isinstance(parallel, bool):
-        raise keys.fail("gptneox.use_parallel_residual is not a truth value")
-    return config | {
-        "layer_norm_eps": keys.number("attention.layer_norm_epsilon"),
-        "use_parallel_residual": parallel,
-        "attention_bias": True,
+    fields = _common(keys, "gpt_neox")
+    return fields | {
+        "parallel_residual": keys.get("use_parallel_residual", True),
         "rotary_emb_base": keys.number("rope.freq_base", 10000.0),
-        "rotary_pct": _rotary_share(keys, head_dim),
+        "rotary_pct": _rotary_share(keys, fields["head_dim"]),
     }
 
 
 ARCHITECTURES: dict[str, Callable[[_Keys], dict[str, Any]]] = {
     "llama": _llama,  # also mistral, mixtral and SmolLM2
-    "qwen2": _qwen2,
+    "qwen2": partial(_rms_decoder, model_type="qwen2"),
     "qwen3": _qwen3,
     "qwen3moe": _qwen3moe,
     "gemma2": _gemma2,
     "gemma3": _gemma3,
     "phi3": _phi3,
-    "olmo2": _olmo2,
-    "gpt2": _gpt2,
+    "olmo2": partial(_rms_decoder, model_type="olmo2"),
+    "gpt2": partial(_common, model_type="gpt2"),
     "gptneox": _gptneox,
 }
-"""general.architecture -> what reads its keys."""
+"""general.architecture -> what reads its keys: fields of ModelConfig, or config keys."""

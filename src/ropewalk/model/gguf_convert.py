@@ -13,7 +13,6 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,12 +21,15 @@ from gguf.constants import GGMLQuantizationType
 from ropewalk.errors import UserError
 from ropewalk.files import free_bytes, full_disk
 from ropewalk.model.config import ModelConfig
-from ropewalk.model.families_config import config_from_hf, config_to_hf
+from ropewalk.model.families import FAMILIES
+from ropewalk.model.families_config import config_from_hf
+from ropewalk.model.families_write import config_to_hf
 from ropewalk.model.gguf import GgufFile, GgufTensor, can_dequantize
 from ropewalk.model.gguf_config import config_from_gguf
 from ropewalk.model.gguf_tokenizer import build_tokenizer
 from ropewalk.model.load import matching_rules
 from ropewalk.model.safetensors_file import FLOATS, write_safetensors
+from ropewalk.model.save import special_ids, write_json
 
 VERSION = 1
 """Part of the cache key: raise it whenever the same file would be converted differently."""
@@ -35,76 +37,30 @@ VERSION = 1
 Transform = Callable[[np.ndarray], np.ndarray]
 """Undoes one of the converter's changes to a float32 tensor."""
 
-_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_TOP = {"token_embd": "embed", "position_embd": "embed_positions", "output_norm": "norm", "output": "head"}
 _BLOCK = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
+    "attn_norm": "attention_norm",
+    "attn_qkv": "attention.q_proj",
+    "attn_q": "attention.q_proj",
+    "attn_k": "attention.k_proj",
+    "attn_v": "attention.v_proj",
+    "attn_output": "attention.o_proj",
+    "attn_q_norm": "attention.q_norm",
+    "attn_k_norm": "attention.k_norm",
+    "post_attention_norm": "post_attention_norm",
+    "ffn_norm": "mlp_norm",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+    "post_ffw_norm": "post_mlp_norm",
+    "ffn_gate_inp": "mlp.router",
+    "ffn_gate_exps": "mlp.experts.gate_proj",
+    "ffn_up_exps": "mlp.experts.up_proj",
+    "ffn_down_exps": "mlp.experts.down_proj",
 }
-_SANDWICH = _BLOCK | {
-    "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
-}
-_NAMES: dict[str, dict[str, str]] = {
-    "gemma2": _SANDWICH,
-    "gemma3_text": _SANDWICH,
-    "olmo2": _SANDWICH,
-    "phi3": _BLOCK | {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"},
-    "mixtral": _BLOCK
-    | {
-        "ffn_gate_inp": "block_sparse_moe.gate",
-        "ffn_gate_exps": "block_sparse_moe.experts.{e}.w1",
-        "ffn_up_exps": "block_sparse_moe.experts.{e}.w3",
-        "ffn_down_exps": "block_sparse_moe.experts.{e}.w2",
-    },
-    "qwen3_moe": _BLOCK
-    | {
-        "ffn_gate_inp": "mlp.gate",
-        "ffn_gate_exps": "mlp.experts.{e}.gate_proj",
-        "ffn_up_exps": "mlp.experts.{e}.up_proj",
-        "ffn_down_exps": "mlp.experts.{e}.down_proj",
-    },
-    "gpt2": {
-        "attn_norm": "ln_1",
-        "attn_qkv": "attn.c_attn",
-        "attn_output": "attn.c_proj",
-        "ffn_norm": "ln_2",
-        "ffn_up": "mlp.c_fc",
-        "ffn_down": "mlp.c_proj",
-    },
-    "gpt_neox": {
-        "attn_norm": "input_layernorm",
-        "attn_qkv": "attention.query_key_value",
-        "attn_output": "attention.dense",
-        "ffn_norm": "post_attention_layernorm",
-        "ffn_up": "mlp.dense_h_to_4h",
-        "ffn_down": "mlp.dense_4h_to_h",
-    },
-}
-"""Names of a block's tensors in a GGUF file and in a Hugging Face one, where they are not llama's."""
-_TOPS = {
-    "gpt2": {
-        "token_embd": "transformer.wte",
-        "position_embd": "transformer.wpe",
-        "output_norm": "transformer.ln_f",
-        "output": "lm_head",
-    },
-    "gpt_neox": {
-        "token_embd": "gpt_neox.embed_in",
-        "output_norm": "gpt_neox.final_layer_norm",
-        "output": "embed_out",
-    },
-}
-_BLOCK_PREFIX = {"gpt2": "transformer.h.", "gpt_neox": "gpt_neox.layers."}
+"""The modules (as in the families table) that a GGUF file's tensors belong to, outside the blocks and in."""
+_FUSED = ("attn_qkv", "ffn_up")
+"""What matrices are called that hold several modules; the latter where the gate is fused with it (phi3)."""
 _NO_WEIGHTS = frozenset({"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"})
 """Read into the config."""
 
@@ -133,8 +89,7 @@ def convert(path: Path, directory: Path) -> None:
     RopewalkError when the disk has no room for it.
     """
     file = GgufFile.open(path)
-    raw = config_from_gguf(file)
-    config = config_from_hf(raw, str(path))
+    config = config_from_hf(config_from_gguf(file), str(path))
     outputs = _plan(file, config)
     matching_rules(config, {o.name: (o.shape, path) for o in outputs}, path)
     tokenizer = build_tokenizer(file) if "tokenizer.ggml.model" in file.metadata else None
@@ -151,20 +106,18 @@ def convert(path: Path, directory: Path) -> None:
     )
     matrices = {o.dtype for o in outputs if len(o.shape) > 1}
     dtype = {"F16": "float16", "BF16": "bfloat16"}.get("/".join(matrices), "float32")
-    _write_json(directory / "config.json", config_to_hf(config) | {"torch_dtype": dtype})
-    ids = {name: raw[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    _write_json(directory / "generation_config.json", {k: v for k, v in ids.items() if v is not None})
+    write_json(directory / "config.json", config_to_hf(config) | {"torch_dtype": dtype})
+    write_json(directory / "generation_config.json", special_ids(config))
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
         # transformers 4 does not know the class by the name that 5 has given it
         path = directory / "tokenizer_config.json"
-        _write_json(path, json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"})
+        settings = json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+        path.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def _plan(file: GgufFile, config: ModelConfig) -> list[_Output]:
     """What to write, from every tensor in the file; raises UserError for one that has no place."""
-    top, block = _TOPS.get(config.family, _TOP), _NAMES.get(config.family, _BLOCK)
-    prefix = _BLOCK_PREFIX.get(config.family, "model.layers.")
     outputs: list[_Output] = []
     for tensor in file.tensors.values():
         if tensor.name in _NO_WEIGHTS:
@@ -175,15 +128,26 @@ def _plan(file: GgufFile, config: ModelConfig) -> list[_Output]:
             )
         match = re.fullmatch(r"(?:blk\.(\d{1,6})\.)?(\w+)\.(weight|bias)", tensor.name)
         layer, name, kind = match.groups() if match else (None, "", "")
-        target = top.get(name) if layer is None else block.get(name)
+        target = _target(config, layer, name)
         if target is None:
             raise UserError(
                 f"{file.path}: the tensor {tensor.name!r} has no place in a {config.family} model: "
                 "the file holds something that is not supported"
             )
-        hf = f"{target}.{kind}" if layer is None else f"{prefix}{layer}.{target}.{kind}"
-        outputs += _outputs(tensor, hf, _transform(config, name))
+        outputs += _outputs(tensor, f"{target}.{kind}", _transform(config, name))
     return outputs
+
+
+def _target(config: ModelConfig, layer: str | None, name: str) -> str | None:
+    """The Hugging Face module of the tensors called `name`, with {e} for an expert; None: there is none."""
+    names = FAMILIES[config.family].names
+    if layer is None:
+        return names.get(_TOP.get(name, ""))
+    target = names.get(_BLOCK.get(name, ""))
+    fused = list(names.values()).count(target or "") > 1
+    if target is None or (fused and name not in _FUSED) or (name == "attn_qkv" and not fused):
+        return None
+    return f"{names['block'].format(i=layer)}.{target}"
 
 
 def _outputs(tensor: GgufTensor, hf: str, transform: Transform | None) -> Iterator[_Output]:
@@ -237,7 +201,3 @@ def _values(file: GgufFile, output: _Output) -> torch.Tensor:
         values = output.transform(values)
     tensor = torch.from_numpy(np.ascontiguousarray(values))
     return tensor.to(FLOATS[output.dtype]).reshape(output.shape)
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")

@@ -42,8 +42,10 @@ def load_model(
     Of a LoRA run it is the base model with the adapter merged into its weights. Raises UserError, naming the
     file, when weights are missing, superfluous, of the wrong shape, damaged, not finite or pickled.
     """
-    if isinstance(dtype, str) and dtype not in _DTYPES:
+    known = dtype in _DTYPES if isinstance(dtype, str) else dtype.is_floating_point
+    if not known:
         raise UserError(f"dtype {dtype!r} is not supported; these are: {', '.join(_DTYPES)}")
+    device = _device(device)
     if quantize != "none" and quantize not in QUANTIZED:
         raise UserError(f"quantize {quantize!r} is not supported; these are: none, {', '.join(QUANTIZED)}")
     directory = resolve_source(source, revision)
@@ -57,8 +59,6 @@ def load_model(
         return model.eval()
     config = read_config(directory)
     matched = _match(config, directory)
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"device {device}: there is no CUDA device here")
     with torch.device("meta"):
         model = Transformer(config)
     model.to(_DTYPES[dtype] if isinstance(dtype, str) else dtype)
@@ -76,6 +76,16 @@ def load_model(
                 quantized = QUANTIZED[quantize].quantize(part.to(device))
                 to_quantize[name].weight = nn.Parameter(quantized, requires_grad=False)
     return model.eval()
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"device {device!r} is not known; write cpu or cuda") from None
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device {device}: there is no CUDA device here")
+    return found
 
 
 def _take_linear_weights(model: Transformer) -> dict[str, nn.Linear]:
@@ -101,7 +111,7 @@ def read_config(directory: Path) -> ModelConfig:
     if eos is None:
         return config
     ids = eos if isinstance(eos, list) else [eos]
-    if not all(isinstance(i, int) and 0 <= i < config.vocab_size for i in ids):
+    if not all(type(i) is int and 0 <= i < config.vocab_size for i in ids):
         raise UserError(
             f"{generation}: eos_token_id is {eos!r}, not ids of the model's {config.vocab_size} tokens"
         )

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,11 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         raise _damaged(path, "its header is not a JSON object")
     header.pop("__metadata__", None)
     tensors = {name: _entry(path, name, entry, 8 + length) for name, entry in header.items()}
+    # tensors that share bytes would let a small file unfold into a huge model
+    order = sorted((t for t in tensors.values() if t.start < t.stop), key=lambda t: t.start)
+    for before, after in pairwise(order):
+        if before.stop > after.start:
+            raise _damaged(path, f"the tensors {before.name!r} and {after.name!r} overlap")
     end = max((t.stop for t in tensors.values()), default=8 + length)
     if end > size:
         raise _damaged(path, f"it is truncated: {end - size:,} of {end:,} bytes are missing")

@@ -12,8 +12,8 @@ from torch import Tensor
 from ropewalk.errors import RopewalkError
 from ropewalk.files import atomic_directory
 from ropewalk.model.config import ModelConfig
-from ropewalk.model.families_config import config_to_hf
 from ropewalk.model.families_weights import WeightRule, weight_map
+from ropewalk.model.families_write import config_to_hf
 from ropewalk.model.safetensors_file import NAMES, write_safetensors
 from ropewalk.model.transformer import Transformer
 
@@ -43,9 +43,11 @@ def save_model(
     needed = sum(_size(rule, parameters) for rule in rules)
     with atomic_directory(path, overwrite, needed) as folder:
         dtype = str(model.embed.weight.dtype).removeprefix("torch.")
-        config = config_to_hf(model.config) | {"dtype": dtype, "torch_dtype": dtype}
-        _write_json(folder / "config.json", config)
-        _write_json(folder / "generation_config.json", _generation(model.config))
+        write_json(
+            folder / "config.json", config_to_hf(model.config) | {"dtype": dtype, "torch_dtype": dtype}
+        )
+        generation = {"_from_model_config": True} | special_ids(model.config)
+        write_json(folder / "generation_config.json", generation)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         _write_weights(rules, parameters, values or parameters.__getitem__, folder, shard_bytes)
@@ -79,7 +81,7 @@ def _write_weights(
     if len(shards) > 1:
         names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
         where = {rule.hf: name for name, shard in zip(names, shards, strict=True) for rule in shard}
-        _write_json(
+        write_json(
             folder / "model.safetensors.index.json",
             {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))},
         )
@@ -98,16 +100,17 @@ def _joined(rule: WeightRule, values: Callable[[str], Tensor]) -> Tensor:
     return rule.join([values(part).detach() for part in rule.parts])
 
 
-def _generation(config: ModelConfig) -> dict[str, Any]:
-    """The special ids, which transformers' generate reads here and not in config.json."""
+def special_ids(config: ModelConfig) -> dict[str, Any]:
+    """Of generation_config.json: transformers' generate reads them there and not in config.json."""
     eos = config.eos_token_id
     ids = {
         "bos_token_id": config.bos_token_id,
         "eos_token_id": list(eos) if isinstance(eos, tuple) else eos,
         "pad_token_id": config.pad_token_id,
     }
-    return {"_from_model_config": True} | {name: value for name, value in ids.items() if value is not None}
+    return {name: value for name, value in ids.items() if value is not None}
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Indented, and in the order of the alphabet."""
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

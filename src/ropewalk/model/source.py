@@ -32,14 +32,19 @@ def resolve_source(source: str | Path, revision: str | None = None) -> Path:
     if text.startswith(_PACKAGE):
         path = package_file(text)
     else:
-        path = Path(text).expanduser()
-        if not path.exists():
+        path = expanded(source)
+        if not os.path.exists(path):  # unlike Path.exists, false for a name that is too long
             return _from_hub(text, revision)
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise UserError(f"{path}: a model is a directory or a .gguf file, and this is neither")
         return _converted(path)
     return _directory(path)
+
+
+def expanded(source: str | Path) -> Path:
+    """With the home directory for ~; a user that there is not stays as written (Path.expanduser raises)."""
+    return Path(os.path.expanduser(source))
 
 
 def source_fingerprint(path: Path) -> str:
@@ -57,8 +62,11 @@ def source_fingerprint(path: Path) -> str:
     return digest.hexdigest()
 
 
-def base_of_adapter(directory: Path) -> tuple[str, str | None] | None:
-    """Source and revision of the base model, where `directory` holds a PEFT adapter; else None."""
+def base_of_adapter(directory: Path, above: tuple[Path, ...] = ()) -> tuple[str, str | None] | None:
+    """Source and revision of the base model, where `directory` holds a PEFT adapter; else None.
+
+    `above`: adapters on top of this one, none of which may be its base.
+    """
     path = directory / ADAPTER_CONFIG
     if not path.is_file():
         return None
@@ -69,8 +77,13 @@ def base_of_adapter(directory: Path) -> tuple[str, str | None] | None:
         base = revision = None
     if not isinstance(base, str) or not base:
         raise UserError(f"{path}: base_model_name_or_path is missing; write the adapter's base model there")
-    if Path(base).resolve() == directory.resolve():
+    chain, below = (*above, directory.resolve()), expanded(base)
+    if below.resolve() == directory.resolve():
         raise UserError(f"{path}: base_model_name_or_path is the adapter itself; write its base model there")
+    if below.resolve() in chain:
+        raise UserError(f"{path}: base_model_name_or_path leads back to the adapter {below}")
+    if os.path.isdir(below):
+        base_of_adapter(below, chain)
     return base, revision if isinstance(revision, str) else None
 
 

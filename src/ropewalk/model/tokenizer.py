@@ -1,11 +1,12 @@
 """Tokenizers of Hugging Face directories, as transformers' fast class around `tokenizers`."""
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ropewalk.errors import UserError
-from ropewalk.model.source import base_of_adapter, resolve_source
+from ropewalk.model.source import base_of_adapter, expanded, resolve_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -31,8 +32,8 @@ def load_tokenizer(
 
 
 def _load(source: str | Path, revision: str | None) -> "PreTrainedTokenizerFast":
-    directory = Path(source).expanduser()
-    if not (directory / "tokenizer.json").is_file():
+    directory = expanded(source)
+    if not os.path.isfile(directory / "tokenizer.json"):
         directory = resolve_source(source, revision)
     base = base_of_adapter(directory)
     if base is not None and not (directory / "tokenizer_config.json").is_file():

@@ -4,6 +4,9 @@ A packed row costs what its documents cost: attention runs document by document,
 together, and nothing masks one document from another. Keys and values are never repeated for grouped queries.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -108,11 +111,13 @@ def _documents(
     # Blocks of queries with just the keys they see: memory grows with the window, not with length squared.
     block = _QUERY_BLOCK if window is None else min(max(window, 128), _QUERY_BLOCK)
 
-    def attend(start: int) -> Tensor:
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, before_k: Tensor | None, before_v: Tensor | None, start: int
+    ) -> Tensor:
         stop = min(start + block, length)
         first = 0 if window is None else max(0, before + start - window + 1)
-        some_k = _between(k, prefix and prefix[0], first - before, stop)
-        some_v = _between(v, prefix and prefix[1], first - before, stop)
+        some_k = _between(k, before_k, first - before, stop)
+        some_v = _between(v, before_v, first - before, stop)
         place = window or before + length, stop - start, before + start - first, q.device
         if softcap is None:
             # masks of whole rows are many and large: only those of a window, or of a short row, are kept
@@ -121,15 +126,14 @@ def _documents(
             return _sdpa(q[:, :, start:stop], some_k, some_v, mask, False, scale)
         return _softcapped(q[:, :, start:stop], some_k, some_v, causal_band(*place), softcap, scale)
 
-    if length <= block:
-        return attend(0).transpose(1, 2)
     starts = range(0, length, block)
-    if torch.is_grad_enabled() and (softcap is not None or window is None):
+    run: Callable[..., Tensor] = attend
+    if len(starts) > 1 and torch.is_grad_enabled() and (softcap is not None or window is None):
         # the scores or masks of all blocks together would be length squared: made again for the backward pass
-        return torch.cat([checkpoint(attend, start, use_reentrant=False) for start in starts], 2).transpose(
-            1, 2
-        )
-    return torch.cat([attend(start) for start in starts], 2).transpose(1, 2)
+        # (of arguments: what a closure holds, a checkpoint around this one could not free)
+        run = partial(checkpoint, attend, use_reentrant=False)
+    outputs = [run(q, k, v, *(prefix or (None, None)), start) for start in starts]
+    return (torch.cat(outputs, 2) if len(outputs) > 1 else outputs[0]).transpose(1, 2)
 
 
 def _between(x: Tensor, prefix: Tensor | None, first: int, stop: int) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ropewalk.ops.product import add_product, product
-from ropewalk.ops.quantized import QuantizedTensor, dense
+from ropewalk.ops.quantized import dense, dequantized
 from ropewalk.ops.reference import using_references
 
 
@@ -32,9 +32,7 @@ def lora_linear_reference(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scale: float
 ) -> Tensor:
     """The same in plain PyTorch."""
-    if isinstance(weight, QuantizedTensor):
-        weight = weight.dequantize()
-    return F.linear(x, weight, bias) + scale * F.linear(F.linear(x, lora_a), lora_b)
+    return F.linear(x, dequantized(weight), bias) + scale * F.linear(F.linear(x, lora_a), lora_b)
 
 
 class _LoraLinear(torch.autograd.Function):

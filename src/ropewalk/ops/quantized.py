@@ -246,6 +246,11 @@ def dense(weight: Tensor) -> Tensor:
     return weight.dequantize(out=buffer[: weight.numel()].view(weight.shape))
 
 
+def dequantized(weight: Tensor) -> Tensor:
+    """What a weight stands for, as a plain tensor without a gradient; no copy where it is one."""
+    return weight.dequantize() if isinstance(weight, QuantizedTensor) else weight.detach()
+
+
 class _QuantizedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -287,8 +292,7 @@ def _copy(function: Any, target: Tensor, source: Tensor, non_blocking: bool = Fa
     if target.shape != source.shape:
         raise RuntimeError(f"cannot copy {tuple(source.shape)} into a quantized {tuple(target.shape)}")
     if type(source) is not type(target):
-        plain = source.dequantize() if isinstance(source, QuantizedTensor) else source
-        source = type(target).quantize(plain.to(target.dtype))
+        source = type(target).quantize(dequantized(source).to(target.dtype))
     assert isinstance(source, QuantizedTensor)
     for name, part in source._reformed(target._form()).parts().items():
         getattr(target, name).copy_(part, non_blocking=non_blocking)
