@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from ropewalk.errors import UserError
 from ropewalk.layout import Layout
@@ -95,8 +94,7 @@ def _check_together(
         gpu = str(torch.cuda.get_device_properties(world.local_rank).uuid) if device == "cuda" else None
         world.wait()  # so that all read their clocks now
         mine = Facts(world.rank, socket.gethostname(), known, time.time(), gpu, unwritable)
-        everybody: list[Facts] = [mine] * world.size
-        dist.all_gather_object(everybody, mine)
+        everybody: list[Facts] = world.each(mine)
     finally:
         if world.first:
             shutil.rmtree(probe, ignore_errors=True)
