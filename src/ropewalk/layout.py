@@ -109,16 +109,19 @@ class Layout:
         """How many it takes; a degree that is "the rest" counts as one."""
         return math.prod(max(1, getattr(self, name)) for name in DEGREES)
 
+    @property
+    def _product(self) -> str:
+        return " x ".join(f"{name} {getattr(self, name)}" for name in DEGREES)
+
     def over(self, processes: int) -> "Layout":
         """The same with its -1 filled in. UserError where the degrees do not make `processes`."""
         open_ = [name for name in DEGREES if getattr(self, name) == REST]
         if len(open_) > 1:
             raise UserError(f"parallel: {' and '.join(open_)} are both -1 (the rest); give one of them")
         rest, odd = divmod(processes, self.processes)
-        said = " x ".join(f"{name} {getattr(self, name)}" for name in DEGREES)
         if odd or (rest != 1 and not open_):
             raise UserError(
-                f"parallel: {said} does not make {processes} process{'es' * (processes != 1)}; "
+                f"parallel: {self._product} does not make {processes} process{'es' * (processes != 1)}; "
                 f"start {self.processes}, or set one degree to -1 (the rest)"
             )
         filled: dict[str, Any] = dict.fromkeys(open_, rest)
@@ -134,10 +137,10 @@ class Layout:
     def _checked_expert(self) -> int:
         if self._allows_expert(self.expert):
             return self.expert
-        others = " x ".join(f"{name} {getattr(self, name)}" for name in DEGREES)
+        near = range(1, min(self.with_same_blocks, 2 * self.expert) + 1)
         raise UserError(
-            f"parallel.expert: it takes no processes of its own, and {others} cannot be cut into groups of "
-            f"{self.expert}; set it to {self.nearest_expert(range(1, self.with_same_blocks + 1))}, or "
+            f"parallel.expert: it takes no processes of its own, and {self._product} cannot be cut into "
+            f"groups of {self.expert}; set it to {self.nearest_expert(near)}, or "
             f"parallel.shard to a multiple of {self.expert}"
         )
 

@@ -154,6 +154,14 @@ def test_every_field_has_a_line_of_documentation():
     assert undocumented == []
 
 
+def test_editors_are_told_the_bounds_of_numbers():
+    sections = json_schema()["$defs"]
+    assert sections["Adapt"]["properties"]["rank"]["exclusiveMinimum"] == 0
+    dropout = sections["Adapt"]["properties"]["dropout"]
+    assert (dropout["minimum"], dropout["exclusiveMaximum"]) == (0, 1)
+    assert json_schema()["properties"]["seed"]["minimum"] == 0
+
+
 def test_a_recipe_has_a_bounded_number_of_fields():
     from ropewalk.recipe.fields import all_fields
 

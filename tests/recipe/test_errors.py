@@ -120,6 +120,24 @@ def test_the_example_of_the_design(write):
         ("name: x", "name: x\nepochs: 3", "epochs: unknown key; did you mean train.epochs? (x.yaml:2)"),
         ("name: x", "name: x\ntrian: {}", "trian: unknown key; did you mean train? (x.yaml:2)"),
         ("name: x", "? [a, b]\n: 1\nname: x", "a key must be text (x.yaml:1)"),
+        ("name: x", "name: {a: 1}", "name: must be text that matches"),
+        ("    - path: a.jsonl", "    - path: {a: 1}", "data.train.0.path: must be text, not a section"),
+        (
+            "    - path: a.jsonl",
+            "    - path:\n        a: 1",
+            "data.train.0.path: must be text, not a section",
+        ),
+        (
+            "  sequence_length: 512",
+            "  clean: {keep: {short: [1]}}",
+            "data.clean.keep.short: must be text, not [1] (x.yaml:7)",
+        ),
+        (
+            "  sequence_length: 512",
+            "  clean: {rules: [gofer]}",
+            "data.clean.rules.0: must be one of gopher, gopher_repetition, c4, fineweb, "
+            'not "gofer"; did you mean gopher? (x.yaml:7)',
+        ),
     ],
 )
 def test_one_mistake_one_line(write, line, changed, expected):
@@ -216,6 +234,11 @@ def test_nothing_but_a_name(write):
 )
 def test_wrong_overrides(write, override, expected):
     assert message(write(GOOD), [override]).startswith(expected)
+
+
+def test_what_an_override_replaces_is_not_taken_for_its_text(write):
+    path = write(GOOD.replace("a.jsonl", "2024"))
+    assert message(path, ["data.train=[{path: [1]}]"]).startswith("data.train.0.path: must be text, not [1]")
 
 
 def test_a_dictionary_gets_the_same_messages():

@@ -44,7 +44,8 @@ def context_refusal(config: ModelConfig, layout: Layout) -> str | None:
     heads, needed = config.num_key_value_heads, layout.context * layout.tensor
     if heads % needed == 0:
         return None
-    fits = next(d for d in range(layout.context - 1, 0, -1) if heads % (d * layout.tensor) == 0 or d == 1)
+    fewer = range(min(layout.context - 1, heads), 1, -1)
+    fits = next((d for d in fewer if heads % (d * layout.tensor) == 0), 1)
     over = f" over parallel.tensor {layout.tensor}" if layout.tensor > 1 else ""
     return (
         f"ulysses shares out the key-value heads, and {layout.context} does not divide {heads}{over}; set "
