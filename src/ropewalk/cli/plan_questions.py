@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ropewalk.cli.options import Debug, Json, ModelSource, print_json
+from ropewalk.cli.options import Json, ModelSource, print_json
 
 On = Annotated[str | None, typer.Option("--on", help="Devices, as in 8xH100, or a cluster file.")]
 
@@ -21,7 +21,6 @@ def budget(
         float | None, typer.Option(help="A size that is given, to hold against the best.")
     ] = None,
     json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """The best model and number of tokens for FLOPs, for days on devices, or for money; by published laws."""
     from ropewalk.errors import UserError
@@ -76,7 +75,6 @@ def fit(
     ],
     flops: Annotated[float | None, typer.Option(help="Also say what is best for so many FLOPs.")] = None,
     json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Fit the loss law L = E + A / N^alpha + B / D^beta to your own runs, with intervals."""
     from ropewalk.plan.fit import fit
@@ -109,7 +107,6 @@ def failures(
     ] = None,
     trials: Annotated[int, typer.Option(min=2, help="How often the run is played.")] = 20,
     json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """What failures cost a long run: by a formula, by playing it, and what a change would buy."""
     from ropewalk.errors import UserError
@@ -147,7 +144,6 @@ def serving(
     ] = "bfloat16",
     cache: Annotated[str, typer.Option(help="Of keys and values: bfloat16, fp8, int8.")] = "bfloat16",
     json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Memory, the largest batch, and tokens a second of a model that is served; one replica on all the
     devices."""

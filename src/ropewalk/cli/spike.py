@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ropewalk.cli.options import Debug, Json, print_json, print_table
+from ropewalk.cli.options import Json, print_json, print_table
 
 TEXT = 60
 """Characters of a text in the table."""
@@ -15,7 +15,6 @@ def command(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.", show_default=False)],
     step: Annotated[int, typer.Option("--step", help="Which step.", show_default=False)],
     json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """List the documents of one step, the largest loss first; `!` marks outliers.
 
