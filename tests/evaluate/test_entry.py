@@ -128,3 +128,12 @@ def test_an_evaluation_of_prompts_alone_shows_their_answers_and_no_empty_table(r
     page = evaluate(recipe=recipe).markdown()
     assert "| measure |" not in page
     assert "## Prompt panel\n\n**The rope**" in page
+
+
+def test_a_name_is_no_path_and_no_pattern(recipe, tmp_path):
+    with pytest.raises(UserError, match=r"--name \.\./x: the name of a file in the run's folder"):
+        evaluate(recipe=recipe, directory=tmp_path, name="../x")
+    recipe["evaluate"] = {"prompts": ["The rope"], "max_new_tokens": 1}
+    evaluate(recipe=recipe, directory=tmp_path, name="[a]")
+    with pytest.raises(UserError, match="exists; give --overwrite"):
+        evaluate(recipe=recipe, directory=tmp_path, name="[a]")

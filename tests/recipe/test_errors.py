@@ -204,6 +204,7 @@ def test_missing_file_names_the_closest(write):
     write(GOOD, "quickstart.yaml")
     assert message("quikstart.yaml") == "quikstart.yaml: no such file; did you mean quickstart.yaml?"
     assert message(".") == ". is a folder; a recipe is a YAML file"
+    assert message("") == ". is a folder; a recipe is a YAML file"
 
 
 def test_nothing_but_a_name(write):
@@ -217,6 +218,17 @@ def test_nothing_but_a_name(write):
         ("train.steps", "train.steps: an override is written key=value, for example train.steps=100"),
         ("=3", "=3: an override is written key=value"),
         ("train..steps=3", "train..steps=3: an override is written key=value"),
+        (
+            "data.train.²=x",
+            "data.train.²: data.train is a list; say which item, as in data.train.0 (override",
+        ),
+        ("seed=-1", "seed: must be a whole number at least 0 and below 4,294,967,296, not -1 (override"),
+        (
+            "evaluate.tasks=[{name: t, path: p, metrics: []}]",
+            "evaluate.tasks.0.metrics: must be a list, each item one of exact_match, chrf, rouge_l, "
+            "at least one of them, not [] (override",
+        ),
+        ('evaluate.prompts=[" "]', "evaluate.prompts.0: must be text that matches"),
         ("trian.steps=3", "trian: unknown key; did you mean train? (override trian.steps=3)"),
         ("train.stps=3", "train.stps: unknown key; did you mean train.steps? (override train.stps=3)"),
         ("train.steps=x", 'train.steps: must be a whole number above 0, not "x" (override train.steps=x)'),

@@ -64,6 +64,8 @@ def budget(
         answer["data"] = best_on_repeated(flops, data)
         lines += answer["data"].lines()
     if parameters is not None:
+        if not parameters > 0:
+            raise UserError(f"--parameters is {parameters:g}; it must be above 0")
         answer["given"] = off_optimum(parameters, flops / (6 * parameters))
         lines += answer["given"].lines()
     print_json(answer) if json else print("\n".join(lines))
@@ -114,6 +116,8 @@ def failures(
     from ropewalk.plan.simulate import simulate
     from ropewalk.plan.simulate import what_if as difference
 
+    if mtbf_hours is not None and not mtbf_hours > 0:
+        raise UserError(f"--mtbf-hours is {mtbf_hours:g}; it must be above 0")
     rate = FAULTS_PER_DEVICE_DAY if mtbf_hours is None else 24 / (mtbf_hours * devices)
     run = Operation(devices, rate, save=save, stall=stall, detect=detect, restart=restart, spares=spares)
     changes: dict[str, Any] = {}

@@ -111,10 +111,12 @@ def evaluate(
     if origin is None:
         raise UserError("the recipe's model is made from scratch; name the run to evaluate")
     name = name or (run.name if run is not None else "base" if source is None else Path(source).stem)
+    if Path(name).name != name:
+        raise UserError(f"--name {name}: the name of a file in the run's folder, not a path")
     directory = directory if directory is not None else run
-    if directory is not None and not overwrite:
-        for existing in Path(directory).glob(f"evaluation-{name}.json"):
-            raise UserError(f"{existing} exists; give --overwrite to replace it")
+    existing = None if directory is None else Path(directory) / f"evaluation-{name}.json"
+    if existing is not None and existing.exists() and not overwrite:
+        raise UserError(f"{existing} exists; give --overwrite to replace it")
     check_files(wanted.perplexity, tasks)
     account = contamination or _account_of(run)
     known = {} if account is None else read_account(account)

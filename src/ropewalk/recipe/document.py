@@ -195,7 +195,7 @@ def read_file(path: str | Path) -> Document:
     file = Path(path)
     try:
         if file.is_dir():
-            raise UserError(f"{name} is a folder; a recipe is a YAML file")
+            raise UserError(f"{file} is a folder; a recipe is a YAML file")
         if file.stat().st_size > MAX_BYTES:
             raise UserError(f"{name} has {file.stat().st_size:,} bytes; a recipe is a small YAML file")
         text = file.read_bytes().decode("utf-8-sig")
@@ -263,7 +263,7 @@ def apply_overrides(document: Document, overrides: Sequence[str], exclusive: Seq
         if not equals or not all(parts):
             document.problems.append(f"{text}: an override is written key=value, for example train.steps=100")
             continue
-        key: Key = tuple(int(part) if part.isdigit() else part for part in parts)
+        key: Key = tuple(int(part) if part.isdecimal() else part for part in parts)
         try:
             _put(document, key, value.strip(), text)
         except ValueError as error:

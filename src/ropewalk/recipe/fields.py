@@ -144,9 +144,14 @@ def _wanted(kind: Schema) -> str:
     if "properties" in kind:
         return f"a section with {', '.join(kind['properties'])}"
     if kind["type"] == "array":
-        return f"a list, each item {wanted(kind['items'])}"
+        most = ", at least one of them" if "minItems" in kind else ""
+        return f"a list, each item {wanted(kind['items'])}{most}"
     if kind["type"] == "object":
         return "a mapping"
-    bounds = " and ".join(f"{word} {kind[name]:g}" for name, word in BOUNDS.items() if name in kind)
+    bounds = " and ".join(f"{word} {_said(kind[name])}" for name, word in BOUNDS.items() if name in kind)
     pattern = f"that matches {kind['pattern']}" if "pattern" in kind else ""
     return " ".join(filter(None, (WORDS[kind["type"]], bounds, pattern)))
+
+
+def _said(bound: float) -> str:
+    return f"{bound:,}" if isinstance(bound, int) else f"{bound:g}"

@@ -346,7 +346,10 @@ class Task(Section):
     """Name in reports."""
     path: str
     """JSONL with `messages` (the last one is the reference) or `prompt` and `completion`."""
-    metrics: tuple[Literal["exact_match", "chrf", "rouge_l"], ...] = ("exact_match", "chrf")
+    metrics: Annotated[tuple[Literal["exact_match", "chrf", "rouge_l"], ...], Field(min_length=1)] = (
+        "exact_match",
+        "chrf",
+    )
     """How an answer is compared with its reference."""
     instruction: str | None = None
     """Text put before every prompt (shown to the model, not scored)."""
@@ -373,7 +376,7 @@ class Evaluate(Section):
     """Generation tasks."""
     base: tuple[Task, ...] = ()
     """Prompts for the untrained model in `ropewalk run`: its fairest chance; derived: the same as tasks."""
-    prompts: tuple[str, ...] = ()
+    prompts: tuple[Annotated[str, Field(pattern=r"\S")], ...] = ()
     """The fixed prompt panel, answered at every checkpoint."""
     max_new_tokens: Positive = 64
     """Longest answer in the prompt panel."""
