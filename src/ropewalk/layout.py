@@ -1,6 +1,7 @@
 """How a run is spread over processes: the degrees, and the one rule that they obey."""
 
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -16,6 +17,17 @@ ONE_STAGE = ("gpipe", "1f1b")
 """schedules in which a process has one stage; in the others it has several"""
 ZERO_BUBBLE = ("interleaved-zb", "zbv")
 """schedules that make the gradients of a stage's weights apart from those of its input (arXiv 2401.10241)"""
+
+
+def told_by_launcher(variable: str) -> int | None:
+    """WORLD_SIZE, LOCAL_RANK and the like, as torchrun or a scheduler in its manner sets them; None where
+    nobody did. UserError for what is no such number."""
+    said = os.environ.get(variable)
+    if said is None:
+        return None
+    if not said.isdecimal() or (variable.endswith("WORLD_SIZE") and int(said) == 0):
+        raise UserError(f"the environment variable {variable} is {said!r}; it must be a number of processes")
+    return int(said)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +127,9 @@ class Layout:
 
     def over(self, processes: int) -> "Layout":
         """The same with its -1 filled in. UserError where the degrees do not make `processes`."""
+        for name in (*DEGREES, "expert"):
+            if (degree := getattr(self, name)) < 1 and degree != REST:
+                raise UserError(f"parallel.{name} is {degree}; it must be at least 1, or -1 (the rest)")
         open_ = [name for name in DEGREES if getattr(self, name) == REST]
         if len(open_) > 1:
             raise UserError(f"parallel: {' and '.join(open_)} are both -1 (the rest); give one of them")

@@ -20,6 +20,7 @@ REQUEUE = 75
 be started again (EX_TEMPFAIL of sysexits.h)."""
 
 RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe file.", show_default=False)]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.", show_default=False)]
 ModelSource = Annotated[
     str,
     typer.Argument(

@@ -6,10 +6,9 @@ from typing import Annotated
 
 import typer
 
-from ropewalk.cli.options import Commands, Json, print_json, print_table
+from ropewalk.cli.options import Commands, Json, Run, print_json, print_table
 
 app = Commands(help="What was done, from which data, with what result.")
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.", show_default=False)]
 
 
 @app.command("ls")

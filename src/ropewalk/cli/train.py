@@ -1,12 +1,11 @@
 """`ropewalk train` and `ropewalk resume`."""
 
 import os
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
-from ropewalk.cli.options import INTERRUPTED, REQUEUE, Json, Overrides, RecipeFile, checked, print_json
+from ropewalk.cli.options import INTERRUPTED, REQUEUE, Json, Overrides, RecipeFile, Run, checked, print_json
 
 if TYPE_CHECKING:
     from ropewalk.train import TrainResult
@@ -22,7 +21,7 @@ def train(recipe: RecipeFile, overrides: Overrides = None, json: Json = False) -
 
 
 def resume(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.", show_default=False)],
+    run: Run,
     overrides: Overrides = None,
     json: Json = False,
 ) -> None:

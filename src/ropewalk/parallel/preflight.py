@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from ropewalk.errors import UserError
-from ropewalk.layout import Layout
+from ropewalk.layout import Layout, told_by_launcher
 from ropewalk.parallel.world import World, processes
 
 CLOCKS = 5.0
@@ -71,7 +71,7 @@ def _check_place(device: str) -> None:
             f"be resolved ({error.strerror}); give a name that every machine knows, or its IP address "
             "(torchrun: --rdzv-endpoint and --local-addr)"
         ) from None
-    local = int(os.environ.get("LOCAL_RANK", "0"))
+    local = told_by_launcher("LOCAL_RANK") or 0
     there = torch.cuda.device_count() if device == "cuda" else local + 1
     if local >= there:
         raise UserError(

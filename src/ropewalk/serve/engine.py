@@ -5,6 +5,7 @@ first) the rest of the prompts and one token per row and step. Greedy answers ar
 model, and drawn ones depend only on the seed, the prompt and its place in the list, not on the batch.
 """
 
+import operator
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -197,10 +198,15 @@ def encode_prompt(prompt: Prompt, tokenizer: Any, name: str = "the prompt") -> l
         ids = tokenizer(prompt, verbose=False)["input_ids"]
         if not ids and tokenizer.bos_token_id is not None:
             ids = [tokenizer.bos_token_id]
+    elif isinstance(prompt, Mapping):
+        raise UserError(f"{name} is one message; give a list of messages")
     elif prompt and isinstance(prompt[0], Mapping):
         ids = render_prompt([dict(message) for message in prompt], tokenizer)  # type: ignore[arg-type]
     else:
-        ids = [int(i) for i in prompt]  # type: ignore[arg-type]
+        try:
+            ids = [operator.index(i) for i in prompt]  # type: ignore[arg-type]
+        except TypeError:
+            raise UserError(f"{name} is neither text nor a list of messages or of token ids") from None
     if not ids:
         raise UserError(f"{name} is empty")
     return list(ids)
