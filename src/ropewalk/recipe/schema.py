@@ -25,6 +25,7 @@ PositiveNumber = Annotated[float, Field(gt=0), NoBoolean]
 NonNegative = Annotated[float, Field(ge=0.0), NoBoolean]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0), NoBoolean]
 BelowOne = Annotated[float, Field(ge=0.0, lt=1.0), NoBoolean]
+Metrics = Annotated[tuple[Literal["exact_match", "chrf", "rouge_l"], ...], Field(min_length=1)]
 
 
 class Section(BaseModel):
@@ -58,9 +59,8 @@ class Model(Section):
     @model_validator(mode="after")
     def _one_origin(self) -> "Model":
         if (self.source is None) == (self.config is None):
-            raise ValueError(
-                "give exactly one of model.source (a pretrained model) and model.config (from scratch)"
-            )
+            both = "model.source (a pretrained model) and model.config (from scratch)"
+            raise ValueError(f"give exactly one of {both}")
         if self.config is not None and self.tokenizer is None:
             raise ValueError("a model from scratch needs model.tokenizer")
         return self
@@ -346,10 +346,7 @@ class Task(Section):
     """Name in reports."""
     path: str
     """JSONL with `messages` (the last one is the reference) or `prompt` and `completion`."""
-    metrics: Annotated[tuple[Literal["exact_match", "chrf", "rouge_l"], ...], Field(min_length=1)] = (
-        "exact_match",
-        "chrf",
-    )
+    metrics: Metrics = ("exact_match", "chrf")
     """How an answer is compared with its reference."""
     instruction: str | None = None
     """Text put before every prompt (shown to the model, not scored)."""
