@@ -125,3 +125,10 @@ def test_full_disk_is_recognized_when_safetensors_says_it(small_disk: Path) -> N
 def test_sha256(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"rope")
     assert files.sha256(tmp_path / "a") == hashlib.sha256(b"rope").hexdigest()
+
+
+def test_a_folder_in_the_place_of_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match="folder: is a folder"):
+        files.atomic_write(tmp_path / "folder", "text")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]

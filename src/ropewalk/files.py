@@ -50,9 +50,12 @@ def atomic_write(path: str | Path, data: bytes | str) -> None:
 def atomic_file(path: str | Path, needed: int | None = None) -> Iterator[Path]:
     """Yields a temporary name beside `path` to write to; renamed to `path` on success, removed on failure.
 
-    Raises RopewalkError when the disk is full; its message says `needed`, the bytes foreseen.
+    Raises UserError where `path` is a folder, RopewalkError when the disk is full; its message says `needed`,
+    the bytes foreseen.
     """
     path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; a file is to be written there")
     temporary = _sibling(path)
     with naming_full_disk(path, needed):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -13,9 +13,8 @@ from typing import Any
 from rich.console import Console
 
 from ropewalk.data import prepare
-from ropewalk.data.readers import Source, files_of
 from ropewalk.errors import UserError
-from ropewalk.evaluate import Evaluation, TaskResult, evaluate
+from ropewalk.evaluate import Evaluation, TaskResult, check_files, evaluate
 from ropewalk.parallel import started
 from ropewalk.recipe import Recipe, load_recipe, resolve
 from ropewalk.stage import Stage
@@ -53,6 +52,12 @@ class SideBySide:
     base: str | None
     tuned: str
 
+    @property
+    def answers(self) -> list[tuple[str, str]]:
+        """Who said what, on a line of its own."""
+        said = (("reference", self.reference), ("base", self.base), ("tuned", self.tuned))
+        return [(who, " ".join(text.split()) or "(nothing)") for who, text in said if text is not None]
+
 
 @dataclass(frozen=True)
 class LaneResult:
@@ -79,8 +84,8 @@ def run(
             "`ropewalk run` starts its processes itself (parallel.shard=2): call it without torchrun"
         )
     recipe = resolve(load_recipe(recipe, overrides)).recipe
-    _check_files(recipe)
     wanted = recipe.evaluate
+    check_files(wanted.perplexity, [*wanted.tasks, *wanted.base])
     measures = bool(wanted.perplexity or wanted.tasks or wanted.prompts)
     stages = _Stages(
         Console(stderr=True, highlight=False, soft_wrap=True, quiet=not progress), recipe, measures
@@ -96,10 +101,8 @@ def run(
         trained = train(recipe, progress=progress)
     if base is not None:
         base.write(trained.run)
-    if trained.interrupted:
-        return LaneResult(trained.run, True, seconds=stages.seconds)
-    if not measures:
-        return LaneResult(trained.run, False, seconds=stages.seconds)
+    if trained.interrupted or not measures:
+        return LaneResult(trained.run, trained.interrupted, seconds=stages.seconds)
     with stages.next("evaluate the tuned model") as stage:
         tuned = evaluate(trained.run, recipe, name="tuned", progress=stage.progress)
     result = LaneResult(trained.run, False, compare(base, tuned), side_by_side(base, tuned), stages.seconds)
@@ -122,19 +125,6 @@ class _Stages:
         with Stage(f"{len(self.seconds) + 1}/{self.count} {name}", self.console) as stage:
             yield stage
         self.seconds[name] = stage.seconds
-
-
-def _check_files(recipe: Recipe) -> None:
-    """UserError for a missing file of the evaluation: better now than after the training."""
-    section = recipe.evaluate
-    named = [(f"evaluate.perplexity.{i}", path) for i, path in enumerate(section.perplexity)]
-    for kind in ("tasks", "base"):
-        for i, task in enumerate(getattr(section, kind)):
-            named.append((f"evaluate.{kind}.{i}.path", task.path))
-            if task.shots_path is not None:
-                named.append((f"evaluate.{kind}.{i}.shots_path", task.shots_path))
-    for name, path in named:
-        files_of(Source(path, name))
 
 
 # --- base against tuned ----------------------------------------------------------------------
@@ -212,12 +202,7 @@ def markdown(result: LaneResult) -> str:
     lines += [f"| {name} | {seconds:.1f} |" for name, seconds in result.seconds.items()]
     lines += ["", "## Side by side", ""]
     for sample in result.samples:
-        lines += [_fenced(sample.prompt), ""]
-        answers = (("reference", sample.reference), ("base", sample.base), ("tuned", sample.tuned))
-        lines += [
-            f"- {who}: {' '.join(text.split()) or '(nothing)'}" for who, text in answers if text is not None
-        ]
-        lines.append("")
+        lines += [_fenced(sample.prompt), "", *(f"- {who}: {text}" for who, text in sample.answers), ""]
     return "\n".join(lines)
 
 

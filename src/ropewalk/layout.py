@@ -1,6 +1,7 @@
 """How a run is spread over processes: the degrees, and the one rule that they obey."""
 
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -16,6 +17,17 @@ ONE_STAGE = ("gpipe", "1f1b")
 """schedules in which a process has one stage; in the others it has several"""
 ZERO_BUBBLE = ("interleaved-zb", "zbv")
 """schedules that make the gradients of a stage's weights apart from those of its input (arXiv 2401.10241)"""
+
+
+def told_by_launcher(variable: str) -> int | None:
+    """WORLD_SIZE, LOCAL_RANK and the like, as torchrun or a scheduler in its manner sets them; None where
+    nobody did. UserError for what is no such number."""
+    said = os.environ.get(variable)
+    if said is None:
+        return None
+    if not said.isdecimal() or (variable.endswith("WORLD_SIZE") and int(said) == 0):
+        raise UserError(f"the environment variable {variable} is {said!r}; it must be a number of processes")
+    return int(said)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,16 +121,22 @@ class Layout:
         """How many it takes; a degree that is "the rest" counts as one."""
         return math.prod(max(1, getattr(self, name)) for name in DEGREES)
 
+    @property
+    def _product(self) -> str:
+        return " x ".join(f"{name} {getattr(self, name)}" for name in DEGREES)
+
     def over(self, processes: int) -> "Layout":
         """The same with its -1 filled in. UserError where the degrees do not make `processes`."""
+        for name in (*DEGREES, "expert"):
+            if (degree := getattr(self, name)) < 1 and degree != REST:
+                raise UserError(f"parallel.{name} is {degree}; it must be at least 1, or -1 (the rest)")
         open_ = [name for name in DEGREES if getattr(self, name) == REST]
         if len(open_) > 1:
             raise UserError(f"parallel: {' and '.join(open_)} are both -1 (the rest); give one of them")
         rest, odd = divmod(processes, self.processes)
-        said = " x ".join(f"{name} {getattr(self, name)}" for name in DEGREES)
         if odd or (rest != 1 and not open_):
             raise UserError(
-                f"parallel: {said} does not make {processes} process{'es' * (processes != 1)}; "
+                f"parallel: {self._product} does not make {processes} process{'es' * (processes != 1)}; "
                 f"start {self.processes}, or set one degree to -1 (the rest)"
             )
         filled: dict[str, Any] = dict.fromkeys(open_, rest)
@@ -134,10 +152,10 @@ class Layout:
     def _checked_expert(self) -> int:
         if self._allows_expert(self.expert):
             return self.expert
-        others = " x ".join(f"{name} {getattr(self, name)}" for name in DEGREES)
+        near = range(1, min(self.with_same_blocks, 2 * self.expert) + 1)
         raise UserError(
-            f"parallel.expert: it takes no processes of its own, and {others} cannot be cut into groups of "
-            f"{self.expert}; set it to {self.nearest_expert(range(1, self.with_same_blocks + 1))}, or "
+            f"parallel.expert: it takes no processes of its own, and {self._product} cannot be cut into "
+            f"groups of {self.expert}; set it to {self.nearest_expert(near)}, or "
             f"parallel.shard to a multiple of {self.expert}"
         )
 

@@ -5,6 +5,7 @@ import json
 import pytest
 
 import ropewalk
+from ropewalk.cli import main
 from ropewalk.errors import UserError
 from ropewalk.evaluate import evaluate, run_panel
 from ropewalk.model import load_model, load_tokenizer
@@ -112,3 +113,27 @@ def test_the_panel_asks_a_chat_model_and_continues_for_another(tiny_llama_dir):
     tokenizer.chat_template = None
     plain = run_panel(model, tokenizer, ["The rope", "is"], max_new_tokens=6)
     assert plain != chat
+
+
+def test_an_evaluation_of_prompts_alone_shows_their_answers_and_no_empty_table(recipe, tmp_path, capsys):
+    import yaml
+
+    recipe["evaluate"] = {"prompts": ["The rope"], "max_new_tokens": 4}
+    path = tmp_path / "panel.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    assert main(["eval", str(path)]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("**The rope**\n\n>")
+    assert "| measure |" not in said
+    page = evaluate(recipe=recipe).markdown()
+    assert "| measure |" not in page
+    assert "## Prompt panel\n\n**The rope**" in page
+
+
+def test_a_name_is_no_path_and_no_pattern(recipe, tmp_path):
+    with pytest.raises(UserError, match=r"--name \.\./x: the name of a file in the run's folder"):
+        evaluate(recipe=recipe, directory=tmp_path, name="../x")
+    recipe["evaluate"] = {"prompts": ["The rope"], "max_new_tokens": 1}
+    evaluate(recipe=recipe, directory=tmp_path, name="[a]")
+    with pytest.raises(UserError, match="exists; give --overwrite"):
+        evaluate(recipe=recipe, directory=tmp_path, name="[a]")

@@ -121,6 +121,8 @@ def test_two_plots(recipe_file: Path, capsys: pytest.CaptureFixture[str], tmp_pa
         ([], "give a recipe"),
         (["budget"], "give one of"),
         (["budget", "--days", "3"], "need --on"),
+        (["budget", "--flops", "1e21", "--parameters", "0"], "--parameters is 0; it must be above 0"),
+        (["failures", "--devices", "9", "--days", "1", "--mtbf-hours", "0"], "--mtbf-hours is 0; it must be"),
         (["failures", "--devices", "8", "--days", "3", "--what-if", "restart"], "restart=290"),
         (["--accuracy", "."], "no run here has a plan"),
     ],

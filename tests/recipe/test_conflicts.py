@@ -51,6 +51,9 @@ REFUSED = [
     (dict(optimizer={"name": "muon"}, parallel={"context": 2}), "train.optimizer.name", "parallel.context"),
     (dict(parallel={"context": 3}), "parallel.context", "set it to 2, or data.sequence_length: 1026"),
     (dict(parallel={"context": 3, "tensor": 2}), "parallel.context", "12 equal pieces"),
+    # absurd degrees are answered at once, too
+    (dict(parallel={"context": 10**10}), "parallel.context", "set it to 512, or"),
+    (dict(parallel={"pipeline": 10**10}, micro_batch_size=1), "processes", "set parallel.pipeline: 4"),
     (dict(parallel={"context": 2, "expert": 2}, compile=True), "train.compile", "parallel.expert"),
     (dict(adapt={"method": "lora"}, model=SCRATCH), "adapt.method", "model.source"),
     (dict(parallel={"pipeline": 2}), "train.micro_batch_size", "set it to 2, or parallel.pipeline: 1"),

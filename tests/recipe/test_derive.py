@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from ropewalk.errors import UserError
+from ropewalk.layout import Layout
 from ropewalk.recipe import Machine, json_schema, load_recipe, load_with_origins, resolve, to_yaml
 from ropewalk.recipe.derive import leaves
 from ropewalk.recipe.machine import _cpu_has_bfloat16, _gpu_capability, _torch_has_cuda
@@ -154,6 +155,14 @@ def test_every_field_has_a_line_of_documentation():
     assert undocumented == []
 
 
+def test_editors_are_told_the_bounds_of_numbers():
+    sections = json_schema()["$defs"]
+    assert sections["Adapt"]["properties"]["rank"]["exclusiveMinimum"] == 0
+    dropout = sections["Adapt"]["properties"]["dropout"]
+    assert (dropout["minimum"], dropout["exclusiveMaximum"]) == (0, 1)
+    assert json_schema()["properties"]["seed"]["minimum"] == 0
+
+
 def test_a_recipe_has_a_bounded_number_of_fields():
     from ropewalk.recipe.fields import all_fields
 
@@ -226,3 +235,16 @@ def test_a_pipeline_gets_the_rest_of_the_processes_and_micro_batches_enough():
     assert resolve(load_recipe(BASE, interleaved), machine=machine).recipe.train.micro_batch_size == 1
     with pytest.raises(UserError, match="pipeline and shard are both -1"):
         resolve(load_recipe(BASE, ["parallel.pipeline=-1"]), machine=machine)
+
+
+@pytest.mark.parametrize("said", ["", "two", "-3", "0"])
+def test_a_number_of_processes_that_is_none_is_named(said, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", said)
+    with pytest.raises(UserError, match=f"the environment variable WORLD_SIZE is '{said}'"):
+        Machine.here.__wrapped__()
+
+
+@pytest.mark.parametrize("degree", ["shard", "expert"])
+def test_a_degree_of_none_is_named(degree):
+    with pytest.raises(UserError, match=f"parallel.{degree} is 0; it must be at least 1, or -1"):
+        Layout(**{"shard": 4, degree: 0}).over(4)

@@ -120,6 +120,24 @@ def test_the_example_of_the_design(write):
         ("name: x", "name: x\nepochs: 3", "epochs: unknown key; did you mean train.epochs? (x.yaml:2)"),
         ("name: x", "name: x\ntrian: {}", "trian: unknown key; did you mean train? (x.yaml:2)"),
         ("name: x", "? [a, b]\n: 1\nname: x", "a key must be text (x.yaml:1)"),
+        ("name: x", "name: {a: 1}", "name: must be text that matches"),
+        ("    - path: a.jsonl", "    - path: {a: 1}", "data.train.0.path: must be text, not a section"),
+        (
+            "    - path: a.jsonl",
+            "    - path:\n        a: 1",
+            "data.train.0.path: must be text, not a section",
+        ),
+        (
+            "  sequence_length: 512",
+            "  clean: {keep: {short: [1]}}",
+            "data.clean.keep.short: must be text, not [1] (x.yaml:7)",
+        ),
+        (
+            "  sequence_length: 512",
+            "  clean: {rules: [gofer]}",
+            "data.clean.rules.0: must be one of gopher, gopher_repetition, c4, fineweb, "
+            'not "gofer"; did you mean gopher? (x.yaml:7)',
+        ),
     ],
 )
 def test_one_mistake_one_line(write, line, changed, expected):
@@ -186,6 +204,7 @@ def test_missing_file_names_the_closest(write):
     write(GOOD, "quickstart.yaml")
     assert message("quikstart.yaml") == "quikstart.yaml: no such file; did you mean quickstart.yaml?"
     assert message(".") == ". is a folder; a recipe is a YAML file"
+    assert message("") == ". is a folder; a recipe is a YAML file"
 
 
 def test_nothing_but_a_name(write):
@@ -199,6 +218,17 @@ def test_nothing_but_a_name(write):
         ("train.steps", "train.steps: an override is written key=value, for example train.steps=100"),
         ("=3", "=3: an override is written key=value"),
         ("train..steps=3", "train..steps=3: an override is written key=value"),
+        (
+            "data.train.²=x",
+            "data.train.²: data.train is a list; say which item, as in data.train.0 (override",
+        ),
+        ("seed=-1", "seed: must be a whole number at least 0 and below 4,294,967,296, not -1 (override"),
+        (
+            "evaluate.tasks=[{name: t, path: p, metrics: []}]",
+            "evaluate.tasks.0.metrics: must be a list, each item one of exact_match, chrf, rouge_l, "
+            "at least one of them, not [] (override",
+        ),
+        ('evaluate.prompts=[" "]', "evaluate.prompts.0: must be text that matches"),
         ("trian.steps=3", "trian: unknown key; did you mean train? (override trian.steps=3)"),
         ("train.stps=3", "train.stps: unknown key; did you mean train.steps? (override train.stps=3)"),
         ("train.steps=x", 'train.steps: must be a whole number above 0, not "x" (override train.steps=x)'),
@@ -216,6 +246,11 @@ def test_nothing_but_a_name(write):
 )
 def test_wrong_overrides(write, override, expected):
     assert message(write(GOOD), [override]).startswith(expected)
+
+
+def test_what_an_override_replaces_is_not_taken_for_its_text(write):
+    path = write(GOOD.replace("a.jsonl", "2024"))
+    assert message(path, ["data.train=[{path: [1]}]"]).startswith("data.train.0.path: must be text, not [1]")
 
 
 def test_a_dictionary_gets_the_same_messages():

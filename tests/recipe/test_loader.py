@@ -190,7 +190,10 @@ either = text | awkward
 
 @settings(max_examples=200, deadline=None)
 @given(
-    source=either, prompts=st.lists(either, max_size=3), rate=st.floats(1e-12, 1e3), config=st.none() | either
+    source=either,
+    prompts=st.lists(either.filter(str.strip), max_size=3),
+    rate=st.floats(1e-12, 1e3),
+    config=st.none() | either,
 )
 def test_yaml_of_a_recipe_reloads_equal(tmp_path_factory, source, prompts, rate, config):
     model = (

@@ -187,15 +187,27 @@ def test_the_context_ends_an_answer_with_reason_length(models, tiny_tokenizer):
         ([[5], [384]], {}, "prompt 2 has a token id outside 0..383"),
         ([[-1]], {}, "outside"),
         ("text", {}, "list of prompts"),
+        ([[5], {"role": "user", "content": "a"}], {}, "prompt 2 is one message; give a list of messages"),
+        ([[5], None], {}, "prompt 2 is neither text nor a list of messages or of token ids"),
+        ([["a"]], {}, "prompt 1 is neither text nor"),
+        ([[5.5]], {}, "prompt 1 is neither text nor"),
         ([[5]], {"stop": "x"}, "list of strings"),
         ([[5]], {"max_new_tokens": 0}, "max_new_tokens"),
         ([[5]], {"batch_size": 0}, "batch_size"),
         ([[5]], {"temperature": -1}, "temperature"),
+        ([[5]], {"temperature": 1, "seed": 2**64}, "seed is 18446744073709551616"),
+        (["a", "b\udcff"], {}, "prompt 2 is not valid Unicode at character 1"),
     ],
 )
 def test_wrong_input_is_refused_by_name(models, tiny_tokenizer, prompts, options, message):
     with pytest.raises(UserError, match=message):
         generate(models("llama")[1], tiny_tokenizer, prompts, **options)
+
+
+def test_an_answer_of_any_length_may_be_asked_for(models, tiny_tokenizer):
+    model = models("llama")[1]
+    (answer,) = generate(model, tiny_tokenizer, ["a"], temperature=1.0, max_new_tokens=10**12)
+    assert answer.prompt_tokens + len(answer.tokens) <= model.context_length
 
 
 def test_no_prompts_give_no_answers(models, tiny_tokenizer):

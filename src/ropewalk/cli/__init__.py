@@ -19,35 +19,36 @@ from ropewalk.cli import (
     plan,
     prepare,
     recipe,
-    resume,
     run,
     runs,
     spike,
     train,
 )
+from ropewalk.cli.options import Commands
 from ropewalk.errors import RopewalkError
 
-app = typer.Typer(
+app = Commands(
     help="One recipe and one command, from raw text to a measured, served language model.",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.command("doctor")(doctor.command)
-app.command("prepare")(prepare.command)
-app.command("train")(train.command)
-app.command("resume")(resume.command)
-app.command("launch")(launch.command)
-app.command("parity")(parity.command)
-app.command("spike")(spike.command)
-app.command("eval")(evaluate.command)
-app.command("generate")(generate.command)
-app.command("chat")(chat.command)
-app.command("run")(run.command)
-app.add_typer(data.app, name="data")
-app.add_typer(plan.app, name="plan")
-app.add_typer(runs.app, name="runs")
-app.add_typer(recipe.app, name="recipe")
+for _name, _command in {
+    "doctor": doctor.command,
+    "prepare": prepare.command,
+    "train": train.train,
+    "resume": train.resume,
+    "launch": launch.command,
+    "parity": parity.command,
+    "spike": spike.command,
+    "eval": evaluate.command,
+    "generate": generate.command,
+    "chat": chat.command,
+    "run": run.command,
+}.items():
+    app.command(_name)(_command)
+for _name, _group in {"data": data, "plan": plan, "runs": runs, "recipe": recipe}.items():
+    app.add_typer(_group.app, name=_name)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -6,20 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from ropewalk.cli.model import (
-    Device,
-    Dtype,
-    MaxNewTokens,
-    MinP,
-    RepetitionPenalty,
-    Seed,
-    Stop,
-    Temperature,
-    TopK,
-    TopP,
-    load,
-)
-from ropewalk.cli.options import Debug, Json, ModelSource, print_json
+from ropewalk.cli.model import Device, Dtype, MaxNewTokens, Stop, load, with_drawing
+from ropewalk.cli.options import Json, ModelSource, print_json
 
 if TYPE_CHECKING:
     from ropewalk.serve import Chat
@@ -28,23 +16,18 @@ FENCE = '"""'
 HELP = f"Several lines: {FENCE} alone on a line before and after them. /reset forgets, /exit or Ctrl-D ends."
 
 
+@with_drawing
 def command(
     model: ModelSource,
     system: Annotated[
         str | None, typer.Option(help="System message, kept for the whole conversation.")
     ] = None,
     max_new_tokens: MaxNewTokens = 512,
-    temperature: Temperature = 0.0,
-    top_k: TopK = None,
-    top_p: TopP = None,
-    min_p: MinP = None,
-    repetition_penalty: RepetitionPenalty = None,
     stop: Stop = None,
-    seed: Seed = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
     json: Json = False,
-    debug: Debug = False,
+    **drawing: Any,
 ) -> None:
     """Talk to a model. /reset forgets the conversation, /exit ends it."""
     conversation = chat(
@@ -54,13 +37,8 @@ def command(
         device=device,
         out=None if json else sys.stdout,
         max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
         stop=tuple(stop or ()),
-        seed=seed,
+        **drawing,
     )
     if json:
         print_json({"messages": conversation.messages, "dropped": conversation.dropped})

@@ -7,22 +7,25 @@ import typer
 
 from ropewalk.cli import data_ablate, data_classifier, data_tokenizer, data_trace
 from ropewalk.cli.data_look import print_documents
-from ropewalk.cli.options import Debug, Json, Overrides, RecipeFile, print_json, print_table
+from ropewalk.cli.options import Commands, Json, Overrides, RecipeFile, checked, print_json, print_table
 
 if TYPE_CHECKING:
     from ropewalk.data.view import View
 
-app = typer.Typer(
+app = Commands(
     help="Look at data, learn tokenizers, and try what cleaning is worth.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
-app.command("tokenizer")(data_tokenizer.tokenizer)
-app.command("fertility")(data_tokenizer.fertility)
-app.command("classifier")(data_classifier.classifier)
-app.command("ablate")(data_ablate.ablate)
-app.command("trace")(data_trace.trace)
-app.command("where")(data_trace.where)
+for _command in (
+    data_tokenizer.tokenizer,
+    data_tokenizer.fertility,
+    data_classifier.classifier,
+    data_ablate.ablate,
+    data_trace.trace,
+    data_trace.where,
+):
+    app.command()(_command)
 RecipeOrFolder = Annotated[
     str,
     typer.Argument(
@@ -52,7 +55,6 @@ def look(
         bool, typer.Option("--tokens", help="Show the tokens, and which are scored; needs the recipe.")
     ] = False,
     json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Show documents with what is known of them, chosen by text, expression, rule or name."""
     from ropewalk.errors import UserError
@@ -61,7 +63,7 @@ def look(
 
     if kept and dropped:
         raise UserError("--kept and --dropped: give one of them")
-    view = _view(data, overrides or (), [where] if where else [])
+    view = _view(data, overrides, [where] if where else [])
     fate: Literal["kept", "dropped"] | None = "kept" if kept else "dropped" if dropped else None
     found = find(view, Question(search, where, rule, without, fate, id), sample, seed)
     if tokens:
@@ -79,11 +81,11 @@ def look(
 
 
 @app.command("rules")
-def rules(recipe: RecipeFile, overrides: Overrides = None, json: Json = False, debug: Debug = False) -> None:
+def rules(recipe: RecipeFile, overrides: Overrides = None, json: Json = False) -> None:
     """Show what each rule of a recipe drops, without tokenizing: quick when a threshold moves."""
     from ropewalk.look.documents import judgement
 
-    found = judgement(_view(recipe, overrides or (), []))
+    found = judgement(_view(recipe, overrides, []))
     if json:
         print_json(found)
         return
@@ -117,7 +119,6 @@ def compare(
     second: RecipeOrFolder,
     out: Annotated[Path | None, typer.Option(help="Write it as a page to this .html file.")] = None,
     json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Compare two versions of prepared data: what only one of them trains on, and why."""
     from ropewalk.files import atomic_write
@@ -156,12 +157,10 @@ def _view(data: str, overrides: Any, also: list[str]) -> "View":
 
         return View.open(Path(data))
     from ropewalk.data.entry import judge
-    from ropewalk.recipe import load_recipe
     from ropewalk.stage import Stage
 
-    checked = load_recipe(data, overrides)
     with Stage(f"judge {data}") as stage:
-        return judge(checked, also=also, progress=stage.progress)
+        return judge(checked(data, overrides), also=also, progress=stage.progress)
 
 
 def _prepared(data: str) -> "View":

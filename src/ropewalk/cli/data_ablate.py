@@ -1,15 +1,16 @@
 """`ropewalk data ablate`: what a cleaning rule is worth, by training with it and without it."""
 
+from statistics import fmean
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ropewalk.cli.options import (
     INTERRUPTED,
-    Debug,
     Json,
     Overrides,
     RecipeFile,
+    checked,
     print_json,
     print_table,
 )
@@ -36,22 +37,17 @@ def ablate(
         typer.Option(help="Shape of a model from scratch instead of the recipe's: small, or a file."),
     ] = None,
     json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Train with a cleaning rule and without it, on as many tokens, and say what the difference is.
 
     Both are measured on data.validation or, where there is none, on the same documents that are split off.
     A run that is already there is not trained again.
     """
-    from ropewalk.recipe import load_recipe
-
-    checked = load_recipe(recipe, overrides or ())  # a mistake in it is said before torch is loaded
+    given = checked(recipe, overrides)
 
     import ropewalk
 
-    found = ropewalk.ablate(
-        checked, without=without, seeds=seeds, evaluate=evaluate, model_config=model_config
-    )
+    found = ropewalk.ablate(given, without=without, seeds=seeds, evaluate=evaluate, model_config=model_config)
     if json:
         print_json({**found.as_dict(), "interrupted": found.interrupted, "report": found.report})
     else:
@@ -63,13 +59,12 @@ def ablate(
 def show(found: "Ablation") -> None:
     """The table, the verdicts, and where the report is."""
     from ropewalk.evaluate.ablation import sides_of
-    from ropewalk.evaluate.paired import mean
 
     if found.interrupted:
         print(f"interrupted in {found.interrupted}; the same command goes on from there")
         return
     if found.measures:
-        rows = [[one.measure, mean(one.before), mean(one.after), one.numbers()] for one in found.measures]
+        rows = [[one.measure, fmean(one.before), fmean(one.after), one.numbers()] for one in found.measures]
         print_table(["measure", *sides_of(found.without), "difference"], rows)
     for sentence in (*found.verdicts, *(f"note: {note}" for note in found.notes)):
         print(sentence)

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from ropewalk.cli.data_tokenizer import sources_in
-from ropewalk.cli.options import Debug, Json, Overwrite, print_json
+from ropewalk.cli.options import Json, Overwrite, print_json
 from ropewalk.errors import UserError
 
 
@@ -22,7 +22,6 @@ def classifier(
     seed: Annotated[int, typer.Option(help="Which texts are held out, and the order of the rest.")] = 0,
     overwrite: Overwrite = False,
     json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Learn a classifier of texts, for the attribute quality; prints how good it is on texts held out."""
     if good.endswith((".yaml", ".yml")) or other.endswith((".yaml", ".yml")):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ropewalk.cli.options import Debug, Json, Overwrite, print_json, print_table
+from ropewalk.cli.options import Json, Overwrite, print_json, print_table
 
 if TYPE_CHECKING:
     from ropewalk.data.readers import Source
@@ -32,7 +32,6 @@ def tokenizer(
     chat_template: Annotated[Path | None, typer.Option(help="File with a Jinja chat template.")] = None,
     overwrite: Overwrite = False,
     json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Learn a byte-level BPE tokenizer; a recipe takes it as model.tokenizer."""
     named = sources_in(sources)
@@ -74,7 +73,6 @@ def fertility(
         typer.Option("--on", help="A source to measure on, or a recipe for its data.train; can be repeated."),
     ],
     json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Compare tokenizers: tokens per word, bytes per token, words split, vocabulary not used."""
     named = sources_in(on)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ropewalk.cli.options import Debug, Json, print_json, print_table
+from ropewalk.cli.options import Json, print_json, print_table
 
 RunOrData = Annotated[
     Path,
@@ -23,7 +23,6 @@ def trace(
         typer.Option(help="Another query, over the tables steps, pieces and documents.", show_default=False),
     ] = None,
     json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """List the documents in a step of a run: where each is from, and which of its tokens are in which row."""
     from ropewalk.errors import UserError
@@ -46,7 +45,6 @@ def where(
         str, typer.Argument(metavar="DOC_ID", help="As in reports: source:line.", show_default=False)
     ],
     json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Say where a document is from, what became of it, and which steps of the run see it."""
     from ropewalk.train.provenance import Provenance

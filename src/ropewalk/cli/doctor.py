@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ropewalk.cli.options import Debug, Json, print_json
+from ropewalk.cli.options import Json, print_json
 
 if TYPE_CHECKING:
     from ropewalk.doctor import Launch, Report
@@ -16,7 +16,6 @@ def command(
         typer.Option("--calibrate", help="Measure for half a minute what `ropewalk plan` needs; kept."),
     ] = False,
     json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Find out by trying what this machine can really do.
 

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from ropewalk.cli.options import Debug, Json, ModelSource, Overrides, Overwrite, print_json
+from ropewalk.cli.options import Json, ModelSource, Overrides, Overwrite, checked, print_json
 
 
 def command(
@@ -24,7 +24,6 @@ def command(
     ] = None,
     overwrite: Overwrite = False,
     json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Measure a model: perplexity, tasks, the prompt panel.
 
@@ -32,22 +31,20 @@ def command(
     """
     from pathlib import Path
 
-    from ropewalk.recipe import load_recipe
-
     source: str | None = model
     if recipe is None and model.endswith((".yaml", ".yml")):
         source, recipe = None, model
     if recipe is None and (Path(model) / "recipe.yaml").is_file():
         recipe = str(Path(model) / "recipe.yaml")
-    checked = None if recipe is None else load_recipe(recipe, overrides or ())
+    wanted = None if recipe is None else checked(recipe, overrides)
 
-    from ropewalk.evaluate import evaluate
+    from ropewalk.evaluate import evaluate, panel_markdown
     from ropewalk.stage import Stage
 
     with Stage(f"evaluate {model}") as stage:
         result = evaluate(
             source,
-            checked,
+            wanted,
             name=name,
             base=base,
             contamination=contamination,
@@ -57,4 +54,4 @@ def command(
     if json:
         print_json(result.as_dict())
     else:
-        print(result.table(), end="")
+        print(result.table() or panel_markdown(result.panel), end="")

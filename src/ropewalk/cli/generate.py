@@ -1,26 +1,15 @@
 """`ropewalk generate`."""
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from ropewalk.cli.model import (
-    Device,
-    Dtype,
-    MaxNewTokens,
-    MinP,
-    RepetitionPenalty,
-    Seed,
-    Stop,
-    Temperature,
-    TopK,
-    TopP,
-    load,
-)
-from ropewalk.cli.options import Debug, Json, ModelSource, print_json
+from ropewalk.cli.model import Device, Dtype, MaxNewTokens, Stop, load, with_drawing
+from ropewalk.cli.options import Json, ModelSource, print_json
 
 
+@with_drawing
 def command(
     model: ModelSource,
     prompts: Annotated[
@@ -28,17 +17,11 @@ def command(
         typer.Argument(metavar="TEXT", help="Texts to go on with; by default each line of standard input."),
     ] = None,
     max_new_tokens: MaxNewTokens = 64,
-    temperature: Temperature = 0.0,
-    top_k: TopK = None,
-    top_p: TopP = None,
-    min_p: MinP = None,
-    repetition_penalty: RepetitionPenalty = None,
     stop: Stop = None,
-    seed: Seed = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
     json: Json = False,
-    debug: Debug = False,
+    **drawing: Any,
 ) -> None:
     """Continue plain texts, without a chat template."""
     from ropewalk.errors import UserError
@@ -53,13 +36,8 @@ def command(
         tokenizer,
         texts,
         max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
         stop=stop or (),
-        seed=seed,
+        **drawing,
     )
     if json:
         answers = [

@@ -1,24 +1,17 @@
 """`ropewalk launch`."""
 
 import sys
-from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from ropewalk.cli.options import Debug, Json, Overrides, RecipeFile, print_json
-
-
-class Place(StrEnum):
-    local = "local"
-    slurm = "slurm"
-    kubernetes = "kubernetes"
+from ropewalk.cli.options import Json, Overrides, RecipeFile, print_json
 
 
 def command(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    on: Annotated[Place, typer.Option("--on", help="Where.")] = Place.local,
+    on: Annotated[Literal["local", "slurm", "kubernetes"], typer.Option("--on", help="Where.")] = "local",
     nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
     processes_per_node: Annotated[
         int | None,
@@ -40,7 +33,6 @@ def command(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the script and do nothing.")] = False,
     json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Train on several processes or machines under torchrun: here, by SLURM, by Kubernetes.
 
@@ -51,7 +43,7 @@ def command(
     result = launch(
         recipe,
         overrides or (),
-        on.value,
+        on,
         nodes,
         processes_per_node,
         cores,

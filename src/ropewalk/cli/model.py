@@ -1,5 +1,7 @@
 """Loading a model for the commands that talk to one."""
 
+from collections.abc import Callable
+from inspect import Signature, signature
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -15,20 +17,32 @@ Device = Annotated[
     Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute; auto: a GPU where there is one.")
 ]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
-Temperature = Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")]
-TopK = Annotated[int | None, typer.Option(min=1, help="Draw from the so many likeliest tokens.")]
-TopP = Annotated[
-    float | None, typer.Option(min=0.0, max=1.0, help="Draw from this share of the probability.")
-]
-MinP = Annotated[
-    float | None,
-    typer.Option(min=0.0, max=1.0, help="Draw from tokens this likely relative to the likeliest."),
-]
-RepetitionPenalty = Annotated[
-    float | None, typer.Option(help="Above 1: tokens already seen become less likely.")
-]
 Stop = Annotated[list[str] | None, typer.Option(help="Text that ends an answer; may be given several times.")]
-Seed = Annotated[int, typer.Option(help="Seed of what is drawn.")]
+
+
+def _options_of_drawing(
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Draw from the so many likeliest tokens.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Draw from this share of the probability.")
+    ] = None,
+    min_p: Annotated[
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="Draw from tokens this likely relative to the likeliest."),
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="Above 1: tokens already seen become less likely.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of what is drawn.")] = 0,
+) -> None: ...
+
+
+def with_drawing(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command the options of how tokens are drawn, in the place of its `**drawing`."""
+    own = [p for p in signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    shared = signature(_options_of_drawing).parameters.values()
+    command.__signature__ = Signature([*own, *shared])  # type: ignore[attr-defined]
+    return command
 
 
 def load(source: str, dtype: str, device: str) -> tuple["Transformer", Any]:

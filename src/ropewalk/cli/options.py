@@ -2,11 +2,16 @@
 
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import wraps
+from inspect import Parameter, signature
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from ropewalk.recipe import Recipe
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C or SIGTERM, also where a checkpoint was saved in good order."""
@@ -15,6 +20,7 @@ REQUEUE = 75
 be started again (EX_TEMPFAIL of sysexits.h)."""
 
 RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe file.", show_default=False)]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.", show_default=False)]
 ModelSource = Annotated[
     str,
     typer.Argument(
@@ -29,9 +35,36 @@ Overrides = Annotated[
         metavar="KEY=VALUE", help="Changes to the recipe, as in train.steps=100.", show_default=False
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print the answer as one JSON object.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the answer as one JSON object.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+
+
+class Commands(typer.Typer):
+    """Commands that also take --debug, which `main` looks at."""
+
+    def command(self, name: str | None = None, **settings: Any) -> Any:
+        register = super().command(name, **settings)
+
+        def also_debug(command: Callable[..., None]) -> Callable[..., None]:
+            @wraps(command)
+            def run(debug: bool, **given: Any) -> None:
+                command(**given)
+
+            own = signature(command)
+            debug = Parameter("debug", Parameter.KEYWORD_ONLY, default=False, annotation=Debug)
+            run.__signature__ = own.replace(parameters=[*own.parameters.values(), debug])  # type: ignore[attr-defined]
+            register(run)
+            return command
+
+        return also_debug
+
+
+def checked(recipe: str, overrides: Sequence[str] | None) -> "Recipe":
+    """The recipe in a file. Called before torch is loaded: a mistake in it is said at once."""
+    from ropewalk.recipe import load_recipe
+
+    return load_recipe(recipe, overrides or ())
 
 
 def print_json(value: Any) -> None:

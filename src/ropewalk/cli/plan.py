@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from ropewalk.cli import plan_questions
-from ropewalk.cli.options import Debug, Json, Overrides, print_json, print_table
+from ropewalk.cli.options import Commands, Json, Overrides, print_json, print_table
 
 if TYPE_CHECKING:
     from ropewalk.plan import Estimate, Plan
@@ -28,15 +28,13 @@ class RecipeOrCommand(TyperGroup):
         return super().parse_args(ctx, args)
 
 
-app = typer.Typer(
+app = Commands(
     cls=RecipeOrCommand,
     help="What a run will take, before it is started: ropewalk plan RECIPE. And questions beside it:",
     rich_markup_mode=None,
 )
-app.command("budget")(plan_questions.budget)
-app.command("fit")(plan_questions.fit)
-app.command("failures")(plan_questions.failures)
-app.command("serving")(plan_questions.serving)
+for _command in (plan_questions.budget, plan_questions.fit, plan_questions.failures, plan_questions.serving):
+    app.command()(_command)
 On = Annotated[
     str | None,
     typer.Option(
@@ -67,7 +65,6 @@ def recipe(
         typer.Option(help="Say how well the plans of the runs in this folder came true.", metavar="FOLDER"),
     ] = None,
     json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Whether a run fits, how long it takes, what it costs, and which layout is best. Nothing is started."""
     from ropewalk.errors import UserError

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ropewalk.cli.options import Debug, Json, ModelSource, print_json
+from ropewalk.cli.options import Json, ModelSource, print_json
 
 On = Annotated[str | None, typer.Option("--on", help="Devices, as in 8xH100, or a cluster file.")]
 
@@ -21,7 +21,6 @@ def budget(
         float | None, typer.Option(help="A size that is given, to hold against the best.")
     ] = None,
     json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """The best model and number of tokens for FLOPs, for days on devices, or for money; by published laws."""
     from ropewalk.errors import UserError
@@ -65,6 +64,8 @@ def budget(
         answer["data"] = best_on_repeated(flops, data)
         lines += answer["data"].lines()
     if parameters is not None:
+        if not parameters > 0:
+            raise UserError(f"--parameters is {parameters:g}; it must be above 0")
         answer["given"] = off_optimum(parameters, flops / (6 * parameters))
         lines += answer["given"].lines()
     print_json(answer) if json else print("\n".join(lines))
@@ -76,7 +77,6 @@ def fit(
     ],
     flops: Annotated[float | None, typer.Option(help="Also say what is best for so many FLOPs.")] = None,
     json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Fit the loss law L = E + A / N^alpha + B / D^beta to your own runs, with intervals."""
     from ropewalk.plan.fit import fit
@@ -109,7 +109,6 @@ def failures(
     ] = None,
     trials: Annotated[int, typer.Option(min=2, help="How often the run is played.")] = 20,
     json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """What failures cost a long run: by a formula, by playing it, and what a change would buy."""
     from ropewalk.errors import UserError
@@ -117,6 +116,8 @@ def failures(
     from ropewalk.plan.simulate import simulate
     from ropewalk.plan.simulate import what_if as difference
 
+    if mtbf_hours is not None and not mtbf_hours > 0:
+        raise UserError(f"--mtbf-hours is {mtbf_hours:g}; it must be above 0")
     rate = FAULTS_PER_DEVICE_DAY if mtbf_hours is None else 24 / (mtbf_hours * devices)
     run = Operation(devices, rate, save=save, stall=stall, detect=detect, restart=restart, spares=spares)
     changes: dict[str, Any] = {}
@@ -147,7 +148,6 @@ def serving(
     ] = "bfloat16",
     cache: Annotated[str, typer.Option(help="Of keys and values: bfloat16, fp8, int8.")] = "bfloat16",
     json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Memory, the largest batch, and tokens a second of a model that is served; one replica on all the
     devices."""

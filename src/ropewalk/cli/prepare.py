@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from ropewalk.cli.options import Debug, Json, Overrides, Overwrite, RecipeFile, print_json
+from ropewalk.cli.options import Json, Overrides, Overwrite, RecipeFile, checked, print_json
 
 
 def command(
@@ -19,36 +19,27 @@ def command(
         bool, typer.Option("--profile", help="Write profile.html: what is in the data, on one page.")
     ] = False,
     json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Turn documents into tokenized shards, with a report."""
-    from ropewalk.recipe import load_recipe
-
-    checked = load_recipe(recipe, overrides or ())  # a mistake in it is said before torch is loaded
+    found = checked(recipe, overrides)
 
     from ropewalk.data import prepare
     from ropewalk.stage import Stage
 
     with Stage(f"prepare {recipe}") as stage:
-        prepared = prepare(checked, overwrite=overwrite, on=on, progress=stage.progress)
+        prepared = prepare(found, overwrite=overwrite, on=on, progress=stage.progress)
         if profile:
             from ropewalk.look import profile as look_at
 
             account = look_at(
                 prepared.directory,
-                packing=checked.data.packing,
-                workers=checked.data.workers,
+                packing=found.data.packing,
+                workers=found.data.workers,
                 on=on,
                 progress=stage.progress,
             )
     if json:
-        print_json(
-            {
-                "directory": prepared.directory,
-                "fingerprint": prepared.fingerprint,
-                "report": prepared.report,
-            }
-        )
+        print_json({name: getattr(prepared, name) for name in ("directory", "fingerprint", "report")})
     else:
         print(prepared.directory)
         for alert in account["alerts"] if profile else ():

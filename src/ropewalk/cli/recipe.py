@@ -6,13 +6,13 @@ from typing import Annotated
 
 import typer
 
-from ropewalk.cli.options import Debug, Json, Overrides, RecipeFile, print_json
+from ropewalk.cli.options import Commands, Json, Overrides, RecipeFile, print_json
 
-app = typer.Typer(help="Look at a recipe, or write its schema for editors.")
+app = Commands(help="Look at a recipe, or write its schema for editors.")
 
 
 @app.command()
-def show(recipe: RecipeFile, overrides: Overrides = None, json: Json = False, debug: Debug = False) -> None:
+def show(recipe: RecipeFile, overrides: Overrides = None, json: Json = False) -> None:
     """Print every value of a recipe, where it comes from, and why a derived one is what it is."""
     from ropewalk.recipe import load_with_origins, resolve
 
@@ -59,7 +59,6 @@ def _text(value: object) -> str:
 @app.command()
 def schema(
     out: Annotated[Path | None, typer.Option(help="File to write; by default it is printed.")] = None,
-    debug: Debug = False,
 ) -> None:
     """Write the JSON Schema of a recipe file."""
     from ropewalk.files import atomic_write

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from ropewalk.cli.options import INTERRUPTED, Debug, Json, Overrides, RecipeFile, print_json
+from ropewalk.cli.options import INTERRUPTED, Json, Overrides, RecipeFile, checked, print_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -14,19 +14,15 @@ if TYPE_CHECKING:
 PROMPT_LINES = 12
 
 
-def command(
-    recipe: RecipeFile, overrides: Overrides = None, json: Json = False, debug: Debug = False
-) -> None:
+def command(recipe: RecipeFile, overrides: Overrides = None, json: Json = False) -> None:
     """The whole lane: prepare, measure, train, measure, report."""
     from rich.console import Console
 
-    from ropewalk.recipe import load_recipe
-
-    checked = load_recipe(recipe, overrides or ())  # a mistake in it is said before torch is loaded
+    found = checked(recipe, overrides)
 
     from ropewalk.lane import run
 
-    result = run(checked)
+    result = run(found)
     if json:
         print_json({**vars(result), "samples": [vars(sample) for sample in result.samples]})
     else:
@@ -44,11 +40,9 @@ def show(result: "LaneResult", console: "Console") -> None:
     for sample in result.samples:
         lines = sample.prompt.strip().splitlines()
         body = Text("\n".join(lines[:PROMPT_LINES] + ["..."] * (len(lines) > PROMPT_LINES)), style="dim")
-        answers = (("reference", sample.reference), ("base", sample.base), ("tuned", sample.tuned))
-        for who, text in answers:
-            if text is not None:
-                body.append(f"\n{who:<9} ", style="bold not dim")
-                body.append(" ".join(text.split()) or "(nothing)", style="not dim")
+        for who, text in sample.answers:
+            body.append(f"\n{who:<9} ", style="bold not dim")
+            body.append(text, style="not dim")
         console.print(Panel(body))
     if result.comparisons:
         table = Table("measure", "on", "base (its best prompt)", "tuned")

@@ -6,17 +6,15 @@ from typing import Annotated
 
 import typer
 
-from ropewalk.cli.options import Debug, Json, print_json, print_table
+from ropewalk.cli.options import Commands, Json, Run, print_json, print_table
 
-app = typer.Typer(help="What was done, from which data, with what result.")
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.", show_default=False)]
+app = Commands(help="What was done, from which data, with what result.")
 
 
 @app.command("ls")
 def ls(
     root: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of runs.")] = Path("runs"),
     json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """List the runs in a folder, oldest first."""
     from ropewalk.track import list_runs
@@ -50,7 +48,7 @@ def _when(seconds: float | None) -> str | None:
 
 
 @app.command("show")
-def show(run: Run, json: Json = False, debug: Debug = False) -> None:
+def show(run: Run, json: Json = False) -> None:
     """Show one run: where it stands, what it was made from, its report."""
     from ropewalk.track import RunDirectory, summarize
 
@@ -68,7 +66,7 @@ def show(run: Run, json: Json = False, debug: Debug = False) -> None:
 
 
 @app.command("diff")
-def diff(first: Run, second: Run, json: Json = False, debug: Debug = False) -> None:
+def diff(first: Run, second: Run, json: Json = False) -> None:
     """Show how two runs differ: recipe, data, environment, results."""
     from ropewalk.track import diff_runs
 
@@ -82,7 +80,7 @@ def diff(first: Run, second: Run, json: Json = False, debug: Debug = False) -> N
 
 
 @app.command("verify")
-def verify(run: Run, json: Json = False, debug: Debug = False) -> None:
+def verify(run: Run, json: Json = False) -> None:
     """Check every file of a run's checkpoints against its size and hash; ends with 1 where one is damaged."""
     from ropewalk.track import RunDirectory
     from ropewalk.train.checkpoint import find_damage, list_checkpoints

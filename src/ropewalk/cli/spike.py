@@ -1,21 +1,19 @@
 """`ropewalk spike`."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ropewalk.cli.options import Debug, Json, print_json, print_table
+from ropewalk.cli.options import Json, Run, print_json, print_table
 
 TEXT = 60
 """Characters of a text in the table."""
 
 
 def command(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.", show_default=False)],
+    run: Run,
     step: Annotated[int, typer.Option("--step", help="Which step.", show_default=False)],
     json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """List the documents of one step, the largest loss first; `!` marks outliers.
 

@@ -1,30 +1,40 @@
-"""`ropewalk train`."""
+"""`ropewalk train` and `ropewalk resume`."""
 
 import os
 from typing import TYPE_CHECKING
 
 import typer
 
-from ropewalk.cli.options import INTERRUPTED, REQUEUE, Debug, Json, Overrides, RecipeFile, print_json
+from ropewalk.cli.options import INTERRUPTED, REQUEUE, Json, Overrides, RecipeFile, Run, checked, print_json
 
 if TYPE_CHECKING:
     from ropewalk.train import TrainResult
 
 
-def command(
-    recipe: RecipeFile, overrides: Overrides = None, json: Json = False, debug: Debug = False
-) -> None:
+def train(recipe: RecipeFile, overrides: Overrides = None, json: Json = False) -> None:
     """Pretrain or fine-tune; prints the run directory."""
-    from ropewalk.recipe import load_recipe
-
-    checked = load_recipe(recipe, overrides or ())  # a mistake in it is said before torch is loaded
+    found = checked(recipe, overrides)
 
     from ropewalk.train import train
 
-    finish(train(checked), json)
+    _finish(train(found), json)
 
 
-def finish(result: "TrainResult", json: bool) -> None:
+def resume(
+    run: Run,
+    overrides: Overrides = None,
+    json: Json = False,
+) -> None:
+    """Go on with an interrupted run.
+
+    The result is bit for bit that of a run that never stopped; parallel.shard=4 and the like spread it anew.
+    """
+    from ropewalk.train import resume
+
+    _finish(resume(run, overrides or ()), json)
+
+
+def _finish(result: "TrainResult", json: bool) -> None:
     """Print what became of a run; an interrupted one ends with a status that stops a script."""
     if os.environ.get("RANK", "0") != "0":
         pass  # one of several processes, of which the first speaks

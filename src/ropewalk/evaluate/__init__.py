@@ -5,7 +5,7 @@ May import: data, serve, model, ops, files; `recipe` in the entry function only.
 
 from ropewalk import make_callable
 from ropewalk.evaluate.clean_subset import CleanSubset, clean_subset, read_account
-from ropewalk.evaluate.entry import Evaluation, evaluate
+from ropewalk.evaluate.entry import Evaluation, check_files, evaluate
 from ropewalk.evaluate.panel import Sample, panel_markdown, run_panel
 from ropewalk.evaluate.perplexity import PerplexityResult, perplexity
 from ropewalk.evaluate.tasks import TaskResult, run_task
@@ -16,6 +16,7 @@ __all__ = [
     "PerplexityResult",
     "Sample",
     "TaskResult",
+    "check_files",
     "clean_subset",
     "evaluate",
     "panel_markdown",

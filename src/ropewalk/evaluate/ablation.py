@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
-from ropewalk.evaluate.paired import CONFIDENCE, Paired, mean, number, spread
+from ropewalk.evaluate.paired import CONFIDENCE, Paired, number
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,33 @@ class Ablation:
 
     def markdown(self, name: str) -> str:
         """The report; `name` is the recipe's."""
-        return markdown(self, name)
+        before, after = sides_of(self.without)
+        lines = [f"# {name}: what {self.without} does", ""]
+        seeds = ", ".join(map(str, self.seeds))
+        lines += [f"Runs of {self.tokens:,} tokens each, padding included, with the seeds {seeds}.", ""]
+        lines += [f"- {sentence}" for sentence in (*self.verdicts, *self.notes)]
+        lines += ["", "| trained on | documents | tokens | seen so often |", "|---|---|---|---|"]
+        lines += [f"| {v.name} | {v.documents:,} | {v.tokens:,} | {v.epochs:.2f} |" for v in self.variants]
+        for one in self.measures:
+            rows = zip(self.seeds, one.before, one.after, one.differences, strict=True)
+            lines += [
+                "",
+                f"## {one.measure}",
+                "",
+                f"| seed | {before} | {after} | difference |",
+                "|---|---|---|---|",
+            ]
+            lines += [f"| {seed} | {a:.4f} | {b:.4f} | {d:+.4f} |" for seed, a, b, d in rows]
+            means = " | ".join(f"{fmean(x):.4f}" for x in (one.before, one.after, one.differences))
+            spreads = " | ".join(f"{stdev(x):.4f}" for x in (one.before, one.after, one.differences))
+            lines += [f"| mean | {means} |", f"| standard deviation | {spreads} |", ""]
+            low, high = one.mean - one.half_width, one.mean + one.half_width
+            lines += [
+                f"Difference {one.mean:+.4f}, standard error {one.error:.4f}; paired t interval of "
+                f"{CONFIDENCE:.0%} {low:+.4f} to {high:+.4f}; p = {one.p_value:.2g}."
+            ]
+        lines += ["", "## Runs", "", *(f"- `{run}`" for run in self.runs)] if self.runs else []
+        return "\n".join(lines) + "\n"
 
     def as_dict(self) -> dict[str, Any]:
         own = {name: getattr(self, name) for name in ("without", "seeds", "tokens", "notes", "verdicts")}
@@ -62,33 +89,3 @@ def verdict(pair: Paired, without: str) -> str:
     helps = "hurts" if pair.better else "helps"
     size = f"{abs(pair.mean):.4g} +- {pair.half_width:.2g} ({seeds} seeds)"
     return f"{pair.measure}: leaving {without} out {does} it by {size}: {without} {helps}"
-
-
-def markdown(found: Ablation, name: str) -> str:
-    before, after = sides_of(found.without)
-    lines = [f"# {name}: what {found.without} does", ""]
-    seeds = ", ".join(map(str, found.seeds))
-    lines += [f"Runs of {found.tokens:,} tokens each, padding included, with the seeds {seeds}.", ""]
-    lines += [f"- {sentence}" for sentence in (*found.verdicts, *found.notes)]
-    lines += ["", "| trained on | documents | tokens | seen so often |", "|---|---|---|---|"]
-    lines += [f"| {v.name} | {v.documents:,} | {v.tokens:,} | {v.epochs:.2f} |" for v in found.variants]
-    for one in found.measures:
-        rows = zip(found.seeds, one.before, one.after, one.differences, strict=True)
-        lines += [
-            "",
-            f"## {one.measure}",
-            "",
-            f"| seed | {before} | {after} | difference |",
-            "|---|---|---|---|",
-        ]
-        lines += [f"| {seed} | {a:.4f} | {b:.4f} | {d:+.4f} |" for seed, a, b, d in rows]
-        means = " | ".join(f"{mean(x):.4f}" for x in (one.before, one.after, one.differences))
-        spreads = " | ".join(f"{spread(x):.4f}" for x in (one.before, one.after, one.differences))
-        lines += [f"| mean | {means} |", f"| standard deviation | {spreads} |", ""]
-        low, high = one.mean - one.half_width, one.mean + one.half_width
-        lines += [
-            f"Difference {one.mean:+.4f}, standard error {one.error:.4f}; paired t interval of "
-            f"{CONFIDENCE:.0%} {low:+.4f} to {high:+.4f}; p = {one.p_value:.2g}."
-        ]
-    lines += ["", "## Runs", "", *(f"- `{run}`" for run in found.runs)] if found.runs else []
-    return "\n".join(lines) + "\n"

@@ -45,8 +45,8 @@ class Evaluation:
         }
 
     def table(self) -> str:
-        """The figures as a Markdown table, without rows."""
-        lines = ["| measure | on | value |", "|---|---|---|"]
+        """The figures as a Markdown table, without the tasks' rows; empty where only the panel was asked."""
+        lines = []
         for path, result in self.perplexity.items():
             lines.append(f"| perplexity | {Path(path).name} | {result.perplexity:.3f} |")
             lines.append(f"| bits per byte | {Path(path).name} | {result.bits_per_byte:.4f} |")
@@ -56,13 +56,13 @@ class Evaluation:
             if task.clean is not None:
                 on = f"{task.name} ({task.clean.rows} of {len(task.rows)} rows not in the training data)"
                 lines += [f"| {metric} | {on} | {score:.2f} |" for metric, score in task.clean.scores.items()]
-        return "\n".join(lines) + "\n"
+        return "\n".join(["| measure | on | value |", "|---|---|---|", *lines, ""]) if lines else ""
 
     def markdown(self) -> str:
         """A page to read: the table, then the prompt panel."""
-        page = f"# Evaluation: {self.name}\n\nModel: `{self.source}`. Took {self.seconds:.0f} s.\n\n"
-        page += self.table()
-        return page + (f"\n## Prompt panel\n\n{panel_markdown(self.panel)}" if self.panel else "")
+        head = f"# Evaluation: {self.name}\n\nModel: `{self.source}`. Took {self.seconds:.0f} s.\n"
+        panel = f"## Prompt panel\n\n{panel_markdown(self.panel)}" if self.panel else ""
+        return "\n".join(part for part in (head, self.table(), panel) if part)
 
     def write(self, directory: str | Path) -> Path:
         """Writes `evaluation-NAME.json` and `evaluation-NAME.md`; the path of the first."""
@@ -111,12 +111,13 @@ def evaluate(
     if origin is None:
         raise UserError("the recipe's model is made from scratch; name the run to evaluate")
     name = name or (run.name if run is not None else "base" if source is None else Path(source).stem)
+    if Path(name).name != name:
+        raise UserError(f"--name {name}: the name of a file in the run's folder, not a path")
     directory = directory if directory is not None else run
-    if directory is not None and not overwrite:
-        for existing in Path(directory).glob(f"evaluation-{name}.json"):
-            raise UserError(f"{existing} exists; give --overwrite to replace it")
-    for field, path in _files(wanted.perplexity, tasks):
-        files_of(Source(path, field))
+    existing = None if directory is None else Path(directory) / f"evaluation-{name}.json"
+    if existing is not None and existing.exists() and not overwrite:
+        raise UserError(f"{existing} exists; give --overwrite to replace it")
+    check_files(wanted.perplexity, tasks)
     account = contamination or _account_of(run)
     known = {} if account is None else read_account(account)
     model, tokenizer = loaded or _load(str(origin), resolved, same=source is None)
@@ -136,14 +137,14 @@ def _account_of(run: Path | None) -> Path | None:
     return account if account is not None and account.is_file() else None
 
 
-def _files(perplexity_paths: Sequence[str], tasks: Sequence[Any]) -> list[tuple[str, str]]:
-    """Every file the evaluation will read, with the field it is named in."""
-    files = [("evaluate.perplexity", path) for path in perplexity_paths]
+def check_files(perplexity_paths: Sequence[str], tasks: Sequence[Any]) -> None:
+    """UserError for a file that is missing, with the field it is named in: better now than after the work."""
+    for path in perplexity_paths:
+        files_of(Source(path, "evaluate.perplexity"))
     for task in tasks:
-        files.append((f"path of task {task.name}", task.path))
+        files_of(Source(task.path, f"path of task {task.name}"))
         if task.shots_path is not None:
-            files.append((f"shots_path of task {task.name}", task.shots_path))
-    return files
+            files_of(Source(task.shots_path, f"shots_path of task {task.name}"))
 
 
 def _load(source: str, recipe: Recipe, same: bool) -> tuple[Transformer, Any]:

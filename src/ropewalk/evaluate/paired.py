@@ -5,8 +5,8 @@ for good or bad goes out of their difference. What is left is judged by the pair
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean, stdev
 
 CONFIDENCE = 0.95
 _NUMBERS = "zero one two three four five six seven eight nine ten".split()
@@ -33,12 +33,12 @@ class Paired:
     @property
     def mean(self) -> float:
         """Of the differences."""
-        return mean(self.differences)
+        return fmean(self.differences)
 
     @property
     def error(self) -> float:
         """Standard error of the mean difference."""
-        return spread(self.differences) / math.sqrt(len(self.before))
+        return stdev(self.differences) / math.sqrt(len(self.before))
 
     @property
     def half_width(self) -> float:
@@ -74,16 +74,6 @@ class Paired:
 def number(n: int) -> str:
     """In words up to ten."""
     return _NUMBERS[n] if n < len(_NUMBERS) else str(n)
-
-
-def mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
-
-
-def spread(values: Sequence[float]) -> float:
-    """Standard deviation, of the population that the values are a sample of."""
-    middle = mean(values)
-    return math.sqrt(math.fsum((value - middle) ** 2 for value in values) / (len(values) - 1))
 
 
 def t_within(t: float, degrees: int) -> float:

@@ -30,6 +30,7 @@ from ropewalk.ops.attention_parts import (
     block_of,
     tiles,
 )
+from ropewalk.parallel.collectives import all_gather, exchanged, reduce_scatter, summed
 from ropewalk.parallel.world import World
 
 Work = Callable[[Tensor, int | None], Any]
@@ -43,7 +44,8 @@ def context_refusal(config: ModelConfig, layout: Layout) -> str | None:
     heads, needed = config.num_key_value_heads, layout.context * layout.tensor
     if heads % needed == 0:
         return None
-    fits = next(d for d in range(layout.context - 1, 0, -1) if heads % (d * layout.tensor) == 0 or d == 1)
+    fewer = range(min(layout.context - 1, heads), 1, -1)
+    fits = next((d for d in fewer if heads % (d * layout.tensor) == 0), 1)
     over = f" over parallel.tensor {layout.tensor}" if layout.tensor > 1 else ""
     return (
         f"ulysses shares out the key-value heads, and {layout.context} does not divide {heads}{over}; set "
@@ -80,7 +82,7 @@ class Exchange(ABC):
         return torch.cat([torch.arange(*span) for span in self.spans(self.index, length)])
 
     def part(self) -> RowPart:
-        return RowPart(self.columns, self.attention, lambda x: _Sum.apply(x, self.group))
+        return RowPart(self.columns, self.attention, lambda x: summed(x, self.group))
 
     def attention(
         self,
@@ -169,21 +171,14 @@ class AllGather(_ByKeys):
         pieces = work(self._whole(kv), None).split(size, 2)
         parts = [torch.cat((pieces[i], pieces[-1 - i]), 2) for i in range(self.degree)]
         mine = torch.empty_like(parts[0])
-        _collective("reduce_scatter_single", "reduce_scatter_tensor")(
-            mine, torch.cat(parts), group=self.group
-        )
+        reduce_scatter(mine, torch.cat(parts), self.group)
         return mine
 
     def _whole(self, kv: Tensor) -> Tensor:
         found = kv.new_empty(self.degree * len(kv), *kv.shape[1:])
-        _collective("all_gather_single", "all_gather_into_tensor")(found, kv, group=self.group)
+        all_gather(found, kv, self.group)
         heads, tails = found.unflatten(0, (self.degree, -1)).chunk(2, 3)
         return torch.cat([*heads, *tails.flip(0)], 2)
-
-
-def _collective(name: str, before: str) -> Any:
-    """torch 2.13 warns of the names that it had before."""
-    return getattr(dist, name, None) or getattr(dist, before)
 
 
 class Ring(_ByKeys):
@@ -239,10 +234,10 @@ class Ulysses(Exchange):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, scores: Scores) -> Tensor:
         sizes = [t.shape[2] // self.degree for t in (q, k, v)]
         shared = torch.cat([t.unflatten(2, (self.degree, -1)) for t in (q, k, v)], 3)
-        q, k, v = _Trade.apply(shared.flatten(2, 3), self, True).split(sizes, 2)
+        q, k, v = exchanged(shared.flatten(2, 3), self.to_heads, self.to_tokens).split(sizes, 2)
         window, softcap, scale = scores.window, scores.softcap, scores.scale
         out = attention(q, k, v, layout=layout, window=window, softcap=softcap, scale=scale)
-        return _Trade.apply(out, self, False)
+        return exchanged(out, self.to_tokens, self.to_heads)
 
     def to_heads(self, x: Tensor) -> Tensor:
         """`[B, S / degree, heads, D]` -> `[B, S, heads / degree, D]`."""
@@ -258,32 +253,6 @@ class Ulysses(Exchange):
         found = torch.empty_like(mine)
         dist.all_to_all_single(found, mine, group=self.group)
         return found
-
-
-class _Trade(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, exchange: Ulysses, to_heads: bool) -> Tensor:
-        ctx.rest = exchange, to_heads
-        return exchange.to_heads(x) if to_heads else exchange.to_tokens(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        exchange, to_heads = ctx.rest
-        return exchange.to_tokens(grad) if to_heads else exchange.to_heads(grad), None, None
-
-
-class _Sum(torch.autograd.Function):
-    """What each does with the sum is the same; its gradient is so everyone's own."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
-        x = x.clone()
-        dist.all_reduce(x, group=group)
-        return x
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
 
 
 EXCHANGES: dict[str, type[Exchange]] = {"all_gather": AllGather, "ring": Ring, "ulysses": Ulysses}

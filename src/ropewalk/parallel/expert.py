@@ -18,6 +18,7 @@ from torch import Tensor
 from ropewalk.layout import Layout
 from ropewalk.model import ModelConfig, Transformer
 from ropewalk.model.moe import Experts, MixtureOfExperts
+from ropewalk.parallel.collectives import exchanged
 from ropewalk.parallel.world import World
 
 
@@ -66,29 +67,21 @@ class _Exchange:
         got = here.sum(1).tolist()
         if torch.is_grad_enabled() and not rows.requires_grad:
             rows = rows.detach().requires_grad_()  # all come to the exchange of gradients, or nobody
-        arrived = _Trade.apply(rows, sent, got, self.group)
+
+        def there(rows: Tensor) -> Tensor:
+            return self._traded(rows, sent, got)
+
+        def back(rows: Tensor) -> Tensor:
+            return self._traded(rows, got, sent)
+
+        arrived = exchanged(rows, there, back)
         expert = torch.arange(here.shape[1], device=rows.device).repeat(self.degree)
         order = expert.repeat_interleave(theirs).argsort(stable=True)
         made = experts(arrived[order], here.sum(0))
-        back = torch.empty_like(made).index_copy(0, order, made)
-        return _Trade.apply(back, got, sent, self.group)
+        return exchanged(torch.empty_like(made).index_copy(0, order, made), back, there)
 
-
-class _Trade(torch.autograd.Function):
-    """Rows `[sum(sent), H]`, `sent[i]` of them to process i -> `[sum(got), H]`, by process."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, sent: list[int], got: list[int], group: Any) -> Tensor:
-        ctx.rest = sent, got, group
-        return _traded(rows, sent, got, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        sent, got, group = ctx.rest
-        return _traded(grad, got, sent, group), None, None, None
-
-
-def _traded(rows: Tensor, sent: list[int], got: list[int], group: Any) -> Tensor:
-    found = rows.new_empty(sum(got), rows.shape[1])
-    dist.all_to_all_single(found, rows.contiguous(), got, sent, group=group)
-    return found
+    def _traded(self, rows: Tensor, sent: list[int], got: list[int]) -> Tensor:
+        """Rows `[sum(sent), H]`, `sent[i]` of them to process i -> `[sum(got), H]`, by process."""
+        found = rows.new_empty(sum(got), rows.shape[1])
+        dist.all_to_all_single(found, rows.contiguous(), got, sent, group=self.group)
+        return found

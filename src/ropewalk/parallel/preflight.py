@@ -16,10 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from ropewalk.errors import UserError
-from ropewalk.layout import Layout
+from ropewalk.layout import Layout, told_by_launcher
 from ropewalk.parallel.world import World, processes
 
 CLOCKS = 5.0
@@ -72,7 +71,7 @@ def _check_place(device: str) -> None:
             f"be resolved ({error.strerror}); give a name that every machine knows, or its IP address "
             "(torchrun: --rdzv-endpoint and --local-addr)"
         ) from None
-    local = int(os.environ.get("LOCAL_RANK", "0"))
+    local = told_by_launcher("LOCAL_RANK") or 0
     there = torch.cuda.device_count() if device == "cuda" else local + 1
     if local >= there:
         raise UserError(
@@ -95,8 +94,7 @@ def _check_together(
         gpu = str(torch.cuda.get_device_properties(world.local_rank).uuid) if device == "cuda" else None
         world.wait()  # so that all read their clocks now
         mine = Facts(world.rank, socket.gethostname(), known, time.time(), gpu, unwritable)
-        everybody: list[Facts] = [mine] * world.size
-        dist.all_gather_object(everybody, mine)
+        everybody: list[Facts] = world.each(mine)
     finally:
         if world.first:
             shutil.rmtree(probe, ignore_errors=True)

@@ -22,13 +22,10 @@ from ropewalk.errors import RopewalkError
 from ropewalk.model import Transformer
 from ropewalk.model.moe import MixtureOfExperts, RouterStatistics
 from ropewalk.ops import QuantizedTensor, VocabularyPart
+from ropewalk.parallel.collectives import all_gather, exchanged, reduce_scatter, summed
 from ropewalk.parallel.sharding import replace
 from ropewalk.parallel.slices import sliced_along
 from ropewalk.parallel.world import World
-
-# their names from torch 2.13 on, which warns of the older ones
-_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
 def divide(model: Transformer, world: World) -> None:
@@ -69,97 +66,43 @@ class _Exchange:
         """Hidden states for a first matrix: all tokens `[B, S, H]`, of some where they are apart."""
         if not torch.is_grad_enabled():
             return x
-        return _Gather.apply(x, self) if self.apart else _Copy.apply(x, self)
+        if self.apart:
+            return exchanged(x, self.gathered, self.scattered)
+        return exchanged(x, lambda x: x.view_as(x), self.summed)
 
     def leave(self, x: Tensor) -> Tensor:
         """The sum of what the second matrices' parts gave: for all tokens, or for this process's."""
-        return _Scatter.apply(x, self) if self.apart else _Sum.apply(x, self)
+        return exchanged(x, self.scattered, self.gathered) if self.apart else self.summed(x)
 
     def split(self, x: Tensor) -> Tensor:
         """Of all tokens, which every process has, this one's."""
-        return _Split.apply(x, self)
+        return exchanged(x, self.own, self.gathered)
 
     def summed(self, x: Tensor) -> Tensor:
-        x = x.contiguous().clone()
-        dist.all_reduce(x, group=self.group)
-        return x
+        return summed(x, self.group)
 
     def gathered(self, x: Tensor) -> Tensor:
         """`[B, S / degree, H]` of each -> `[B, S, H]`."""
         if x.shape[0] == 1:  # nothing to turn; and fully_shard warns of a model whose result is a view
             whole = x.new_empty(1, self.degree * x.shape[1], x.shape[2])
-            _gather(whole[0], x[0].contiguous(), group=self.group)
+            all_gather(whole[0], x[0].contiguous(), self.group)
             return whole
         mine = x.transpose(0, 1).contiguous()
         out = mine.new_empty(self.degree * mine.shape[0], *mine.shape[1:])
-        _gather(out, mine, group=self.group)
+        all_gather(out, mine, self.group)
         return out.transpose(0, 1).contiguous()
 
     def scattered(self, x: Tensor) -> Tensor:
         """`[B, S, H]` of each -> their sum for this one's tokens, `[B, S / degree, H]`."""
         rows = x.transpose(0, 1).contiguous()
         out = rows.new_empty(rows.shape[0] // self.degree, *rows.shape[1:])
-        _scatter(out, rows, group=self.group)
+        reduce_scatter(out, rows, self.group)
         return out.transpose(0, 1).contiguous()
 
     def own(self, x: Tensor) -> Tensor:
         """`[B, S, ...]` -> `[B, S / degree, ...]`."""
         size = x.shape[1] // self.degree
         return x[:, self.index * size : (self.index + 1) * size].contiguous()
-
-
-class _Copy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, exchange: _Exchange) -> Tensor:
-        ctx.exchange = exchange
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.exchange.summed(grad), None
-
-
-class _Sum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, exchange: _Exchange) -> Tensor:
-        return exchange.summed(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
-
-
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, exchange: _Exchange) -> Tensor:
-        ctx.exchange = exchange
-        return exchange.gathered(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.exchange.scattered(grad), None
-
-
-class _Scatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, exchange: _Exchange) -> Tensor:
-        ctx.exchange = exchange
-        return exchange.scattered(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.exchange.gathered(grad), None
-
-
-class _Split(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, exchange: _Exchange) -> Tensor:
-        ctx.exchange = exchange
-        return exchange.own(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.exchange.gathered(grad), None
 
 
 def _connect(model: Transformer, exchange: _Exchange) -> None:
@@ -199,7 +142,7 @@ def _connect(model: Transformer, exchange: _Exchange) -> None:
         hidden, statistics = output
         if not exchange.apart:
             return output
-        sums = _Sum.apply(torch.stack(statistics), exchange)
+        sums = exchange.summed(torch.stack(statistics))
         return hidden, (sums[0].clone(), sums[1].clone())  # fully_shard warns of results that are views
 
     for block in model.blocks.children():
@@ -220,7 +163,7 @@ def _connect(model: Transformer, exchange: _Exchange) -> None:
         here = tokens - start
         inside = (here >= 0) & (here < rows)
         found = F.embedding(here.clamp(0, rows - 1), model.embed.weight)
-        return _Sum.apply(found * inside.unsqueeze(-1), exchange)
+        return exchange.summed(found * inside.unsqueeze(-1))
 
     def logits(_: nn.Module, __: Any, output: Tensor) -> Tensor:
         parts = [torch.empty_like(output) for _ in range(exchange.degree)]

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ropewalk.layout import DEGREES, Layout
+from ropewalk.layout import DEGREES, Layout, told_by_launcher
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def processes() -> int:
     """How many torchrun (or a scheduler in its manner) has started; 1 where nobody did."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return told_by_launcher("WORLD_SIZE") or 1
 
 
 def _take_leave() -> None:
@@ -69,7 +69,7 @@ class World:
             dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
             if device == "cpu":
                 atexit.register(_take_leave)
-        local = int(os.environ.get("LOCAL_RANK", "0"))
+        local = told_by_launcher("LOCAL_RANK") or 0
         if device == "cuda":
             torch.cuda.set_device(local)
         degrees = tuple(getattr(layout, name) for name in DEGREES)

@@ -4,7 +4,8 @@ May import: nothing of Ropewalk but its errors. Imported by entry functions of t
 """
 
 from ropewalk.recipe.derive import Resolved, resolve
-from ropewalk.recipe.loader import Origin, load_recipe, load_with_origins
+from ropewalk.recipe.document import Origin
+from ropewalk.recipe.loader import load_recipe, load_with_origins
 from ropewalk.recipe.machine import Machine
 from ropewalk.recipe.schema import Planned, Recipe
 from ropewalk.recipe.write import json_schema, to_yaml

@@ -145,10 +145,9 @@ def _of_micro_batches(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if layout.takes(rows // size):
         return
     fits = [n for n in range(1, rows + 1) if rows % n == 0 and layout.takes(rows // n)]
-    degrees = [
-        d for d in range(parallel.pipeline - 1, 1, -1) if replace(layout, pipeline=d).takes(rows // size)
-    ]
-    way = f"set parallel.pipeline: {degrees[0] if degrees else 1}"
+    fewer = range(min(parallel.pipeline - 1, rows // size), 1, -1)
+    degree = next((d for d in fewer if replace(layout, pipeline=d).takes(rows // size)), 1)
+    way = f"set parallel.pipeline: {degree}"
     if fits:
         way = f"set it to {min(fits, key=lambda n: (abs(n - size), n))}, or {way.removeprefix('set ')}"
     needs = (
@@ -163,7 +162,8 @@ def _of_context(recipe: Recipe) -> Iterator[tuple[str, str]]:
     size, degree, tensor = recipe.data.sequence_length, recipe.parallel.context, recipe.parallel.tensor
     pieces = 2 * degree * tensor
     if size % pieces:
-        fits = next((d for d in range(degree - 1, 1, -1) if size % (2 * d * tensor) == 0), 1)
+        fewer = range(min(degree - 1, size // (2 * tensor)), 1, -1)
+        fits = next((d for d in fewer if size % (2 * d * tensor) == 0), 1)
         nearest = max(1, round(size / pieces)) * pieces
         each = "two for each process" if tensor == 1 else f"two for each of {degree} x {tensor} processes"
         why = f"rows of {size} tokens cannot be cut into {pieces} equal pieces, {each}"

@@ -9,7 +9,8 @@ from typing import Any
 from ropewalk.errors import UserError
 from ropewalk.layout import DEGREES, REST, Layout
 from ropewalk.recipe.conflicts import refuse_conflicts
-from ropewalk.recipe.loader import Origin
+from ropewalk.recipe.document import Origin
+from ropewalk.recipe.loader import load_with_origins
 from ropewalk.recipe.machine import Machine
 from ropewalk.recipe.schema import Recipe, Section
 
@@ -58,7 +59,7 @@ def resolve(
         _set(values, name.split("."), value)
     resolved = Recipe.model_validate(values)
     refuse_conflicts(resolved)
-    given = origins if origins is not None else {name: Origin("given") for name in _set_names(recipe)}
+    given = origins if origins is not None else load_with_origins(recipe)[1]
     found: dict[str, Origin] = {}
     for name, value in leaves(resolved):
         if name in derived:
@@ -81,16 +82,6 @@ def leaves(section: Section, prefix: str = "") -> Iterator[tuple[str, Any]]:
                 yield from leaves(item, f"{prefix}{name}.{i}.")
         else:
             yield f"{prefix}{name}", value
-
-
-def _set_names(section: Section, prefix: str = "") -> Iterator[str]:
-    for name in section.model_fields_set:
-        value = getattr(section, name)
-        yield f"{prefix}{name}"
-        items = value if isinstance(value, tuple) else ()
-        for inner, path in [(value, name), *((item, f"{name}.{i}") for i, item in enumerate(items))]:
-            if isinstance(inner, Section):
-                yield from _set_names(inner, f"{prefix}{path}.")
 
 
 def _set(values: Any, parts: list[str], value: Any) -> None:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -24,12 +24,14 @@ MAX_DEPTH = 32
 
 
 @dataclass(frozen=True)
-class Where:
-    """Where a value was written. `raw` is its text as written, for an unquoted scalar."""
+class Origin:
+    """Where a value of a recipe comes from."""
 
-    kind: str
-    text: str
-    raw: str | None = None
+    kind: Literal["default", "file", "given", "override", "derived"]
+    where: str = ""
+    """`recipes/x.yaml:14`, or the override as it was typed."""
+    why: str = ""
+    """What a derived value was derived from."""
 
 
 @dataclass
@@ -38,14 +40,16 @@ class Document:
 
     name: str = ""
     values: dict[str, Any] = field(default_factory=dict)
-    where: dict[Key, Where] = field(default_factory=dict)
+    where: dict[Key, Origin] = field(default_factory=dict)
+    raw: dict[Key, str] = field(default_factory=dict)
+    """text as written: of unquoted scalars, and of overrides"""
     problems: list[str] = field(default_factory=list)
 
     def place(self, key: Key) -> str:
         """` (recipes/x.yaml:14)` for a key or, where it was not written, for the section around it."""
         while key and key not in self.where:
             key = key[:-1]
-        text = self.where[key].text if key in self.where else self.name
+        text = self.where[key].where if key in self.where else self.name
         return f" ({text})" if text else ""
 
 
@@ -67,13 +71,18 @@ _FLOAT = (
     r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
 )
 # In this order: an integer also matches the pattern of a float.
-for _name, _pattern, _first in (
-    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    ("int", _INTEGER, list("-+0123456789")),
-    ("float", _FLOAT, list("-+.0123456789")),
-):
-    _Loader.add_implicit_resolver(_TAG + _name, re.compile(f"^(?:{_pattern})$"), _first)
+SCALARS = [
+    (_TAG + name, re.compile(f"^(?:{pattern})$"), first)
+    for name, pattern, first in (
+        ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+        ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+        ("int", _INTEGER, list("-+0123456789")),
+        ("float", _FLOAT, list("-+.0123456789")),
+    )
+]
+"""(tag, pattern, first characters) of what is no text"""
+for _resolver in SCALARS:
+    _Loader.add_implicit_resolver(*_resolver)
 
 
 def _scalar(tag: str, text: str) -> Any:
@@ -100,11 +109,10 @@ class _Reader:
         self.override = override
         self.nodes = 0
 
-    def where(self, node: yaml.Node) -> Where:
-        raw = node.value if isinstance(node, yaml.ScalarNode) and node.style is None else None
+    def where(self, node: yaml.Node) -> Origin:
         if self.override is not None:
-            return Where("override", f"override {self.override}", raw)
-        return Where("file", f"{self.document.name}:{node.start_mark.line + 1}", raw)
+            return Origin("override", f"override {self.override}")
+        return Origin("file", f"{self.document.name}:{node.start_mark.line + 1}")
 
     def value(self, node: yaml.Node, key: Key) -> Any:
         self.nodes += 1
@@ -112,18 +120,19 @@ class _Reader:
             raise UserError(
                 f"{self.document.name}: too deep or too large for a recipe (aliases that repeat?)"
             )
-        where = self.where(node)
         # A section's place is the line of its key, already noted; a list's and a scalar's is its own.
         if not (isinstance(node, yaml.MappingNode) and key in self.document.where):
-            self.document.where[key] = where
+            self.document.where[key] = self.where(node)
         if isinstance(node, yaml.MappingNode):
             return dict(self.pairs(node, key))
         if isinstance(node, yaml.SequenceNode):
             return [self.value(item, (*key, i)) for i, item in enumerate(node.value)]
+        if isinstance(node, yaml.ScalarNode) and node.style is None:
+            self.document.raw[key] = node.value
         try:
             return _scalar(node.tag, node.value)
         except ValueError as error:
-            self.document.problems.append(f"{dotted(key)}: {error} ({where.text})")
+            self.document.problems.append(f"{dotted(key)}: {error} ({self.where(node).where})")
             return node.value
 
     def pairs(self, node: yaml.MappingNode, key: Key) -> Iterator[tuple[str, Any]]:
@@ -131,11 +140,11 @@ class _Reader:
         merged: list[yaml.Node] = []
         for name, value in node.value:
             if not isinstance(name, yaml.ScalarNode):
-                self.document.problems.append(f"a key must be text ({self.where(name).text})")
+                self.document.problems.append(f"a key must be text ({self.where(name).where})")
             elif name.value == "<<" and name.style is None:
                 merged += value.value if isinstance(value, yaml.SequenceNode) else [value]
             elif name.value in seen:
-                first, place = seen[name.value], self.where(name).text
+                first, place = seen[name.value], self.where(name).where
                 self.document.problems.append(
                     f"{dotted((*key, name.value))}: given twice, first on line {first} ({place})"
                 )
@@ -144,7 +153,7 @@ class _Reader:
                 yield self.pair(name, value, key)
         for other in merged:  # `<<: *anchor`: what is not written here is taken from there, nearest first
             if not isinstance(other, yaml.MappingNode):
-                self.document.problems.append(f"<< must be followed by a section ({self.where(other).text})")
+                self.document.problems.append(f"<< must be followed by a section ({self.where(other).where})")
                 continue
             for name, value in other.value:
                 if isinstance(name, yaml.ScalarNode) and name.value not in seen:
@@ -186,7 +195,7 @@ def read_file(path: str | Path) -> Document:
     file = Path(path)
     try:
         if file.is_dir():
-            raise UserError(f"{name} is a folder; a recipe is a YAML file")
+            raise UserError(f"{file} is a folder; a recipe is a YAML file")
         if file.stat().st_size > MAX_BYTES:
             raise UserError(f"{name} has {file.stat().st_size:,} bytes; a recipe is a small YAML file")
         text = file.read_bytes().decode("utf-8-sig")
@@ -207,7 +216,7 @@ def read_file(path: str | Path) -> Document:
     if not isinstance(node, yaml.MappingNode):
         kind = "a list" if isinstance(node, yaml.SequenceNode) else "plain text"
         raise UserError(f"the top level must be keys (name:, model:, data:, train:), not {kind} ({name}:1)")
-    document.where[()] = Where("file", name)
+    document.where[()] = Origin("file", name)
     document.values = _Reader(document).value(node, ())
     return document
 
@@ -224,10 +233,10 @@ def _similar(file: Path) -> str:
 
 def from_mapping(values: Mapping[str, Any]) -> Document:
     """The document of a Python dictionary."""
-    document = Document(where={(): Where("given", "")})
+    document = Document()
 
     def copy(value: Any, key: Key) -> Any:
-        document.where[key] = Where("given", "")
+        document.where[key] = Origin("given")
         if isinstance(value, Mapping):
             return {str(k): copy(v, (*key, str(k))) for k, v in value.items()}
         if isinstance(value, list | tuple):
@@ -254,7 +263,7 @@ def apply_overrides(document: Document, overrides: Sequence[str], exclusive: Seq
         if not equals or not all(parts):
             document.problems.append(f"{text}: an override is written key=value, for example train.steps=100")
             continue
-        key: Key = tuple(int(part) if part.isdigit() else part for part in parts)
+        key: Key = tuple(int(part) if part.isdecimal() else part for part in parts)
         try:
             _put(document, key, value.strip(), text)
         except ValueError as error:
@@ -281,11 +290,13 @@ def _put(document: Document, key: Key, text: str, override: str) -> None:
         elif holder.get(part) is None:
             holder[part] = fresh
         holder = holder[part]
-        document.where.setdefault(key[: i + 1], Where("override", f"override {override}"))
+        document.where.setdefault(key[: i + 1], Origin("override", f"override {override}"))
     last = _slot(holder, key[-1], key[:-1])
-    for old in [k for k in document.where if k[: len(key)] == key]:
-        del document.where[old]
+    for known in (document.where, document.raw):
+        for old in [k for k in known if k[: len(key)] == key]:
+            del known[old]
     value = _override_value(document, key, text, override)
+    document.where[key], document.raw[key] = Origin("override", f"override {override}"), text
     if isinstance(holder, list) and last == len(holder):
         holder.append(value)
     else:
@@ -313,8 +324,5 @@ def _override_value(document: Document, key: Key, text: str, override: str) -> A
         node = None
     plain = isinstance(node, yaml.ScalarNode) and node.style is None
     if node is None or (plain and node.value != text):
-        document.where[key] = Where("override", f"override {override}", text)
         return text or None
-    value = _Reader(document, override).value(node, key)
-    document.where[key] = Where("override", f"override {override}", text)
-    return value
+    return _Reader(document, override).value(node, key)

@@ -1,16 +1,12 @@
 """The schema seen as dotted names: what may stand at a key, in plain words, and which name is closest."""
 
-import types
-import typing
 from collections.abc import Iterator
 from difflib import SequenceMatcher
 from functools import cache
-from typing import Any, Literal, Union
-
-from pydantic.fields import FieldInfo
+from typing import Any
 
 from ropewalk.recipe.document import Key, dotted
-from ropewalk.recipe.schema import Recipe, Section
+from ropewalk.recipe.schema import Recipe
 
 # What other tools call our fields; closeness of letters would not find these.
 SYNONYMS = {
@@ -60,56 +56,66 @@ ALIASES = {
 }
 
 
-def bare(annotation: Any) -> Any:
-    """The annotation without `Annotated` and without `| None`."""
-    if typing.get_origin(annotation) is typing.Annotated:
-        return bare(typing.get_args(annotation)[0])
-    if _is_union(annotation):
-        kept = [arg for arg in typing.get_args(annotation) if arg is not type(None)]
-        return bare(kept[0]) if len(kept) == 1 else annotation
-    return annotation
+Schema = dict[str, Any]
+"""JSON Schema of a field, as pydantic gives it, with what it refers to put in place."""
 
-
-def _is_union(annotation: Any) -> bool:
-    return typing.get_origin(annotation) in (Union, types.UnionType)
-
-
-def section_of(annotation: Any) -> type[Section] | None:
-    """The section that stands at a field, or in each item of its list."""
-    kind = bare(annotation)
-    if typing.get_origin(kind) is tuple:
-        kind = bare(typing.get_args(kind)[0])
-    return kind if isinstance(kind, type) and issubclass(kind, Section) else None
-
-
-def is_list(annotation: Any) -> bool:
-    return typing.get_origin(bare(annotation)) is tuple
+WORDS = {"boolean": "true or false", "integer": "a whole number", "number": "a number", "string": "text"}
+BOUNDS = {
+    "exclusiveMinimum": "above",
+    "minimum": "at least",
+    "exclusiveMaximum": "below",
+    "maximum": "at most",
+}
 
 
 @cache
-def all_fields() -> dict[str, FieldInfo]:
+def all_fields() -> dict[str, Schema]:
     """Every field of a recipe by its dotted name; items of a list are named `0`."""
+    whole = Recipe.model_json_schema()
 
-    def walk(section: type[Section], prefix: str) -> Iterator[tuple[str, FieldInfo]]:
-        for name, field in section.model_fields.items():
+    def put_in_place(part: Any) -> Any:
+        if isinstance(part, list):
+            return [put_in_place(item) for item in part]
+        if not isinstance(part, dict):
+            return part
+        named = whole["$defs"][part["$ref"].rpartition("/")[2]] if "$ref" in part else {}
+        return {key: put_in_place(value) for key, value in {**named, **part}.items()}
+
+    def walk(section: Schema, prefix: str) -> Iterator[tuple[str, Schema]]:
+        for name, field in section.get("properties", {}).items():
             yield prefix + name, field
-            inner = section_of(field.annotation)
-            if inner is not None:
-                yield from walk(inner, f"{prefix}{name}.{'0.' if is_list(field.annotation) else ''}")
+            for kind in _kinds(field):
+                yield from walk(kind, f"{prefix}{name}.")
+                yield from walk(kind.get("items", {}), f"{prefix}{name}.0.")
 
-    return dict(walk(Recipe, ""))
+    return dict(walk(put_in_place({"properties": whole["properties"]}), ""))
 
 
-def field_at(key: Key) -> FieldInfo | None:
-    return all_fields().get(dotted(tuple(0 if isinstance(part, int) else part for part in key)))
+def _kinds(field: Schema) -> list[Schema]:
+    """What may stand at a field, but nothing (null)."""
+    return [kind for kind in field.get("anyOf", [field]) if kind.get("type") != "null"]
+
+
+def field_at(key: Key) -> Schema:
+    """The field at a place, or what an item of its list or mapping is; empty where there is none."""
+    fields = all_fields()
+    if (name := _pattern(key)) in fields:
+        return fields[name]
+    for kind in _kinds(fields.get(_pattern(key[:-1]), {})):
+        if found := kind.get("items") or kind.get("additionalProperties"):
+            return dict(found)
+    return {}
+
+
+def _pattern(key: Key) -> str:
+    return dotted(tuple(0 if isinstance(part, int) else part for part in key))
 
 
 def suggest(key: Key) -> str | None:
     """The field that an unknown key most probably means, anywhere in the tree; None: nothing is close."""
-    last, parent = str(key[-1]), dotted(key[:-1])
+    last, parent, pattern = str(key[-1]), dotted(key[:-1]), _pattern(key[:-1])
     if last in SYNONYMS:
         return SYNONYMS[last]
-    pattern = dotted(tuple(0 if isinstance(part, int) else part for part in key[:-1]))
     best, best_score = None, 0.72
     for name in all_fields():
         above, _, leaf = name.rpartition(".")
@@ -120,35 +126,32 @@ def suggest(key: Key) -> str | None:
     return best
 
 
-def wanted(annotation: Any, metadata: list[Any] | None = None) -> str:
+def choices(field: Schema) -> list[str]:
+    """The words that a field takes, where it takes one of several."""
+    return [str(choice) for kind in _kinds(field) for choice in kind.get("enum", ())]
+
+
+def wanted(field: Schema) -> str:
     """What a field takes, in plain words: "a whole number above 0", "one of cosine, linear"."""
-    if typing.get_origin(annotation) is typing.Annotated:
-        inner, *more = typing.get_args(annotation)
-        found = [m for item in more for m in (item.metadata if isinstance(item, FieldInfo) else [item])]
-        return wanted(inner, found + (metadata or []))
-    if _is_union(annotation):
-        choices = [a for a in typing.get_args(annotation) if a is not type(None)]
-        return " or ".join(wanted(choice, metadata) for choice in choices)
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is Literal:
-        return ("one of " if len(arguments) > 1 else "") + ", ".join(map(str, arguments))
-    if origin is tuple:
-        return f"a list, each item {wanted(arguments[0])}"
-    if origin is dict:
+    return " or ".join(map(_wanted, _kinds(field)))
+
+
+def _wanted(kind: Schema) -> str:
+    if "enum" in kind:
+        return f"one of {', '.join(map(str, kind['enum']))}"
+    if "const" in kind:
+        return str(kind["const"])
+    if "properties" in kind:
+        return f"a section with {', '.join(kind['properties'])}"
+    if kind["type"] == "array":
+        most = ", at least one of them" if "minItems" in kind else ""
+        return f"a list, each item {wanted(kind['items'])}{most}"
+    if kind["type"] == "object":
         return "a mapping"
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return f"a section with {', '.join(annotation.model_fields)}"
-    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-    return words.get(annotation, str(annotation)) + _bounds(metadata or [])
+    bounds = " and ".join(f"{word} {_said(kind[name])}" for name, word in BOUNDS.items() if name in kind)
+    pattern = f"that matches {kind['pattern']}" if "pattern" in kind else ""
+    return " ".join(filter(None, (WORDS[kind["type"]], bounds, pattern)))
 
 
-def _bounds(metadata: list[Any]) -> str:
-    said = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
-    parts = [
-        f"{word} {getattr(m, name):g}"
-        for m in metadata
-        for name, word in said.items()
-        if getattr(m, name, None) is not None
-    ]
-    patterns = [m.pattern for m in metadata if getattr(m, "pattern", None)]
-    return (" " + " and ".join(parts) if parts else "") + (f" that matches {patterns[0]}" if patterns else "")
+def _said(bound: float) -> str:
+    return f"{bound:,}" if isinstance(bound, int) else f"{bound:g}"

@@ -2,16 +2,15 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
 from pydantic import ValidationError
 
 from ropewalk.errors import UserError
-from ropewalk.recipe.document import Document, Key, apply_overrides, dotted, from_mapping, read_file
-from ropewalk.recipe.fields import ALIASES, all_fields, bare, field_at, is_list, section_of, suggest, wanted
+from ropewalk.recipe.document import Document, Key, Origin, apply_overrides, dotted, from_mapping, read_file
+from ropewalk.recipe.fields import ALIASES, choices, field_at, suggest, wanted
 from ropewalk.recipe.schema import Recipe
 
 EXCLUSIVE = (
@@ -20,17 +19,6 @@ EXCLUSIVE = (
     ("model.source", "model.config"),
 )
 """Of each group a recipe has one; an override of one takes the place of the others."""
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where a value of a recipe comes from."""
-
-    kind: Literal["default", "file", "given", "override", "derived"]
-    where: str = ""
-    """`recipes/x.yaml:14`, or the override as it was typed."""
-    why: str = ""
-    """What a derived value was derived from."""
 
 
 def load_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[str] = ()) -> Recipe:
@@ -53,22 +41,7 @@ def load_with_origins(
     else:
         document = read_file(source)
     apply_overrides(document, overrides, EXCLUSIVE)
-    _fill_empty_sections(document)
-    recipe = _validate(document)
-    origins = {dotted(key): Origin(where.kind, where.text) for key, where in document.where.items()}  # type: ignore[arg-type]
-    return recipe, origins
-
-
-def _fill_empty_sections(document: Document) -> None:
-    """`train:` with every line under it commented out is null in YAML, and means an empty section."""
-    for name, field in all_fields().items():
-        *above, last = name.split(".")
-        if section_of(field.annotation) and not is_list(field.annotation) and "0" not in above:
-            holder: Any = document.values
-            for part in above:
-                holder = holder.get(part) if isinstance(holder, dict) else None
-            if isinstance(holder, dict) and last in holder and holder[last] is None:
-                holder[last] = {}
+    return _validate(document), {dotted(key): origin for key, origin in document.where.items()}
 
 
 def _validate(document: Document) -> Recipe:
@@ -76,11 +49,12 @@ def _validate(document: Document) -> Recipe:
     recipe, errors = _try(document)
     if errors and _take_text_as_written(document, errors):
         recipe, errors = _try(document)
-    unknown = [_key_of(error["loc"]) for error in errors if error["type"] == "extra_forbidden"]
-    misspelled = {suggest(key) for key in unknown}
+    keys = [_key_of(error, document.values) for error in errors]
+    misspelled = {
+        suggest(key) for key, error in zip(keys, errors, strict=True) if error["type"] == "extra_forbidden"
+    }
     told: set[Key] = set()
-    for error in errors:
-        key = _key_of(error["loc"])
+    for key, error in zip(keys, errors, strict=True):
         if error["type"] == "missing" and dotted(key) in misspelled:
             continue  # it is there, under a wrong name, which is said
         # Each member of a union complains; and what is inside a wrong section is not news.
@@ -103,22 +77,16 @@ def _try(document: Document) -> tuple[Recipe | None, list[Any]]:
         return None, list(error.errors(include_url=False, include_context=False))
 
 
-def _key_of(loc: tuple[str | int, ...]) -> Key:
-    """pydantic's location without the names it gives to the members of a union."""
-    annotation: Any = Recipe
-    key: Key = ()
-    for part in loc:
-        section = section_of(annotation)
-        if isinstance(part, int):
-            key = (*key, part)
-            annotation = get_args(bare(annotation))[0] if is_list(annotation) else None
-        elif section is not None and not is_list(annotation):
-            key = (*key, part)
-            field = section.model_fields.get(part)
-            annotation = field.annotation if field else None
-        elif bare(annotation) == dict[str, Any]:
-            key = (*key, part)
-    return key
+def _key_of(error: Any, values: Any) -> Key:
+    """pydantic's location of an error in `values`, without the names it gives to the members of a union."""
+    parts, key = error["loc"], Key()
+    missing = parts[-1:] if error["type"] == "missing" else ()
+    for part in parts[: len(parts) - len(missing)]:
+        if (isinstance(values, dict) and part in values) or (
+            isinstance(values, list) and isinstance(part, int)
+        ):
+            key, values = (*key, part), values[part]
+    return (*key, *missing)
 
 
 def _value_at(values: Any, key: Key) -> Any:
@@ -131,10 +99,9 @@ def _take_text_as_written(document: Document, errors: list[Any]) -> bool:
     """Where text is wanted and the YAML was a bare `2024`, `1e5` or `true`, it is text as written."""
     changed = False
     for error in errors:
-        key = _key_of(error["loc"])
-        where = document.where.get(key)
-        if error["type"] == "string_type" and where is not None and where.raw:
-            _value_at(document.values, key[:-1])[key[-1]] = where.raw
+        key = _key_of(error, document.values)
+        if error["type"] == "string_type" and (text := document.raw.get(key)):
+            _value_at(document.values, key[:-1])[key[-1]] = text
             changed = True
     return changed
 
@@ -149,26 +116,14 @@ def _describe(error: Any, key: Key, document: Document) -> str:
         return f"{name}: unknown key{f'; did you mean {meant}?' if meant else ''}{place}"
     field = field_at(key)
     if error["type"] == "missing":
-        said = field.description.rstrip(".") if field and field.description else ""
+        said = field.get("description", "").rstrip(".")
         return f"{name}: missing{said and f' ({said})'}{place}"
-    value = _value_at(document.values, key)
-    if field is None:  # an item of a list of plain values
-        holder = field_at(key[:-1])
-        takes = (
-            wanted(get_args(bare(holder.annotation))[0])
-            if holder and is_list(holder.annotation)
-            else "something else"
-        )
-        choices: tuple[Any, ...] = ()
-    else:
-        takes = wanted(field.annotation, list(field.metadata))
-        kind = bare(field.annotation)
-        choices = get_args(kind) if get_origin(kind) is Literal else ()
-    close = get_close_matches(str(value), [str(choice) for choice in choices], 1)
-    if choices and str(value) in ALIASES:
+    value, options = _value_at(document.values, key), choices(field)
+    close = get_close_matches(str(value), options, 1)
+    if options and str(value) in ALIASES:
         close = [ALIASES[str(value)]]
     hint = f"; did you mean {close[0]}?" if close else ""
-    return f"{name}: must be {takes}, not {_shown(value)}{hint}{place}"
+    return f"{name}: must be {wanted(field)}, not {_shown(value)}{hint}{place}"
 
 
 def _shown(value: Any) -> str:

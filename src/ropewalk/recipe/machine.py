@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from ropewalk.layout import told_by_launcher
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -36,13 +38,9 @@ class Machine:
             cpu_bfloat16=_cpu_has_bfloat16(),
             gpu=capability is not None,
             gpu_bfloat16=capability is not None and capability >= 8.0,
-            processes=_number("WORLD_SIZE"),
-            local_processes=_number("LOCAL_WORLD_SIZE"),
+            processes=told_by_launcher("WORLD_SIZE"),
+            local_processes=told_by_launcher("LOCAL_WORLD_SIZE"),
         )
-
-
-def _number(variable: str) -> int | None:
-    return int(os.environ[variable]) if variable in os.environ else None
 
 
 def _cpu_has_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:

@@ -17,14 +17,15 @@ def _no_boolean(value: Any) -> Any:
     return value
 
 
-Integer = Annotated[int, BeforeValidator(_no_boolean)]
-Number = Annotated[float, BeforeValidator(_no_boolean)]
-Positive = Annotated[Integer, Field(gt=0)]
-Count = Annotated[Integer, Field(ge=0)]
-PositiveNumber = Annotated[Number, Field(gt=0)]
-NonNegative = Annotated[Number, Field(ge=0.0)]
-Fraction = Annotated[Number, Field(ge=0.0, le=1.0)]
-BelowOne = Annotated[Number, Field(ge=0.0, lt=1.0)]
+# bounds right at the type: so the JSON Schema has them, too
+NoBoolean = BeforeValidator(_no_boolean)
+Positive = Annotated[int, Field(gt=0), NoBoolean]
+Count = Annotated[int, Field(ge=0), NoBoolean]
+PositiveNumber = Annotated[float, Field(gt=0), NoBoolean]
+NonNegative = Annotated[float, Field(ge=0.0), NoBoolean]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0), NoBoolean]
+BelowOne = Annotated[float, Field(ge=0.0, lt=1.0), NoBoolean]
+Metrics = Annotated[tuple[Literal["exact_match", "chrf", "rouge_l"], ...], Field(min_length=1)]
 
 
 class Section(BaseModel):
@@ -37,6 +38,12 @@ class Section(BaseModel):
         protected_namespaces=(),
         allow_inf_nan=False,
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty(cls, value: Any) -> Any:
+        """`train:` with every line under it commented out is null in YAML, and means an empty section."""
+        return {} if value is None else value
 
 
 class Model(Section):
@@ -52,9 +59,8 @@ class Model(Section):
     @model_validator(mode="after")
     def _one_origin(self) -> "Model":
         if (self.source is None) == (self.config is None):
-            raise ValueError(
-                "give exactly one of model.source (a pretrained model) and model.config (from scratch)"
-            )
+            both = "model.source (a pretrained model) and model.config (from scratch)"
+            raise ValueError(f"give exactly one of {both}")
         if self.config is not None and self.tokenizer is None:
             raise ValueError("a model from scratch needs model.tokenizer")
         return self
@@ -88,7 +94,7 @@ class Clean(Section):
     """Own rules: name to a SQL expression over attributes, as in `words >= 50`; null leaves a rule out."""
     duplicates: tuple[Literal["exact", "near", "paragraphs", "lines", "passages"], ...] = ()
     """exact and near leave documents out; paragraphs, lines and passages (50 words) cut repeats out."""
-    similarity: Annotated[Number, Field(gt=0.0, lt=1.0)] = 0.8
+    similarity: Annotated[float, Field(gt=0.0, lt=1.0), NoBoolean] = 0.8
     """Near duplicates share at least this part of their runs of five words (Jaccard)."""
     prefer: str | None = None
     """SQL expression: of duplicates the one with the highest value is kept; derived: the first."""
@@ -116,7 +122,7 @@ class TrainingSource(Source):
 class Data(Section):
     train: tuple[TrainingSource, ...]
     """What to train on."""
-    temperature: Annotated[Number, Field(ge=1.0)] = 1.0
+    temperature: Annotated[float, Field(ge=1.0), NoBoolean] = 1.0
     """Shares of sources as tokens^(1/temperature): above 1, small ones get more (arXiv 1911.02116)."""
     curriculum: Literal["none", "length", "score"] = "none"
     """Documents of an epoch in ten stages: shortest first, or those of the lowest score."""
@@ -340,7 +346,7 @@ class Task(Section):
     """Name in reports."""
     path: str
     """JSONL with `messages` (the last one is the reference) or `prompt` and `completion`."""
-    metrics: tuple[Literal["exact_match", "chrf", "rouge_l"], ...] = ("exact_match", "chrf")
+    metrics: Metrics = ("exact_match", "chrf")
     """How an answer is compared with its reference."""
     instruction: str | None = None
     """Text put before every prompt (shown to the model, not scored)."""
@@ -367,7 +373,7 @@ class Evaluate(Section):
     """Generation tasks."""
     base: tuple[Task, ...] = ()
     """Prompts for the untrained model in `ropewalk run`: its fairest chance; derived: the same as tasks."""
-    prompts: tuple[str, ...] = ()
+    prompts: tuple[Annotated[str, Field(pattern=r"\S")], ...] = ()
     """The fixed prompt panel, answered at every checkpoint."""
     max_new_tokens: Positive = 64
     """Longest answer in the prompt panel."""
@@ -378,7 +384,7 @@ class Evaluate(Section):
 class Recipe(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """Name of the run; its directory is RUNS/NAME-ID."""
-    seed: Annotated[Integer, Field(ge=0, lt=2**32)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32), NoBoolean] = 0
     """Seed of everything that is random."""
     runs: str = "runs"
     """Folder that holds run directories."""

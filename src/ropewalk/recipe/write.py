@@ -1,10 +1,10 @@
 """A recipe as text: YAML that reloads to an equal recipe, and the JSON Schema that editors check it with."""
 
-import re
 from typing import Any
 
 import yaml
 
+from ropewalk.recipe.document import SCALARS
 from ropewalk.recipe.schema import Recipe
 
 
@@ -12,14 +12,8 @@ class _Dumper(yaml.SafeDumper):
     """Quotes what a YAML 1.2 reader (such as ours) would take for a number, besides what YAML 1.1 does."""
 
 
-_Dumper.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\.[0-9]+|[0-9][0-9_]*(?:\.[0-9_]*)?)(?:[eE][-+]?[0-9]+)$"),
-    list("-+.0123456789"),
-)
-_Dumper.add_implicit_resolver(
-    "tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9][0-9_]*$"), list("-+0123456789")
-)
+for _resolver in SCALARS:
+    _Dumper.add_implicit_resolver(*_resolver)
 
 
 def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:

@@ -5,6 +5,8 @@ first) the rest of the prompts and one token per row and step. Greedy answers ar
 model, and drawn ones depend only on the seed, the prompt and its place in the list, not on the batch.
 """
 
+import operator
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -109,7 +111,7 @@ class Answer:
     detokenizer: Detokenizer
     stop: StopStrings
     uniform: torch.Tensor
-    """float64 `[max_new_tokens]`: the random number for each token; empty when greedy."""
+    """float64 `[most tokens]`: the random number for each token; empty when greedy."""
     tokens: list[int] = field(default_factory=list)
     text: str = ""
     finish_reason: Literal["stop", "length"] | None = None
@@ -158,8 +160,11 @@ def start_answers(
     ends = end_tokens(model, tokenizer, stop)
     uniform: Sequence[torch.Tensor] = [torch.empty(0)] * len(prompts)
     if sampling.temperature > 0:
+        if not -(2**63) <= seed < 2**64:
+            raise UserError(f"seed is {seed}; it must be a whole number of 64 bits")
         generator = torch.Generator().manual_seed(seed)
-        uniform = torch.rand(len(prompts), max_new_tokens, generator=generator, dtype=torch.float64).unbind()
+        most = min(max_new_tokens, model.context_length)
+        uniform = torch.rand(len(prompts), most, generator=generator, dtype=torch.float64).unbind()
     answers = []
     for index, prompt in enumerate(prompts):
         ids = encode_prompt(prompt, tokenizer, f"prompt {index + 1}")
@@ -188,13 +193,20 @@ def start_answers(
 def encode_prompt(prompt: Prompt, tokenizer: Any, name: str = "the prompt") -> list[int]:
     """Token ids of a prompt; plain text gets the special tokens that the tokenizer puts around texts."""
     if isinstance(prompt, str):
+        if (bad := re.search("[\ud800-\udfff]", prompt)) is not None:
+            raise UserError(f"{name} is not valid Unicode at character {bad.start()}")
         ids = tokenizer(prompt, verbose=False)["input_ids"]
         if not ids and tokenizer.bos_token_id is not None:
             ids = [tokenizer.bos_token_id]
+    elif isinstance(prompt, Mapping):
+        raise UserError(f"{name} is one message; give a list of messages")
     elif prompt and isinstance(prompt[0], Mapping):
         ids = render_prompt([dict(message) for message in prompt], tokenizer)  # type: ignore[arg-type]
     else:
-        ids = [int(i) for i in prompt]  # type: ignore[arg-type]
+        try:
+            ids = [operator.index(i) for i in prompt]  # type: ignore[arg-type]
+        except TypeError:
+            raise UserError(f"{name} is neither text nor a list of messages or of token ids") from None
     if not ids:
         raise UserError(f"{name} is empty")
     return list(ids)
