@@ -1,12 +1,13 @@
 """The sizes of a model for the planner, from whatever says them; how many weights it has, and what they
 compute."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from ropewalk.errors import UserError
 from ropewalk.model.config import ModelConfig
-from ropewalk.plan.step_time import attended, block_weights, layer_kinds
+from ropewalk.plan.blocks import attended, block_products, block_shapes, layer_kinds
 from ropewalk.plan.work import Work
 
 NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
@@ -80,21 +81,12 @@ def _size(model: Mapping[str, Any], name: str, default: int | None = None) -> in
 
 def parameters(config: ModelConfig) -> int:
     """All weights: matrices, norms, biases, embeddings; a tied head counts once."""
-    blocks = sum(count * block_weights(config, moe) for moe, _, count in layer_kinds(config))
-    return blocks + small_weights(config) + end_weights(config)
-
-
-def small_weights(config: ModelConfig) -> int:
-    """Norms and biases."""
-    h, d = config.hidden_size, config.head_dim
-    per_norm = 2 * h if config.norm == "layer" else h
-    norms = 4 if config.norm_placement == "sandwich" else 2
-    heads, kv = config.num_attention_heads, config.num_key_value_heads
-    block = norms * per_norm + {"head": 2 * d, "projection": (heads + kv) * d, None: 0}[config.qk_norm]
-    block += (heads + 2 * kv) * d * config.qkv_bias + h * config.o_bias
-    if config.mlp_bias:
-        block += h + config.intermediate_size * (2 if config.mlp_gated else 1)
-    return config.num_hidden_layers * block + per_norm
+    blocks = sum(
+        count * sum(math.prod(shape) * copies for _, shape, copies in block_shapes(config, moe))
+        for moe, _, count in layer_kinds(config)
+    )
+    last_norm = config.hidden_size * (2 if config.norm == "layer" else 1)
+    return blocks + last_norm + end_weights(config)
 
 
 def end_weights(config: ModelConfig) -> int:
@@ -102,19 +94,6 @@ def end_weights(config: ModelConfig) -> int:
     positions = config.max_position_embeddings if config.position == "learned" else 0
     ends = 1 if config.tie_word_embeddings else 2
     return (ends * config.vocab_size + positions) * config.hidden_size
-
-
-def active_weights(config: ModelConfig) -> int:
-    """Weights of blocks that one token is multiplied with."""
-    total = 0
-    for moe, _, count in layer_kinds(config):
-        one = block_weights(config, moe)
-        if moe:
-            matrices = 3 if config.mlp_gated else 2
-            idle = config.num_experts - config.num_experts_per_tok
-            one -= idle * matrices * config.moe_intermediate_size * config.hidden_size
-        total += count * one
-    return total
 
 
 def step_flops(work: Work, *, causal: bool = True, recomputed: bool = False) -> float:
@@ -125,18 +104,16 @@ def step_flops(work: Work, *, causal: bool = True, recomputed: bool = False) -> 
     """
     config, tokens = work.config, work.step_tokens
     frozen = work.method != "full"
-    weights = active_weights(config) * tokens
-    rows = work.batch_size
-    span = 4 * config.num_attention_heads * config.head_dim * rows
-    pairs = sum(
-        count * attended(work.sequence_length, window, work.document_length, fused=causal)
-        for _, window, count in layer_kinds(config)
-    )
+    span = 4 * config.num_attention_heads * config.head_dim * work.batch_size
+    weights = pairs = 0.0
+    for moe, window, count in layer_kinds(config):
+        weights += count * sum(m * n * k * c for m, n, k, c in block_products(config, moe, tokens))
+        pairs += count * attended(work.sequence_length, window, work.document_length, fused=causal)
     head = config.vocab_size * config.hidden_size * tokens * work.scored
     total = (4 if frozen else 6) * (weights + head) + 3 * span * pairs
     if recomputed:
         share = work.recomputed_share
-        if work.checkpointing == "full":
+        if work.checkpointing == "full" or work.checkpointing_budget is not None:
             total += share * (2 * weights + span * pairs)
         elif work.checkpointing == "selective" and not work.fused_attention:
             total += share * span * pairs
