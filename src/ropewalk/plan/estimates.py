@@ -7,7 +7,9 @@ from typing import Any, Literal
 from ropewalk.errors import UserError
 from ropewalk.layout import DEGREES, Layout
 from ropewalk.model.config import ModelConfig
+from ropewalk.parallel import context_refusal, expert_refusal, pipeline_refusal, refusal
 from ropewalk.plan.hardware import Cluster, cluster, precision_name
+from ropewalk.plan.inputs import counted
 from ropewalk.plan.memory import DeviceMemory, memory_of
 from ropewalk.plan.sizes import config_from, step_flops
 from ropewalk.plan.step_time import BlockTime, StepTime, step_time
@@ -101,7 +103,7 @@ def estimate(
     where = cluster(on, network)
     config = config_from(model)
     for name, value in (("seq_len", seq_len), ("micro_batch", micro_batch), ("rank", rank)):
-        _positive(name, value)
+        counted(value, name)
     if recompute not in ("none", "selective", "full"):
         raise UserError(f"recompute {recompute}: one of none, selective, full")
     if attention not in ("fused", "written"):
@@ -115,7 +117,7 @@ def estimate(
     laid = laid_out(layout, config, where.devices)
     per_pass = micro_batch * laid.data
     rows = per_pass * (laid.pipeline if laid.pipeline > 1 else 1) if global_batch is None else global_batch
-    _positive("global_batch", rows)
+    counted(rows, "global_batch")
     if rows % per_pass:
         raise UserError(
             f"global_batch {rows}: no multiple of {micro_batch} (micro_batch) x {laid.data} groups; "
@@ -146,11 +148,6 @@ def estimate(
         device="cpu" if where.accelerator.name.startswith("CPU") else "cuda",
     )
     return point(replace(work, **more), where)
-
-
-def _positive(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError(f"{name}: must be a whole number above 0, not {value!r}")
 
 
 def laid_out(layout: Layout | Mapping[str, Any] | None, config: ModelConfig, devices: int) -> Layout:
@@ -187,27 +184,13 @@ def _from_degrees(said: dict[str, Any]) -> Layout:
 def refuse(layout: Layout, config: ModelConfig) -> None:
     """UserError where a model cannot be divided so, naming what is in the way and the nearest degree that
     works."""
-    sizes = {
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads,
-        "intermediate_size": config.intermediate_size,
+    reasons = {
+        # a vocabulary is padded where it must be, as Megatron-LM's: whatever the degree, it divides nothing
+        "tensor": refusal(replace(config, vocab_size=0), layout.tensor),
+        "context": context_refusal(config, layout),
+        "pipeline": pipeline_refusal(config, layout),
+        "expert": expert_refusal(config, layout),
     }
-    for name, size in sizes.items():
-        if size % layout.tensor:
-            fits = max(d for d in range(1, layout.tensor) if all(one % d == 0 for one in sizes.values()))
-            raise UserError(f"layout: tensor {layout.tensor} does not divide {name} {size}; {fits} does")
-    stages = layout.pipeline * (layout.pipeline_stages or 1)
-    if stages > config.num_hidden_layers:
-        raise UserError(
-            f"layout: {stages} stages of a pipeline for {config.num_hidden_layers} layers; "
-            f"pipeline can be {config.num_hidden_layers // (layout.pipeline_stages or 1)} at most"
-        )
-    if layout.expert > 1 and (not config.num_experts or config.num_experts % layout.expert):
-        raise UserError(
-            f"layout: expert {layout.expert} does not divide "
-            + (
-                f"{config.num_experts} experts"
-                if config.num_experts
-                else "a model without experts; take expert 1"
-            )
-        )
+    for name, why in reasons.items():
+        if why is not None:
+            raise UserError(f"layout.{name}: {why.replace('parallel.', 'layout.')}")

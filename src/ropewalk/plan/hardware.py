@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from ropewalk.errors import UserError
+from ropewalk.plan.inputs import nearest
 
 _UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 PRECISIONS = {
@@ -166,12 +167,8 @@ def accelerator(name: str, **changes: Any) -> Accelerator:
 def _accelerator(name: str, values: Mapping[str, Any]) -> Accelerator:
     shares = {key: value for key, value in values.items() if key != "aliases"}
     known = {one.name for one in fields(Accelerator)}
-    wrong = sorted(set(shares) - known)
-    if wrong:
-        close = get_close_matches(wrong[0], known, 1)
-        raise UserError(
-            f"accelerator {name}: unknown field {wrong[0]}" + (f"; did you mean {close[0]}?" if close else "")
-        )
+    for wrong in sorted(set(shares) - known, key=str):
+        raise UserError(f"accelerator {name}: unknown field {wrong}{nearest(wrong, known)}")
     plain = {"name", "source", "per_core", "calibrated"}
     made: dict[str, Any] = {}
     for key, value in shares.items():
@@ -203,7 +200,8 @@ def cpu_kind() -> str:
 
 
 def _plain(name: str) -> str:
-    return re.sub(r"[^a-z0-9]", "", str(name).lower().replace("nvidia", ""))
+    """Letters and digits, without what vendors and families put before a device's name."""
+    return re.sub(r"nvidia|geforce|tesla|amd|instinct|[^a-z0-9]", "", str(name).lower())
 
 
 def cluster(on: "str | Path | Cluster", network: str | None = None) -> Cluster:
@@ -225,18 +223,21 @@ def cluster(on: "str | Path | Cluster", network: str | None = None) -> Cluster:
         raise UserError(f"{on}: the number of devices must be above 0")
     device = accelerator(match[3])
     if device.per_core:
-        device, counts = _cores(device, counts)
+        device, counts = of_cores(device, counts[-1] if counts else 1), counts[:-1]
     per_node = counts[1] if len(counts) == 2 else device.per_node
     devices = counts[0] * counts[1] if len(counts) == 2 else (counts[0] if counts else 1)
     return _with_network(Cluster(device, devices, min(per_node, devices), torus=device.torus), network)
 
 
-def _cores(device: Accelerator, counts: list[int]) -> tuple[Accelerator, list[int]]:
+def of_cores(device: Accelerator, cores: int) -> Accelerator:
     """`16xCPU-AMX` is one device of sixteen cores: its processes share what they have."""
-    cores = counts[-1] if counts else 1
-    peak = {name: rate * cores for name, rate in device.peak.items()}
-    made = replace(device, peak=peak, memory=device.memory * max(1, cores // 4), per_core=False)
-    return replace(made, memory_bandwidth=min(cores, 16) * device.memory_bandwidth), counts[:-1]
+    return replace(
+        device,
+        peak={name: rate * cores for name, rate in device.peak.items()},
+        memory=device.memory * max(1, cores // 4),
+        memory_bandwidth=device.memory_bandwidth * min(cores, 16),
+        per_core=False,
+    )
 
 
 def _with_network(made: Cluster, network: str | None) -> Cluster:
@@ -250,6 +251,10 @@ def _with_network(made: Cluster, network: str | None) -> Cluster:
     return replace(made, accelerator=device)
 
 
+_FIELDS = "accelerator nodes per_node network topology oversubscription torus price host_memory".split()
+"""of a cluster's file"""
+
+
 def _from_file(path: Path, network: str | None) -> Cluster:
     try:
         said = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -257,28 +262,13 @@ def _from_file(path: Path, network: str | None) -> Cluster:
         raise UserError(f"{path}: cannot be read ({error})") from error
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not YAML ({str(error).splitlines()[0]})") from error
-    known = {
-        "accelerator",
-        "nodes",
-        "per_node",
-        "network",
-        "topology",
-        "oversubscription",
-        "torus",
-        "price",
-        "host_memory",
-    }
     if not isinstance(said, dict) or "accelerator" not in said:
         raise UserError(f"{path}: give at least accelerator, nodes and per_node")
-    for wrong in [key for key in said if key not in known]:
-        close = get_close_matches(str(wrong), known, 1)
-        raise UserError(f"{path}: unknown field {wrong}" + (f"; did you mean {close[0]}?" if close else ""))
+    for wrong in [key for key in said if key not in _FIELDS]:
+        raise UserError(f"{path}: unknown field {wrong}{nearest(wrong, _FIELDS)}")
     kind = said["accelerator"]
-    if isinstance(kind, dict):
-        changes = {key: value for key, value in kind.items() if key != "name"}
-        device = accelerator(str(kind.get("name")), **changes)
-    else:
-        device = accelerator(str(kind))
+    changes = dict(kind) if isinstance(kind, dict) else {"name": kind}
+    device = accelerator(str(changes.pop("name", None)), **changes)
     sizes = {
         key: number(said.get(key, 1), f"{path}: {key}") for key in ("nodes", "per_node", "oversubscription")
     }

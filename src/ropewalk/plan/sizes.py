@@ -8,6 +8,7 @@ from typing import Any
 from ropewalk.errors import UserError
 from ropewalk.model.config import ModelConfig
 from ropewalk.plan.blocks import attended, block_products, block_shapes, layer_kinds
+from ropewalk.plan.inputs import counted
 from ropewalk.plan.work import Work
 
 NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
@@ -32,9 +33,14 @@ def config_from(model: ModelConfig | Mapping[str, Any]) -> ModelConfig:
         from ropewalk.model import config_from_fields  # the families' table; it imports torch
 
         return config_from_fields(dict(model))
-    h, layers, heads, vocabulary = (_size(model, name) for name in NEEDED)
-    inner = _size(model, "intermediate_size", 4 * h)
-    kv = _size(model, "num_key_value_heads", heads)
+
+    def size(name: str, default: int | None = None) -> int:
+        value = model.get(name)
+        return counted(default if value is None and default is not None else value, f"the model's {name}")
+
+    h, layers, heads, vocabulary = (size(name) for name in NEEDED)
+    inner = size("intermediate_size", 4 * h)
+    kv = size("num_key_value_heads", heads)
     if "head_dim" not in model and h % heads:
         raise UserError(
             f"the model: hidden_size {h} is no multiple of num_attention_heads {heads}; give head_dim"
@@ -53,8 +59,8 @@ def config_from(model: ModelConfig | Mapping[str, Any]) -> ModelConfig:
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv,
-        head_dim=_size(model, "head_dim", h // heads),
-        max_position_embeddings=_size(model, "max_position_embeddings", 2048),
+        head_dim=size("head_dim", h // heads),
+        max_position_embeddings=size("max_position_embeddings", 2048),
         position="rope" if gated else "learned",
         norm="rms" if gated else "layer",
         mlp_gated=bool(gated),
@@ -65,18 +71,9 @@ def config_from(model: ModelConfig | Mapping[str, Any]) -> ModelConfig:
         tie_word_embeddings=bool(model.get("tie_word_embeddings", not gated)),
         moe_layers=tuple(range(layers)) if experts else (),
         num_experts=experts,
-        num_experts_per_tok=_size(model, "num_experts_per_tok", 1) if experts else 0,
-        moe_intermediate_size=_size(model, "moe_intermediate_size", inner) if experts else 0,
+        num_experts_per_tok=size("num_experts_per_tok", 1) if experts else 0,
+        moe_intermediate_size=size("moe_intermediate_size", inner) if experts else 0,
     )
-
-
-def _size(model: Mapping[str, Any], name: str, default: int | None = None) -> int:
-    value = model.get(name)
-    if value is None and default is not None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, int | float) or value % 1 or value < 1:
-        raise UserError(f"the model's {name}: must be a whole number above 0, not {value!r}")
-    return int(value)
 
 
 def parameters(config: ModelConfig) -> int:

@@ -1,7 +1,7 @@
 """What a run asks of each device, in plain values: all that the planner needs to know of it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from ropewalk.layout import Layout
@@ -118,19 +118,9 @@ def work_of(recipe: "Recipe", config: ModelConfig, processes: int, data: Rows | 
     Without `data` every row is one document, all of it scored. UserError where the recipe's degrees do not
     make that many processes.
     """
-    train, adapt, optimizer, parallel = recipe.train, recipe.adapt, recipe.train.optimizer, recipe.parallel
-    layout = Layout(
-        replicate=parallel.replicate,
-        shard=parallel.shard,
-        context=parallel.context,
-        tensor=parallel.tensor,
-        context_exchange=parallel.context_exchange,
-        pipeline=parallel.pipeline,
-        pipeline_schedule=parallel.pipeline_schedule,
-        pipeline_stages=parallel.pipeline_stages,
-        expert=parallel.expert,
-        stage=parallel.stage,
-    ).over(processes)
+    train, adapt, optimizer = recipe.train, recipe.adapt, recipe.train.optimizer
+    said = Layout(**{field.name: getattr(recipe.parallel, field.name) for field in fields(Layout)})
+    layout = said.over(processes)
     assert train.batch_size is not None  # resolved
     assert train.precision != "auto"
     assert train.device != "auto"
