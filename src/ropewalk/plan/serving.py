@@ -190,10 +190,7 @@ def _decode(
     tensor: int,
 ) -> dict[str, float]:
     """Seconds of a step in which each of `batch` requests gets a token, by what they are spent on."""
-    number = WEIGHT_BITS[quantization] / 8
-    read = _head(config) / tensor * max(number, 2.0)
-    read += number * _matrices(config, tensor, _met(config, batch))
-    flops = 2.0 * batch * (_matrices(config, tensor, config.num_experts_per_tok) + _head(config) / tensor)
+    read, flops = _products(config, batch, batch, quantization, tensor)
     heads = config.num_attention_heads / tensor
     pairs = 4.0 * batch * _held(config, context) * heads * config.head_dim
     times = {"memory": 0.0, "arithmetic": 0.0}
@@ -207,17 +204,23 @@ def _decode(
 
 def _prefill(config: ModelConfig, machine: Machine, prompt: int, quantization: str, tensor: int) -> float:
     """Seconds until a prompt's first token, nothing else going on."""
-    active = _matrices(config, tensor, config.num_experts_per_tok)
-    flops = 2.0 * prompt * active + 2.0 * _head(config) / tensor
+    read, flops = _products(config, prompt, 1, quantization, tensor)
     pairs = sum(
         count * attended(prompt, window, None, fused=True) for _, window, count in layer_kinds(config)
     )
     attention = 4.0 * pairs * config.num_attention_heads / tensor * config.head_dim
-    number = WEIGHT_BITS[quantization] / 8
-    read = _matrices(config, tensor, _met(config, prompt)) * number
-    read += _head(config) / tensor * max(number, 2.0)
     products = max(flops / machine.flops, read / machine.bandwidth)
     return products + attention / machine.flops + _reduce(config, machine, prompt, tensor)
+
+
+def _products(
+    config: ModelConfig, tokens: int, scored: int, quantization: str, tensor: int
+) -> tuple[float, float]:
+    """Bytes of weights that are read for so many tokens, and FLOPs; `scored`: of those that meet the head."""
+    number, head = WEIGHT_BITS[quantization] / 8, config.vocab_size * config.hidden_size / tensor
+    read = number * _matrices(config, tensor, _met(config, tokens)) + max(number, 2.0) * head
+    active = _matrices(config, tensor, config.num_experts_per_tok)
+    return read, 2.0 * (tokens * active + scored * head)
 
 
 def _reduce(config: ModelConfig, machine: Machine, tokens: int, tensor: int) -> float:
@@ -255,11 +258,6 @@ def _met(config: ModelConfig, tokens: int) -> float:
         return 0.0
     missed = 1.0 - config.num_experts_per_tok / config.num_experts
     return float(config.num_experts * (1.0 - missed**tokens))
-
-
-def _head(config: ModelConfig) -> int:
-    """Weights of the output head, which a step reads; of an embedding it looks up a few."""
-    return config.vocab_size * config.hidden_size
 
 
 def _work(config: ModelConfig, tokens: int, tensor: int) -> float:
