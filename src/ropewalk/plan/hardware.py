@@ -214,6 +214,8 @@ def cluster(on: "str | Path | Cluster", network: str | None = None) -> Cluster:
     """
     if isinstance(on, Cluster):
         return on
+    if not isinstance(on, str | Path) or not str(on).strip():
+        raise UserError(f"a cluster is written as 8xH100, or is a file; not {on!r}")
     if Path(on).suffix in (".yaml", ".yml"):
         return _from_file(Path(on), network)
     match = re.fullmatch(r"\s*(?:(-?\d+)\s*[x*]\s*)?(?:(-?\d+)\s*[x*]\s*)?(.+?)\s*", str(on))
@@ -243,7 +245,7 @@ def of_cores(device: Accelerator, cores: int) -> Accelerator:
 def _with_network(made: Cluster, network: str | None) -> Cluster:
     if network is None:
         return made
-    match = re.fullmatch(r"\s*(?:(\d+)\s*[x*]\s*)?([0-9.]+)\s*(G|T)b(?:ps|/s|it/s)?\s*", network)
+    match = re.fullmatch(r"\s*(?:([1-9]\d*)\s*[x*]\s*)?([0-9.]+)\s*(G|T)b(?:ps|/s|it/s)?\s*", str(network))
     if match is None:
         raise UserError(f"network {network}: write the connections of one node as 8x200Gb/s")
     rate = int(match[1] or 1) * number(match[2], "network") * (1e9 if match[3] == "G" else 1e12) / 8

@@ -12,6 +12,7 @@ from ropewalk.plan.inputs import counted
 from ropewalk.plan.work import Work
 
 NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+MIXTURE = ("num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size")
 GATED = ("silu", "swish", "swiglu", "geglu", "gelu_pytorch_tanh")
 
 
@@ -26,13 +27,16 @@ def config_from(model: ModelConfig | Mapping[str, Any]) -> ModelConfig:
         return model
     if not isinstance(model, Mapping):
         raise UserError("the model: give a ModelConfig or a dictionary of Hugging Face fields")
-    missing = [name for name in NEEDED if name not in model]
-    if missing:
-        raise UserError(f"the model lacks {', '.join(missing)}; a planner needs {', '.join(NEEDED)}")
     if "model_type" in model:
         from ropewalk.model import config_from_fields  # the families' table; it imports torch
 
         return config_from_fields(dict(model))
+    missing = [name for name in NEEDED if name not in model]
+    if missing:
+        raise UserError(f"the model lacks {', '.join(missing)}; a planner needs {', '.join(NEEDED)}")
+    for name in model:
+        if "expert" in str(name) and name not in MIXTURE and model[name]:
+            raise UserError(f"the model's {name}: not known here; a mixture is said by {', '.join(MIXTURE)}")
 
     def size(name: str, default: int | None = None) -> int:
         value = model.get(name)
@@ -50,7 +54,11 @@ def config_from(model: ModelConfig | Mapping[str, Any]) -> ModelConfig:
     gated = model.get("mlp_gated", model.get("gated"))
     if gated is None:
         gated = model.get("hidden_act") in GATED or ("hidden_act" not in model and inner != 4 * h)
-    experts = int(model.get("num_experts") or model.get("num_local_experts") or 0)
+    kind = "num_experts" if model.get("num_experts") else "num_local_experts"
+    experts = size(kind) if model.get(kind) else 0
+    chosen = size("num_experts_per_tok") if experts else 0
+    if chosen > experts:
+        raise UserError(f"the model: num_experts_per_tok {chosen} is more than its {experts} experts")
     return ModelConfig(
         family="llama" if gated else "gpt2",
         vocab_size=vocabulary,
@@ -71,7 +79,7 @@ def config_from(model: ModelConfig | Mapping[str, Any]) -> ModelConfig:
         tie_word_embeddings=bool(model.get("tie_word_embeddings", not gated)),
         moe_layers=tuple(range(layers)) if experts else (),
         num_experts=experts,
-        num_experts_per_tok=size("num_experts_per_tok", 1) if experts else 0,
+        num_experts_per_tok=chosen,
         moe_intermediate_size=size("moe_intermediate_size", inner) if experts else 0,
     )
 
