@@ -266,6 +266,18 @@ def test_a_cluster_file(tmp_path: Path) -> None:
         ("accelerator: H100\nnodes: two\n", "nodes"),
         ("accelerator: {name: H100, memry: 1}\n", "did you mean memory"),
         ("a: [", "not YAML"),
+        ("accelerator: null\n", "at least accelerator"),
+        ("accelerator: {memory: 80GiB}\n", "at least accelerator"),
+        ("accelerator: {name: H100, peak: 3}\n", "peak"),
+        ("accelerator: {name: H100, own: 3}\n", "own"),
+        ("accelerator: {name: H100, torus: 3}\n", "torus"),
+        ("accelerator: {name: H100, 3: 4}\n", "unknown field 3"),
+        ("accelerator: {name: H100, memory: null}\n", "memory"),
+        ("accelerator: {name: H100, per_node: 2.5}\n", "per_node"),
+        ("accelerator: {name: H100, matmul: 3}\n", "share"),
+        ("accelerator: H100\ntorus: 4\n", "torus"),
+        ("accelerator: TPU-v4\ntorus: [2.5]\n", "torus"),
+        ("accelerator: H100\ntopology: torus\n", "length of each side"),
     ):
         file.write_text(text)
         with pytest.raises(UserError, match=words):

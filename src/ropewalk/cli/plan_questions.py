@@ -37,6 +37,7 @@ def budget(
         flops_in,
         off_optimum,
     )
+    from ropewalk.plan.inputs import positive
 
     where = cluster(on) if on is not None else None
     device = where.accelerator if where is not None else None
@@ -55,6 +56,13 @@ def budget(
             )
         flops = flops_for_money(money, price, peak, mfu)
     assert flops is not None
+    positive(
+        **{
+            name: value
+            for name, value in {"data": data, "parameters": parameters}.items()
+            if value is not None
+        }
+    )
     found = [allocate(flops, name) for name in (*LAWS, *RULES)]
     lines = [f"{flops:.3g} FLOPs", *map(str, found), str(deepseek(flops))]
     answer: dict[str, Any] = {"flops": flops, "allocations": found, "deepseek": deepseek(flops)}

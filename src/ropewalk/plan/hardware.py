@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from ropewalk.errors import UserError
-from ropewalk.plan.inputs import nearest
+from ropewalk.plan.inputs import counted, nearest
 
 _UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 PRECISIONS = {
@@ -169,23 +169,38 @@ def _accelerator(name: str, values: Mapping[str, Any]) -> Accelerator:
     known = {one.name for one in fields(Accelerator)}
     for wrong in sorted(set(shares) - known, key=str):
         raise UserError(f"accelerator {name}: unknown field {wrong}{nearest(wrong, known)}")
-    plain = {"name", "source", "per_core", "calibrated"}
-    made: dict[str, Any] = {}
-    for key, value in shares.items():
-        if key == "peak":
-            made[key] = {
-                precision_name(one): number(rate, f"{name}.peak.{one}") for one, rate in value.items()
-            }
-        elif key == "own":
-            made[key] = {one: number(share, f"{name}.own.{one}") for one, share in value.items()}
-        elif key == "torus":
-            made[key] = tuple(value)
-        elif key in plain or value is None:
-            made[key] = value
-        else:
-            made[key] = number(value, f"{name}.{key}")
-    made["per_node"] = int(made["per_node"])
+    made = {key: _value(f"{name}.{key}", key, value) for key, value in shares.items()}
     return Accelerator(**{**made, "name": name})
+
+
+def _value(what: str, key: str, value: Any) -> Any:
+    """A field of an Accelerator as it was written down. UserError, naming `what`, where it cannot be that."""
+    if key in ("name", "source", "per_core", "calibrated") or (value is None and key in _OPTIONAL):
+        return value
+    if key in ("peak", "own"):
+        if not isinstance(value, dict) or not value:
+            raise UserError(f"{what}: give a number for each, as in {{bfloat16: 989e12}}; not {value!r}")
+        plain = precision_name if key == "peak" else str
+        return {plain(one): number(rate, f"{what}.{one}") for one, rate in value.items()}
+    if key == "torus":
+        return sides(value, what)
+    if key == "per_node":
+        return counted(value, what)
+    found = number(value, what)
+    if found > 1 and key in _SHARES:
+        raise UserError(f"{what}: is a share of the peak, above 0 and at most 1; not {value!r}")
+    return found
+
+
+_SHARES = "matmul matmul_float8 memory_share attention attention_backward link_share network_share".split()
+_OPTIONAL = ("matmul_float8", "own", "update", "price")
+
+
+def sides(value: Any, what: str) -> tuple[int, ...]:
+    """Of a torus. UserError, naming `what`, for anything but a list of whole numbers."""
+    if not isinstance(value, list | tuple):
+        raise UserError(f"{what}: give the length of each side, as in [4, 4, 4]; not {value!r}")
+    return tuple(counted(one, what) for one in value)
 
 
 def cpu_kind() -> str:
@@ -264,13 +279,13 @@ def _from_file(path: Path, network: str | None) -> Cluster:
         raise UserError(f"{path}: cannot be read ({error})") from error
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not YAML ({str(error).splitlines()[0]})") from error
-    if not isinstance(said, dict) or "accelerator" not in said:
+    kind = said.get("accelerator") if isinstance(said, dict) else None
+    changes = dict(kind) if isinstance(kind, dict) else {"name": kind}
+    if changes.get("name") is None:
         raise UserError(f"{path}: give at least accelerator, nodes and per_node")
     for wrong in [key for key in said if key not in _FIELDS]:
         raise UserError(f"{path}: unknown field {wrong}{nearest(wrong, _FIELDS)}")
-    kind = said["accelerator"]
-    changes = dict(kind) if isinstance(kind, dict) else {"name": kind}
-    device = accelerator(str(changes.pop("name", None)), **changes)
+    device = accelerator(str(changes.pop("name")), **{str(key): value for key, value in changes.items()})
     sizes = {
         key: number(said.get(key, 1), f"{path}: {key}") for key in ("nodes", "per_node", "oversubscription")
     }
@@ -280,6 +295,9 @@ def _from_file(path: Path, network: str | None) -> Cluster:
     topology = str(said.get("topology", "torus" if device.torus else "rail"))
     if topology not in ("rail", "fat-tree", "torus"):
         raise UserError(f"{path}: topology {topology}: one of rail, fat-tree, torus")
+    torus = sides(said["torus"], f"{path}: torus") if "torus" in said else device.torus
+    if topology == "torus" and not torus:
+        raise UserError(f"{path}: a torus needs the length of each side, as in torus: [4, 4, 4]")
     optional: dict[str, Any] = {
         key: number(said[key], f"{path}: {key}")
         for key in ("price", "host_memory")
@@ -291,7 +309,7 @@ def _from_file(path: Path, network: str | None) -> Cluster:
         per_node,
         oversubscription=sizes["oversubscription"],
         topology=topology,
-        torus=tuple(int(number(one, f"{path}: torus")) for one in said.get("torus", device.torus)),
+        torus=torus,
         **optional,
     )
     return _with_network(made, str(said["network"]) if "network" in said else network)

@@ -28,9 +28,10 @@ def whole(**values: float) -> None:
 
 def counted(value: Any, what: str) -> int:
     """A whole number above 0, as one that was read. UserError, naming `what`, for anything else."""
-    if isinstance(value, bool) or not isinstance(value, Real) or value % 1 or value < 1:
+    right = isinstance(value, Real) and not isinstance(value, bool) and value >= 1 and not value % 1
+    if not right:
         raise UserError(f"{what}: must be a whole number above 0, not {value!r}")
-    return math.floor(value)
+    return int(value)
 
 
 def at_least(least: float, **values: float) -> None:
