@@ -114,6 +114,14 @@ def test_a_short_run_is_played_as_the_hand_does(monkeypatch, changes, faults, st
     assert played.wall == pytest.approx(played.useful + sum(found.values()) - played.wall)
 
 
+def test_a_run_that_restarts_at_once_comes_to_its_end():
+    """Nothing is lost but the steps since the last save, a second each at most."""
+    played = simulate(Operation(16_384, save=0, detect=0, restart=0), 5, trials=2)
+    assert played.failures > 20
+    assert 1 - 2e-4 < played.goodput < 1
+    assert played.shares["down"] == 0
+
+
 def test_stragglers_cost_what_the_first_order_says():
     """To a tenth of it: the formula leaves out that stragglers also come while the run is down."""
     run = replace(LLAMA, stragglers_per_device_day=2e-4, slowdown=1.5)
@@ -228,6 +236,8 @@ def test_the_same_seed_is_the_same_answer_and_100_000_devices_take_no_time():
         (lambda: simulate(LLAMA, 1, trials=1), "trials is 1"),
         (lambda: what_if(LLAMA, 1, restrat=3.0), "did you mean restart"),
         (lambda: simulate(replace(LLAMA, restart=1e6), 1, trials=2), "failures come faster"),
+        (lambda: simulate(replace(LLAMA, devices=100_000_000), 60), "failures come faster"),
+        (lambda: simulate(replace(LLAMA, spares=0, repair_hours=9e4), 1, trials=2), "% of the work is done"),
     ],
 )
 def test_mistakes_get_one_message(call, message):

@@ -122,9 +122,12 @@ def failures(
     """What failures cost a long run: by a formula, by playing it, and what a change would buy."""
     from ropewalk.errors import UserError
     from ropewalk.plan.failures import FAULTS_PER_DEVICE_DAY, Operation, expected
+    from ropewalk.plan.inputs import positive
     from ropewalk.plan.simulate import simulate
     from ropewalk.plan.simulate import what_if as difference
 
+    if mtbf_hours is not None:
+        positive(mtbf_hours=mtbf_hours)
     rate = FAULTS_PER_DEVICE_DAY if mtbf_hours is None else 24 / (mtbf_hours * devices)
     run = Operation(devices, rate, save=save, stall=stall, detect=detect, restart=restart, spares=spares)
     changes: dict[str, Any] = {}

@@ -28,10 +28,10 @@ def whole(**values: float) -> None:
 
 def counted(value: Any, what: str) -> int:
     """A whole number above 0, as one that was read. UserError, naming `what`, for anything else."""
-    right = isinstance(value, Real) and not isinstance(value, bool) and value >= 1 and not value % 1
-    if not right:
+    found = float(value) if isinstance(value, Real) and not isinstance(value, bool) else 0.0
+    if not found >= 1 or found % 1 or math.isinf(found):
         raise UserError(f"{what}: must be a whole number above 0, not {value!r}")
-    return int(value)
+    return int(found)
 
 
 def at_least(least: float, **values: float) -> None:

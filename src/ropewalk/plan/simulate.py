@@ -14,13 +14,17 @@ from typing import Any, Literal
 import numpy as np
 
 from ropewalk.errors import UserError
-from ropewalk.plan.failures import DAY, Operation
+from ropewalk.plan.failures import DAY, Operation, expected
 from ropewalk.plan.inputs import one_of, positive
 
 WINDOW = 10 * DAY
 """Faults are drawn for so long at once; part of what a seed means."""
 HOPELESS = 50.0
 """A run that takes so many times its work is not played to its end."""
+_TOO_OFTEN = (
+    "failures come faster than the run gets over them; save and restart faster, keep more spares, or use "
+    "fewer devices"
+)
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,8 @@ def _trials(run: Operation, work_days: float, trials: int, seed: int) -> list[Pl
     positive(work_days=work_days)
     if trials < 2:
         raise UserError(f"trials is {trials}; the noise is unknown with fewer than 2")
+    if run.weibull_shape == 1 and expected(run).goodput * HOPELESS < 1:  # millions of faults, for nothing
+        raise UserError(f"the work would take more than {HOPELESS:.0f} times its length: {_TOO_OFTEN}")
     return [play(run, work_days * DAY, child) for child in np.random.SeedSequence(seed).spawn(trials)]
 
 
@@ -283,11 +289,10 @@ def play(run: Operation, work: float, seed: np.random.SeedSequence) -> Played:
         unnoticed = max(0.0, found - elapsed) if limping else run.straggler_detect
         stragglers.pass_by(now)  # one is as slow as several, and all are left behind together
         ready, without, count = now + run.restart, 0.0, 0
-        if faults.next < ready:
+        if how == "failed" or faults.next < ready:
             ready, without, count = _recover(run, faults, spares, patience)
         no_spare, down = no_spare + without, down + ready - now - without
         failures, now = failures + count, ready
     raise UserError(
-        f"{done / work:.0%} of the work is done after {HOPELESS:.0f} times its length: failures come faster "
-        "than the run gets over them; save and restart faster, keep more spares, or use fewer devices"
+        f"{done / work:.0%} of the work is done after {HOPELESS:.0f} times its length: {_TOO_OFTEN}"
     )
