@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from ropewalk.errors import UserError
 from ropewalk.model.config import ModelConfig
 from ropewalk.plan.blocks import attended, block_products, layer_kinds, weights_of
+from ropewalk.plan.hardware import PRECISIONS
 from ropewalk.plan.inputs import at_least, one_of, positive, share, whole
 from ropewalk.plan.sizes import end_weights, parameters
 
@@ -105,7 +106,7 @@ def cache_bytes(config: ModelConfig, tokens: int, kind: str = "bfloat16", tensor
     copies.
     """
     positive(tokens=tokens)
-    number = one_of("type of cache", kind, CACHE_BYTES)
+    number = one_of("type of cache", PRECISIONS.get(kind, kind), CACHE_BYTES)
     per_head = config.head_dim * number + (2.0 if kind == "int8" else 0.0)
     _check_degree(config, tensor)
     heads = max(1, config.num_key_value_heads // tensor)
@@ -114,7 +115,7 @@ def cache_bytes(config: ModelConfig, tokens: int, kind: str = "bfloat16", tensor
 
 def weight_bytes(config: ModelConfig, quantization: str = "bfloat16", tensor: int = 1) -> float:
     """Bytes per device of all weights, the matrices of blocks quantized."""
-    bits = one_of("quantization", quantization, WEIGHT_BITS)
+    bits = one_of("quantization", PRECISIONS.get(quantization, quantization), WEIGHT_BITS)
     _check_degree(config, tensor)
     ends = end_weights(config)
     small = parameters(config) - ends - _matrices(config)  # norms and biases, which each device has
@@ -136,6 +137,7 @@ def serving(
     `prompt`: half of the context if None; `batch`: the largest. UserError where the weights, or so many
     requests, have no room: the message says how much is missing.
     """
+    quantization, cache = PRECISIONS.get(quantization, quantization), PRECISIONS.get(cache, cache)
     prompt = max(1, context // 2) if prompt is None else prompt
     whole(context=context, prompt=prompt, batch=1 if batch is None else batch)
     if prompt > context:
