@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from ropewalk.errors import UserError
@@ -131,13 +132,16 @@ def test_schemes_in_the_order_of_the_papers_table(shared: Path) -> None:
         ({"on": "0xH100"}, "above 0"),
         (
             {"layout": {"tensor": 3, "shard": 1}, "on": "3xH100"},
-            "tensor 3 does not divide num_attention_heads 32",
+            "layout.tensor: 3 does not divide num_attention_heads 32",
         ),
-        ({"layout": {"pipeline": 64}, "on": "64xH100"}, "64 stages of a pipeline for 32 layers"),
+        (
+            {"layout": {"pipeline": 64}, "on": "64xH100"},
+            "64 blocks, and the model has 32; set layout.pipeline: 32",
+        ),
         ({"layout": {"shard": 3}, "on": "8xH100"}, "does not make 8"),
         ({"layout": {"shards": 8}, "on": "8xH100"}, "unknown degree shards"),
         ({"layout": {"shard": 0}}, "layout.shard"),
-        ({"layout": {"expert": 2}, "on": "8xH100"}, "without experts"),
+        ({"layout": {"expert": 2}, "on": "8xH100"}, "has no experts"),
         ({"seq_len": 0}, "seq_len"),
         ({"micro_batch": -1}, "micro_batch"),
         ({"global_batch": 12, "on": "8xH100"}, "global_batch 12"),
@@ -149,6 +153,43 @@ def test_schemes_in_the_order_of_the_papers_table(shared: Path) -> None:
         ({"model": {"hidden_size": 64}}, "lacks num_hidden_layers"),
         ({"model": LLAMA_8B | {"num_hidden_layers": -2}}, "num_hidden_layers"),
         ({"model": LLAMA_8B | {"num_key_value_heads": 5}}, "no multiple of num_key_value_heads"),
+        ({"model": LLAMA_8B | {"num_experts": "eight"}}, "num_experts"),
+        ({"model": LLAMA_8B | {"num_experts": -8, "num_experts_per_tok": 2}}, "num_experts"),
+        ({"model": LLAMA_8B | {"num_experts": 8}}, "num_experts_per_tok"),
+        ({"model": LLAMA_8B | {"num_experts": 4, "num_experts_per_tok": 8}}, "num_experts_per_tok 8"),
+        ({"model": LLAMA_8B | {"n_routed_experts": 64}}, "n_routed_experts"),
+        ({"model": {"model_type": "llama", "hidden_size": 64}}, "vocab_size"),
+        ({"on": 8}, "8xH100"),
+        ({"on": ""}, "8xH100"),
+        ({"on": None}, "8xH100"),
+        ({"on": "16xH100", "network": "0x400Gb/s"}, "8x200Gb/s"),
+        ({"on": "16xH100", "network": 400}, "8x200Gb/s"),
+        ({"layout": "tensor 8"}, "layout"),
+        ({"layout": {"pipeline": 4, "pipeline_schedule": "magic"}, "on": "4xH100"}, "magic"),
+        ({"layout": {"context": 2, "context_exchange": "magic"}, "on": "2xH100"}, "magic"),
+        ({"layout": {"pipeline": 4, "virtual": -1}, "on": "4xH100"}, "layout.virtual"),
+        (
+            {"layout": {"pipeline": 4, "virtual": 2, "pipeline_schedule": "1f1b"}, "on": "4xH100"},
+            "one run of blocks",
+        ),
+        ({"layout": {"stage": True}}, "layout.stage"),
+        ({"layout": Layout(tensor=0)}, "layout.tensor"),
+        ({"layout": Layout(tensor=-2)}, "layout.tensor"),
+        ({"layout": {"context": 4}, "on": "4xH100", "seq_len": 3}, "seq_len 3"),
+        ({"optimizer": "sgd"}, "optimizer sgd"),
+        ({"state_bits": 16}, "state_bits 16"),
+        ({"scored": 0}, "scored 0"),
+        ({"scored": 2}, "scored 2"),
+        ({"document_length": -5}, "document_length -5"),
+        ({"checkpointing_every": 0}, "checkpointing_every 0"),
+        ({"checkpointing_budget": 1.5}, "checkpointing_budget 1.5"),
+        ({"loss_chunk": 0}, "loss_chunk 0"),
+        ({"accumulation": 0}, "accumulation 0"),
+        ({"quantize": "int3", "adapt": "lora"}, "quantize int3"),
+        ({"quantize": "nf4"}, "quantize nf4"),
+        ({"device": "tpu"}, "device tpu"),
+        ({"adapt": "lora", "targets": "q_proj"}, "targets q_proj"),
+        ({"colour": 1}, "colour"),
     ],
 )
 def test_what_cannot_be_costs_one_message(change: dict[str, Any], words: str) -> None:
@@ -156,6 +197,45 @@ def test_what_cannot_be_costs_one_message(change: dict[str, Any], words: str) ->
     with pytest.raises(UserError, match=r"^[^\n]*$") as caught:
         estimate(options.pop("model"), options.pop("layout", None), options.pop("on"), **options)
     assert words in str(caught.value)
+
+
+def test_what_is_said_in_other_words_is_the_same() -> None:
+    """Whole numbers of any type; what is left of the devices copies, shards or divides, wherever it is said;
+    a schedule has the stages that it needs; a family's own names of fields."""
+    whole = {name: np.int64(size) for name, size in LLAMA_8B.items()}
+    assert estimate(whole, seq_len=np.int64(2048)).work == estimate(LLAMA_8B, seq_len=2048).work  # type: ignore[arg-type]
+    for said, shard, replicate in (
+        ({"replicate": 4}, 2, 4),
+        ({"replicate": np.int64(8)}, 1, 8),
+        ({"replicate": -1}, 1, 8),
+        ({"stage": 0}, 1, 8),
+        ({"stage": 0, "tensor": 2}, 1, 4),
+        ({"stage": 0, "shard": -1}, 1, 8),
+        ({"pipeline": -1}, 1, 1),
+    ):
+        found = estimate(LLAMA_8B, said, "8xH100").layout
+        assert (found.shard, found.replicate) == (shard, replicate), said
+    zbv = estimate(LLAMA_8B, {"pipeline": 4, "pipeline_schedule": "zbv"}, "4xH100", global_batch=8)
+    assert zbv.layout.stages_each == 2
+    names = {"n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 50257}
+    assert parameters(config_from({"model_type": "gpt2", **names})) == 124_439_808
+
+
+def test_hardware_flops_count_what_a_budget_recomputes() -> None:
+    kept = estimate(LLAMA_8B, checkpointing_budget=0.5)
+    assert kept.hfu == pytest.approx(kept.mfu * (1 + 0.5 / 3), rel=0.02)
+
+
+def test_a_card_is_known_as_its_driver_calls_it() -> None:
+    for name, known in (
+        ("NVIDIA A100-SXM4-40GB", "A100-40GB-SXM"),
+        ("NVIDIA A100 80GB PCIe", "A100-80GB-PCIe"),
+        ("NVIDIA H100 NVL", "H100-94GB-NVL"),
+        ("Tesla T4", "T4-16GB"),
+        ("NVIDIA GeForce RTX 4090", "RTX4090-24GB"),
+        ("AMD Instinct MI300X", "MI300X-192GB"),
+    ):
+        assert accelerator(name).name == known
 
 
 def test_every_accelerator_is_whole() -> None:
@@ -188,6 +268,18 @@ def test_a_cluster_file(tmp_path: Path) -> None:
         ("accelerator: H100\nnodes: two\n", "nodes"),
         ("accelerator: {name: H100, memry: 1}\n", "did you mean memory"),
         ("a: [", "not YAML"),
+        ("accelerator: null\n", "at least accelerator"),
+        ("accelerator: {memory: 80GiB}\n", "at least accelerator"),
+        ("accelerator: {name: H100, peak: 3}\n", "peak"),
+        ("accelerator: {name: H100, own: 3}\n", "own"),
+        ("accelerator: {name: H100, torus: 3}\n", "torus"),
+        ("accelerator: {name: H100, 3: 4}\n", "unknown field 3"),
+        ("accelerator: {name: H100, memory: null}\n", "memory"),
+        ("accelerator: {name: H100, per_node: 2.5}\n", "per_node"),
+        ("accelerator: {name: H100, matmul: 3}\n", "share"),
+        ("accelerator: H100\ntorus: 4\n", "torus"),
+        ("accelerator: TPU-v4\ntorus: [2.5]\n", "torus"),
+        ("accelerator: H100\ntopology: torus\n", "length of each side"),
     ):
         file.write_text(text)
         with pytest.raises(UserError, match=words):

@@ -189,10 +189,11 @@ def test_runs_are_collected_with_their_last_validation(tmp_path):
     (tmp_path / "g-1" / "lineage.json").write_text("{")
     found = collect([tmp_path])
     assert found.points == (Point(123, 1000, 3.5), Point(123, 2000, 3.0))
-    reasons = [reason for _, reason in found.left_out]
+    reasons = [line.partition(" (")[2].removesuffix(")") for line in found.left_out]
     assert [reason.split()[-1] for reason in reasons[:4]] == ["finished", "step", "only", "model"]
     assert reasons[4].startswith("unreadable")
-    assert len(found.lines()) == 5
+    assert len(reasons) == 5
+    assert found.left_out[0].startswith(str(tmp_path / "c"))
     assert collect([first, first, tmp_path]) == found
     assert collect([first]).points == found.points[:1]
 

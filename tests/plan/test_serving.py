@@ -212,7 +212,7 @@ def test_a_mixture_reads_the_experts_that_its_batch_meets():
         (lambda: serving(LLAMA3_8B, H100, 10, batch=0), "batch is 0"),
         (lambda: serving(LLAMA3_8B, H100, 10, batch=1.5), "batch is 1.5; it must be a whole number"),
         (lambda: serving(LLAMA3_8B, H100, 10, quantization="nf5"), "did you mean nf4"),
-        (lambda: serving(LLAMA3_8B, H100, 10, cache="fp8"), "fp8: unknown type of cache"),
+        (lambda: serving(LLAMA3_8B, H100, 10, cache="fp6"), "fp6: unknown type of cache"),
         (lambda: serving(LLAMA3_8B, H100, 10, tensor=3), "32 heads and 8 key-value heads cannot be divided"),
         (lambda: serving(LLAMA3_8B, Machine(1e12, 1e12, 1e12), 10, tensor=2), "needs the link"),
         (lambda: serving(GPT2, H100, 2048), "the model has 1,024 positions"),
@@ -231,3 +231,10 @@ def test_an_answer_is_said_in_four_lines():
     assert len(lines) == 4
     assert "1.0 GiB a request of 8,192 tokens" in lines[0]
     assert "bound by memory" in lines[3]
+
+
+def test_types_have_their_short_names():
+    short = serving(LLAMA3_8B, H100, 8192, quantization="bf16", cache="fp8")
+    assert short == serving(LLAMA3_8B, H100, 8192, quantization="bfloat16", cache="float8")
+    assert cache_bytes(LLAMA3_8B, 10, "fp8") == cache_bytes(LLAMA3_8B, 10, "float8")
+    assert weight_bytes(LLAMA3_8B, "fp8") == weight_bytes(LLAMA3_8B, "float8")

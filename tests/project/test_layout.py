@@ -44,10 +44,11 @@ MAY_USE_RECIPE_AND_TRACK = {
 UPWARDS = {
     ("model.load", "adapt"),
     ("train.entry", "plan"),
+    ("train.flops", "plan.hardware"),
     ("clean.perplexity", "evaluate.perplexity"),
 }
 """Deferred imports against the order: a run that trained adapters is a source of `load_model`; a run keeps
-what was planned of it, and the planner knows the training step; how well a model foresees a text is a measure
+what was planned of it, the planner knows the training step, and has the table of peaks; how well a model foresees a text is a measure
 of the model and of the text."""
 
 

@@ -36,6 +36,7 @@ def budget(
         flops_in,
         off_optimum,
     )
+    from ropewalk.plan.inputs import positive
 
     where = cluster(on) if on is not None else None
     device = where.accelerator if where is not None else None
@@ -54,6 +55,13 @@ def budget(
             )
         flops = flops_for_money(money, price, peak, mfu)
     assert flops is not None
+    positive(
+        **{
+            name: value
+            for name, value in {"data": data, "parameters": parameters}.items()
+            if value is not None
+        }
+    )
     found = [allocate(flops, name) for name in (*LAWS, *RULES)]
     lines = [f"{flops:.3g} FLOPs", *map(str, found), str(deepseek(flops))]
     answer: dict[str, Any] = {"flops": flops, "allocations": found, "deepseek": deepseek(flops)}
@@ -64,8 +72,6 @@ def budget(
         answer["data"] = best_on_repeated(flops, data)
         lines += answer["data"].lines()
     if parameters is not None:
-        if not parameters > 0:
-            raise UserError(f"--parameters is {parameters:g}; it must be above 0")
         answer["given"] = off_optimum(parameters, flops / (6 * parameters))
         lines += answer["given"].lines()
     print_json(answer) if json else print("\n".join(lines))
@@ -113,11 +119,12 @@ def failures(
     """What failures cost a long run: by a formula, by playing it, and what a change would buy."""
     from ropewalk.errors import UserError
     from ropewalk.plan.failures import FAULTS_PER_DEVICE_DAY, Operation, expected
+    from ropewalk.plan.inputs import positive
     from ropewalk.plan.simulate import simulate
     from ropewalk.plan.simulate import what_if as difference
 
-    if mtbf_hours is not None and not mtbf_hours > 0:
-        raise UserError(f"--mtbf-hours is {mtbf_hours:g}; it must be above 0")
+    if mtbf_hours is not None:
+        positive(mtbf_hours=mtbf_hours)
     rate = FAULTS_PER_DEVICE_DAY if mtbf_hours is None else 24 / (mtbf_hours * devices)
     run = Operation(devices, rate, save=save, stall=stall, detect=detect, restart=restart, spares=spares)
     changes: dict[str, Any] = {}

@@ -179,18 +179,11 @@ class Scores:
     def apart(self) -> tuple[int, int]:
         """Most that it takes beside its inputs and its result: forward, and made again with its gradients."""
         tape = Tape()
-        tape.forgets = True
         each = self.documents * self.dim * self.bytes
         q = tape.value(each * self.queries * self.heads, True)
         k, v = (tape.value(each * self.keys * self.kv_heads, True) for _ in range(2))
         inputs = tape.alive
         tape.most = max(tape.most, tape.alive + 11 * self.queries * self.keys)
-        out = self.run(tape, q, k, v)
-        forward = tape.most - inputs - out.room.size
-        node = out.node
-        assert node is not None
-        tape.most = tape.alive
-        del out
-        tape.recompute(lambda: self.run(tape, q, k, v))
-        tape.backward(node, tape.room(0))
-        return forward, max(forward, tape.most - inputs)
+        forward, backward = tape.twice(lambda: self.run(tape, q, k, v), 0)
+        forward -= inputs + q.room.size
+        return forward, max(forward, backward - inputs)

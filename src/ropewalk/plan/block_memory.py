@@ -71,9 +71,7 @@ class Block(AttentionLayers):
     """the MLP takes some tokens of a long row at a time"""
 
     def run(self, hidden: Value) -> Node | None:
-        return self._run(hidden).node
-
-    def _run(self, hidden: Value) -> Value:
+        """From hidden states to what they leave for the backward pass."""
         shape, after = self.shape, self.shape.placement != "pre"
         before = shape.placement != "post"
         out = self.attention(self.norm(hidden, "attention_norm", self.apart) if before else hidden)
@@ -88,7 +86,7 @@ class Block(AttentionLayers):
             out = self.tiles(x) if self.tiled else self.mlp_pair(x)
         if after:
             out = self.norm(out, "post_mlp_norm", self.apart)
-        return self.add(residual, out)
+        return self.add(residual, out).node
 
     def add(self, a: Value, b: Value) -> Value:
         return self.tape.operation([a, b], self.outside, through=True)
@@ -133,21 +131,19 @@ class Block(AttentionLayers):
         """Each tile is computed again in the backward pass, when nothing is kept of the others; the tiles'
         results are joined, and so are their gradients."""
         tape = Tape()
-        tape.forgets = True
         one = Block(replace(self.shape, tokens=_TILE * self.shape.tensor), tape)
         part = tape.value(one.outside, True)
-        out = one.mlp_pair(part)
-        forward, node = tape.most - 2 * one.outside, out.node
-        assert node is not None
-        del out
-        tape.most = tape.alive
-        gradient = tape.room(one.outside)
-        tape.recompute(lambda: one.mlp_pair(part))
-        tape.backward(node, gradient)
-        # its input, and its result's and input's gradients are parts of what is there
-        backward = max(tape.most - 3 * one.outside, self.outside)
+        # its input and result, and their gradients, are parts of what is there
+        forward, backward = tape.twice(lambda: one.mlp_pair(part), one.outside)
         made = sum(room.size for room in tape.gradients)
-        y = self.tape.operation([x], self.outside, saves=[x], temporary=forward, trained=made, back=backward)
+        y = self.tape.operation(
+            [x],
+            self.outside,
+            saves=[x],
+            temporary=forward - 2 * one.outside,
+            trained=made,
+            back=max(backward - 3 * one.outside, self.outside),
+        )
         return self.tape.operation([y], self.outside, through=True)
 
     def mlp(self, x: Value, name: str, inner: int, count: int) -> Value:

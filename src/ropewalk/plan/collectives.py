@@ -16,8 +16,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
-
 from ropewalk.errors import UserError
 
 
@@ -107,16 +105,6 @@ def doubling_all_gather(n: float, p: int, link: Link) -> float:
     return 0.0 if _nothing(n, p) else _lg(p) * link.latency + n * link.seconds_per_byte * (p - 1) / p
 
 
-def binomial_broadcast(n: float, p: int, link: Link) -> float:
-    """lg p (a + nb): whoever has it, sends it on."""
-    return 0.0 if _nothing(n, p) else _lg(p) * (link.latency + n * link.seconds_per_byte)
-
-
-def scatter_gather_broadcast(n: float, p: int, link: Link) -> float:
-    """2 lg p a + 2nb (p-1)/p: a binomial scatter and a doubling all-gather (van de Geijn)."""
-    return 2 * doubling_all_gather(n, p, link)
-
-
 def chain_segments(n: float, p: int, link: Link) -> int:
     """Into how many parts a chain best cuts n bytes: sqrt((p-2) nb/a), to the better whole number of parts
     of a byte or more."""
@@ -158,15 +146,6 @@ def two_tree_all_reduce(n: float, p: int, link: Link) -> float:
     return 2 * two_tree_broadcast(n, p, link)
 
 
-def in_network_all_reduce(n: float, p: int, link: Link) -> float:
-    """2a + nb (1 + 1/p): the switch adds up (NVLink SHARP).
-
-    Each rank is read whole and writes its p-th of the sum, once for all. That is up to 2(p-1)/(p+1) times
-    as fast as a ring: a "bus bandwidth", which counts 2n(p-1)/p bytes, then exceeds the wire's.
-    """
-    return 0.0 if _nothing(n, p) else 2 * link.latency + n * link.seconds_per_byte * (1 + 1 / p)
-
-
 def bruck_all_to_all(n: float, p: int, link: Link) -> float:
     """lg p (a + nb/2): each round sends on half of what is held."""
     return 0.0 if _nothing(n, p) else _lg(p) * (link.latency + n * link.seconds_per_byte / 2)
@@ -189,8 +168,6 @@ ALGORITHMS: Algorithms = {
     "broadcast": {
         "chain": chain_broadcast,
         "two_tree": two_tree_broadcast,
-        "binomial": binomial_broadcast,
-        "scatter_gather": scatter_gather_broadcast,
     },
     "all_to_all": {"pairwise": ring_all_gather, "bruck": bruck_all_to_all},
 }
@@ -206,9 +183,6 @@ NCCL: Algorithms = {
     "all_to_all": {"pairwise": ring_all_gather},
 }
 """what NCCL chooses among, in-network reduction apart; not its PAT all-gather, which has one GPU per node"""
-
-NCCL_SHARP: Algorithms = {**NCCL, "all_reduce": {**NCCL["all_reduce"], "in_network": in_network_all_reduce}}
-"""the same where the switch can add up"""
 
 
 def best(operation: str, n: float, p: int, link: Link, algorithms: Algorithms = NCCL) -> Choice:
@@ -316,83 +290,7 @@ def torus_all_to_all(n: float, dimensions: Sequence[int], link: Link) -> float:
     return n * link.seconds_per_byte * hops / 2 + link.latency * sum(d // 2 for d in dimensions)
 
 
-def torus_bisection(dimensions: Sequence[int], bandwidth: float) -> float:
-    """Bytes per second, one way, between the halves of a torus cut across its longest side: two cuts, as
-    it wraps around. TPU v4 (arXiv 2304.01433), 16 a side, 50 GB/s a link: 2 x 16 x 16 x 50 = 25.6 TB/s."""
-    ranks = _torus_ranks(dimensions)
-    return 0.0 if ranks == 1 else 2 * ranks / max(dimensions) * bandwidth
-
-
 def _torus_ranks(dimensions: Sequence[int]) -> int:
     if not dimensions or any(d < 1 or d != int(d) for d in dimensions):
         raise UserError(f"a torus has sides of one rank or more; these are {list(dimensions)}")
     return math.prod(dimensions)
-
-
-@dataclass(frozen=True)
-class MeasuredAllReduce:
-    """A measured sweep in three numbers: base + fill sqrt(n) + n seconds_per_byte.
-
-    `base` is starting and finishing (a kernel, the small-message protocol: the plateau on the left); `fill`
-    is what a pipeline cut in its best number of segments takes to fill, the root in `two_tree_broadcast`; the
-    last is the bandwidth. Without `fill` the A100 sweep is off by 36%, with it by 6% from 16 MiB on.
-    """
-
-    ranks: int
-    base: float
-    fill: float
-    seconds_per_byte: float
-    typical_error: float
-    """median over the sweep of |model / measured - 1|"""
-    worst_error: float
-    """and the largest; it lies where the library changes its protocol (1 to 8 MiB)"""
-
-    def seconds(self, n: float) -> float:
-        """Of an all-reduce of n bytes on as many ranks as were measured."""
-        if _nothing(n, self.ranks):
-            return 0.0
-        return self.base + self.fill * math.sqrt(n) + self.seconds_per_byte * n
-
-    @property
-    def bus_bandwidth(self) -> float:
-        """Bytes per second of the ring that would be as fast for large tensors; with in-network reduction
-        it may exceed the wire (482 GB/s of 450 on H200), so it says nothing of other collectives."""
-        return 2 * (self.ranks - 1) / self.ranks / self.seconds_per_byte
-
-    def link(self, wire_bandwidth: float = math.inf) -> Link:
-        """The link whose ring is as fast, its bandwidth at most the wire's (bytes per second), for sizes and
-        collectives that were not measured. It leaves `fill` out."""
-        bandwidth = min(self.bus_bandwidth, wire_bandwidth)
-        return Link(self.base / (2 * (self.ranks - 1)), 1 / bandwidth)
-
-
-def fit_all_reduce(sizes: Sequence[float], seconds: Sequence[float], ranks: int) -> MeasuredAllReduce:
-    """Fit a sweep of all-reduces (bytes and seconds) on `ranks` ranks, by relative errors.
-
-    No number is below 0, and a size whose error exceeds 10% counts less (Huber), so that a hiccup or a
-    change of protocol does not bend the rest. UserError for fewer than four sizes or a time of 0.
-    """
-    n, t = np.asarray(sizes, float), np.asarray(seconds, float)
-    paired = n.ndim == 1 and n.shape == t.shape and len(np.unique(n)) >= 4 and ranks > 1
-    if not (paired and np.isfinite([n, t]).all() and (n > 0).all() and (t > 0).all()):
-        raise UserError("a sweep of all-reduces is four sizes or more, with their times, on 2 ranks or more")
-    columns = np.stack([np.ones_like(n), np.sqrt(n), n], axis=1) / t[:, None]
-    trust = np.ones_like(n)
-    for _ in range(30):
-        found = _least_squares(columns * trust[:, None], trust)
-        error = np.abs(columns @ found - 1)
-        trust = np.sqrt(0.1 / np.maximum(error, 0.1))
-    base, fill, per_byte = found.tolist()
-    return MeasuredAllReduce(ranks, base, fill, per_byte, float(np.median(error)), float(error.max()))
-
-
-def _least_squares(columns: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """The best numbers of which none is below 0 and the bandwidth is finite: the best of the subsets' own."""
-    best_error, best_found = math.inf, np.zeros(3)
-    for subset in ([0, 1, 2], [0, 2], [1, 2], [2]):
-        part, *_ = np.linalg.lstsq(columns[:, subset], target, rcond=None)
-        error = float(((columns[:, subset] @ part - target) ** 2).sum())
-        if (part >= 0).all() and part[-1] > 0 and error < best_error:
-            best_error, best_found = error, np.zeros(3)
-            best_found[subset] = part
-    return best_found

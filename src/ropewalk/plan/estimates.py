@@ -1,18 +1,22 @@
 """One point: what a run of this model in this layout takes on this cluster."""
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 from ropewalk.errors import UserError
-from ropewalk.layout import DEGREES, Layout
+from ropewalk.layout import DEGREES, ONE_STAGE, Layout, Schedule
 from ropewalk.model.config import ModelConfig
+from ropewalk.parallel import context_refusal, expert_refusal, pipeline_refusal, refusal
 from ropewalk.plan.hardware import Cluster, cluster, precision_name
+from ropewalk.plan.inputs import counted
 from ropewalk.plan.memory import DeviceMemory, memory_of
 from ropewalk.plan.sizes import config_from, step_flops
 from ropewalk.plan.step_time import BlockTime, StepTime, step_time
-from ropewalk.plan.work import Work
+from ropewalk.plan.work import Work, work_value
 
+METHODS = ("full", "lora", "qlora", "dora", "prompt", "prefix", "bottleneck", "ia3", "bitfit")
 Recompute = Literal["none", "selective", "full"]
 
 
@@ -100,10 +104,7 @@ def estimate(
     """
     where = cluster(on, network)
     config = config_from(model)
-    for name, value in (("seq_len", seq_len), ("micro_batch", micro_batch), ("rank", rank)):
-        _positive(name, value)
-    if recompute not in ("none", "selective", "full"):
-        raise UserError(f"recompute {recompute}: one of none, selective, full")
+    seq_len, micro_batch = counted(seq_len, "seq_len"), counted(micro_batch, "micro_batch")
     if attention not in ("fused", "written"):
         raise UserError(f"attention {attention}: one of fused, written")
     kind = precision_name(precision)
@@ -113,101 +114,88 @@ def estimate(
         raise UserError(f"precision {precision}: training is in bf16, fp8 or fp32 here")
     where.accelerator.peak_of(kind)
     laid = laid_out(layout, config, where.devices)
+    if seq_len < laid.whole:
+        raise UserError(
+            f"seq_len {seq_len}: tensor {laid.tensor} and context {laid.context} divide rows of {laid.whole} "
+            "tokens or more"
+        )
     per_pass = micro_batch * laid.data
-    rows = per_pass * (laid.pipeline if laid.pipeline > 1 else 1) if global_batch is None else global_batch
-    _positive("global_batch", rows)
+    rows = per_pass * laid.pipeline if global_batch is None else counted(global_batch, "global_batch")
     if rows % per_pass:
         raise UserError(
             f"global_batch {rows}: no multiple of {micro_batch} (micro_batch) x {laid.data} groups; "
             f"{max(1, round(rows / per_pass)) * per_pass} is"
         )
-    known = {one.name for one in fields(Work)}
-    for name in more:
-        if name not in known:
-            raise UserError(f"estimate: unknown option {name}")
-    quantize: Literal["none", "nf4"] = "nf4" if adapt == "qlora" else "none"
-    method = "lora" if adapt == "qlora" else adapt
-    if method not in ("full", "lora", "dora", "prompt", "prefix", "bottleneck", "ia3", "bitfit"):
-        raise UserError(
-            f"adapt {adapt}: one of full, lora, qlora, dora, prompt, prefix, bottleneck, ia3, bitfit"
-        )
-    work = Work(
-        config,
-        laid,
-        sequence_length=seq_len,
-        micro_batch_size=micro_batch,
-        accumulation=rows // per_pass,
-        precision="float32" if kind == "float32" else "float8" if kind == "float8" else "bfloat16",
-        method=method,  # type: ignore[arg-type]  # checked above
-        quantize=quantize,
-        rank=rank,
-        checkpointing=recompute,
-        fused_attention=attention == "fused",
-        device="cpu" if where.accelerator.name.startswith("CPU") else "cuda",
-    )
-    return point(replace(work, **more), where)
-
-
-def _positive(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError(f"{name}: must be a whole number above 0, not {value!r}")
+    if adapt not in METHODS:
+        raise UserError(f"adapt {adapt}: one of {', '.join(METHODS)}")
+    values = {
+        "sequence_length": seq_len,
+        "micro_batch_size": micro_batch,
+        "accumulation": rows // per_pass,
+        "precision": kind,
+        "method": "lora" if adapt == "qlora" else adapt,
+        "quantize": "nf4" if adapt == "qlora" else "none",
+        "rank": counted(rank, "rank"),
+        "checkpointing": work_value("checkpointing", recompute, "recompute"),
+        "fused_attention": attention == "fused",
+        "device": "cpu" if where.accelerator.name.startswith("CPU") else "cuda",
+        **{name: work_value(name, value) for name, value in more.items()},
+    }
+    if values["quantize"] != "none" and values["method"] == "full":
+        raise UserError(f"quantize {values['quantize']}: such weights cannot be trained; take adapt lora")
+    return point(replace(Work(config, laid), **values), where)
 
 
 def laid_out(layout: Layout | Mapping[str, Any] | None, config: ModelConfig, devices: int) -> Layout:
     """The layout over so many devices, its shards filled up. UserError where the degrees cannot be."""
-    if not isinstance(layout, Layout):
-        layout = _from_degrees(dict(layout or {}))
-    whole = layout.over(devices)
+    if not isinstance(layout, Layout | Mapping | None):
+        raise UserError(f"layout: a Layout, or its degrees, as in {{'tensor': 8}}; not {layout!r}")
+    said = vars(layout) if isinstance(layout, Layout) else dict(layout or {})
+    for name in (*DEGREES, "expert"):
+        if said.get(name, -1) != -1:
+            said = {**said, name: counted(said[name], f"layout.{name} (-1: the rest)")}
+    whole = (Layout(**said) if isinstance(layout, Layout) else _from_degrees(said)).over(devices)
     refuse(whole, config)
     return whole
 
 
 def _from_degrees(said: dict[str, Any]) -> Layout:
-    known = {*DEGREES, "expert", "stage", "virtual", "pipeline_schedule", "context_exchange"}
-    for name, value in said.items():
+    """A Layout of degrees that are whole numbers. What is left of the devices shards, unless told."""
+    choices = {"pipeline_schedule": get_args(Schedule), "context_exchange": ("all_gather", "ring", "ulysses")}
+    known = {*DEGREES, "expert", "stage", "virtual", *choices}
+    for name in said:
         if name not in known:
             raise UserError(f"layout: unknown degree {name}; there are {', '.join(sorted(known))}")
-        if name in (*DEGREES, "expert", "virtual") and (
-            isinstance(value, bool) or not isinstance(value, int) or value == 0 or value < -1
-        ):
-            raise UserError(f"layout.{name}: must be a whole number above 0 (or -1: the rest), not {value!r}")
-    if said.get("stage", 3) not in (0, 1, 2, 3):
-        raise UserError(f"layout.stage: 1, 2 or 3 (ZeRO), not {said['stage']!r}")
-    stages = said.pop("virtual", 1)
-    if said.get("stage") == 0:  # nothing is divided: copies
-        said["replicate"], said["shard"] = said.get("replicate", 1) * said.get("shard", 1), 1
-        said["stage"] = 1
-    if "shard" not in said and -1 not in said.values():
-        said["shard"] = -1 if "replicate" not in said else 1
-    if stages > 1 and "pipeline_schedule" not in said:
-        said["pipeline_schedule"] = "interleaved-1f1b"
+    for name, there in choices.items():
+        if name in said and said[name] not in there:
+            raise UserError(f"layout.{name}: one of {', '.join(there)}, not {said[name]!r}")
+    stage = said.get("stage", 3)
+    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
+        raise UserError(f"layout.stage: 1, 2 or 3 (ZeRO), not {stage!r}")
+    stages = said.pop("virtual", None)
+    if stages is not None and counted(stages, "layout.virtual") > 1:
+        said.setdefault("pipeline_schedule", "interleaved-1f1b")
+    if stage == 0:  # nothing is divided: copies, as many as there is room for unless told
+        copies = said.get("replicate", 1), said.get("shard", 1 if "replicate" in said else -1)
+        said |= {"replicate": -1 if -1 in copies else math.prod(copies), "shard": 1, "stage": 1}
+    elif "shard" not in said:
+        said["shard"] = 1 if any(said.get(name) == -1 for name in DEGREES) else -1
     return Layout(**said, pipeline_stages=stages if said.get("pipeline", 1) != 1 else None)
 
 
 def refuse(layout: Layout, config: ModelConfig) -> None:
     """UserError where a model cannot be divided so, naming what is in the way and the nearest degree that
     works."""
-    sizes = {
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads,
-        "intermediate_size": config.intermediate_size,
+    schedule = layout.pipeline_schedule
+    if schedule in ONE_STAGE and layout.stages_each > 1:
+        raise UserError(f"layout: with {schedule} a process has one run of blocks; take interleaved-1f1b")
+    reasons = {
+        # a vocabulary is padded where it must be, as Megatron-LM's: whatever the degree, it divides nothing
+        "tensor": refusal(replace(config, vocab_size=0), layout.tensor),
+        "context": context_refusal(config, layout),
+        "pipeline": pipeline_refusal(config, layout),
+        "expert": expert_refusal(config, layout),
     }
-    for name, size in sizes.items():
-        if size % layout.tensor:
-            fits = max(d for d in range(1, layout.tensor) if all(one % d == 0 for one in sizes.values()))
-            raise UserError(f"layout: tensor {layout.tensor} does not divide {name} {size}; {fits} does")
-    stages = layout.pipeline * (layout.pipeline_stages or 1)
-    if stages > config.num_hidden_layers:
-        raise UserError(
-            f"layout: {stages} stages of a pipeline for {config.num_hidden_layers} layers; "
-            f"pipeline can be {config.num_hidden_layers // (layout.pipeline_stages or 1)} at most"
-        )
-    if layout.expert > 1 and (not config.num_experts or config.num_experts % layout.expert):
-        raise UserError(
-            f"layout: expert {layout.expert} does not divide "
-            + (
-                f"{config.num_experts} experts"
-                if config.num_experts
-                else "a model without experts; take expert 1"
-            )
-        )
+    for name, why in reasons.items():
+        if why is not None:
+            raise UserError(f"layout.{name}: {why.replace('parallel.', 'layout.')}")

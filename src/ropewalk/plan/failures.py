@@ -180,26 +180,6 @@ def _straggler_efficiency(run: Operation) -> float:
     return (between + found / run.slowdown) / (between + found + run.save + run.restart)
 
 
-def spares_needed(run: Operation, probability: float = 0.99) -> int:
-    """Servers to stand by so that a failure finds one with `probability`.
-
-    Servers in repair are Poisson with mean rate x repair time, however the repair times are distributed
-    (Palm's theorem), as long as there are enough of them.
-    """
-    share(probability=probability)
-    if probability == 1.0:
-        raise UserError("probability is 1; no number of spares is enough with certainty")
-    mean = run.hardware_share * run.repair_hours * 3_600.0 / run.mtbf
-    # in logarithms: exp(-mean) alone is 0 from 745 on
-    spares, log_term = 0, -mean
-    total = math.exp(log_term)
-    while total < probability:
-        spares += 1
-        log_term += math.log(mean / spares)
-        total += math.exp(log_term)
-    return spares + 1  # one more than those that may be in repair already
-
-
 def _hours(seconds: float) -> str:
     if seconds >= 2 * DAY:
         return f"{seconds / DAY:.1f} days"

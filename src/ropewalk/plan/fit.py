@@ -55,9 +55,9 @@ class Fit:
 
     def lines(self, flops: float | None = None) -> list[str]:
         """What was found, with 90% intervals; and what is best for a budget of `flops`."""
-        law, (least, most) = self.law, _span([point.parameters for point in self.points])
+        law, sizes = self.law, [point.parameters for point in self.points]
         said = [
-            f"{len(self.points)} runs of {short(least)} to {short(most)} parameters: "
+            f"{len(self.points)} runs of {short(min(sizes))} to {short(max(sizes))} parameters: "
             f"loss = {law.E:.3f} + {law.A:.4g} / N^{law.alpha:.3f} + {law.B:.4g} / D^{law.beta:.3f}, "
             f"which misses them by {self.error:.2%}"
         ]
@@ -194,10 +194,6 @@ def _interval(
     values = [quantity(law) for law in samples]
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
-
-
-def _span(values: Sequence[float]) -> tuple[float, float]:
-    return min(values), max(values)
 
 
 def _check(points: Sequence[Point]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from ropewalk.errors import UserError
+from ropewalk.plan.inputs import counted, nearest
 
 _UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 PRECISIONS = {
@@ -166,29 +167,40 @@ def accelerator(name: str, **changes: Any) -> Accelerator:
 def _accelerator(name: str, values: Mapping[str, Any]) -> Accelerator:
     shares = {key: value for key, value in values.items() if key != "aliases"}
     known = {one.name for one in fields(Accelerator)}
-    wrong = sorted(set(shares) - known)
-    if wrong:
-        close = get_close_matches(wrong[0], known, 1)
-        raise UserError(
-            f"accelerator {name}: unknown field {wrong[0]}" + (f"; did you mean {close[0]}?" if close else "")
-        )
-    plain = {"name", "source", "per_core", "calibrated"}
-    made: dict[str, Any] = {}
-    for key, value in shares.items():
-        if key == "peak":
-            made[key] = {
-                precision_name(one): number(rate, f"{name}.peak.{one}") for one, rate in value.items()
-            }
-        elif key == "own":
-            made[key] = {one: number(share, f"{name}.own.{one}") for one, share in value.items()}
-        elif key == "torus":
-            made[key] = tuple(value)
-        elif key in plain or value is None:
-            made[key] = value
-        else:
-            made[key] = number(value, f"{name}.{key}")
-    made["per_node"] = int(made["per_node"])
+    for wrong in sorted(set(shares) - known, key=str):
+        raise UserError(f"accelerator {name}: unknown field {wrong}{nearest(wrong, known)}")
+    made = {key: _value(f"{name}.{key}", key, value) for key, value in shares.items()}
     return Accelerator(**{**made, "name": name})
+
+
+def _value(what: str, key: str, value: Any) -> Any:
+    """A field of an Accelerator as it was written down. UserError, naming `what`, where it cannot be that."""
+    if key in ("name", "source", "per_core", "calibrated") or (value is None and key in _OPTIONAL):
+        return value
+    if key in ("peak", "own"):
+        if not isinstance(value, dict) or not value:
+            raise UserError(f"{what}: give a number for each, as in {{bfloat16: 989e12}}; not {value!r}")
+        plain = precision_name if key == "peak" else str
+        return {plain(one): number(rate, f"{what}.{one}") for one, rate in value.items()}
+    if key == "torus":
+        return sides(value, what)
+    if key == "per_node":
+        return counted(value, what)
+    found = number(value, what)
+    if found > 1 and key in _SHARES:
+        raise UserError(f"{what}: is a share of the peak, above 0 and at most 1; not {value!r}")
+    return found
+
+
+_SHARES = "matmul matmul_float8 memory_share attention attention_backward link_share network_share".split()
+_OPTIONAL = ("matmul_float8", "own", "update", "price")
+
+
+def sides(value: Any, what: str) -> tuple[int, ...]:
+    """Of a torus. UserError, naming `what`, for anything but a list of whole numbers."""
+    if not isinstance(value, list | tuple):
+        raise UserError(f"{what}: give the length of each side, as in [4, 4, 4]; not {value!r}")
+    return tuple(counted(one, what) for one in value)
 
 
 def cpu_kind() -> str:
@@ -203,7 +215,8 @@ def cpu_kind() -> str:
 
 
 def _plain(name: str) -> str:
-    return re.sub(r"[^a-z0-9]", "", str(name).lower().replace("nvidia", ""))
+    """Letters and digits, without what vendors and families put before a device's name."""
+    return re.sub(r"nvidia|geforce|tesla|amd|instinct|[^a-z0-9]", "", str(name).lower())
 
 
 def cluster(on: "str | Path | Cluster", network: str | None = None) -> Cluster:
@@ -216,6 +229,8 @@ def cluster(on: "str | Path | Cluster", network: str | None = None) -> Cluster:
     """
     if isinstance(on, Cluster):
         return on
+    if not isinstance(on, str | Path) or not str(on).strip():
+        raise UserError(f"a cluster is written as 8xH100, or is a file; not {on!r}")
     if Path(on).suffix in (".yaml", ".yml"):
         return _from_file(Path(on), network)
     match = re.fullmatch(r"\s*(?:(-?\d+)\s*[x*]\s*)?(?:(-?\d+)\s*[x*]\s*)?(.+?)\s*", str(on))
@@ -225,29 +240,36 @@ def cluster(on: "str | Path | Cluster", network: str | None = None) -> Cluster:
         raise UserError(f"{on}: the number of devices must be above 0")
     device = accelerator(match[3])
     if device.per_core:
-        device, counts = _cores(device, counts)
+        device, counts = of_cores(device, counts[-1] if counts else 1), counts[:-1]
     per_node = counts[1] if len(counts) == 2 else device.per_node
     devices = counts[0] * counts[1] if len(counts) == 2 else (counts[0] if counts else 1)
     return _with_network(Cluster(device, devices, min(per_node, devices), torus=device.torus), network)
 
 
-def _cores(device: Accelerator, counts: list[int]) -> tuple[Accelerator, list[int]]:
+def of_cores(device: Accelerator, cores: int) -> Accelerator:
     """`16xCPU-AMX` is one device of sixteen cores: its processes share what they have."""
-    cores = counts[-1] if counts else 1
-    peak = {name: rate * cores for name, rate in device.peak.items()}
-    made = replace(device, peak=peak, memory=device.memory * max(1, cores // 4), per_core=False)
-    return replace(made, memory_bandwidth=min(cores, 16) * device.memory_bandwidth), counts[:-1]
+    return replace(
+        device,
+        peak={name: rate * cores for name, rate in device.peak.items()},
+        memory=device.memory * max(1, cores // 4),
+        memory_bandwidth=device.memory_bandwidth * min(cores, 16),
+        per_core=False,
+    )
 
 
 def _with_network(made: Cluster, network: str | None) -> Cluster:
     if network is None:
         return made
-    match = re.fullmatch(r"\s*(?:(\d+)\s*[x*]\s*)?([0-9.]+)\s*(G|T)b(?:ps|/s|it/s)?\s*", network)
+    match = re.fullmatch(r"\s*(?:([1-9]\d*)\s*[x*]\s*)?([0-9.]+)\s*(G|T)b(?:ps|/s|it/s)?\s*", str(network))
     if match is None:
         raise UserError(f"network {network}: write the connections of one node as 8x200Gb/s")
     rate = int(match[1] or 1) * number(match[2], "network") * (1e9 if match[3] == "G" else 1e12) / 8
     device = replace(made.accelerator, network=rate / min(made.per_node, made.devices))
     return replace(made, accelerator=device)
+
+
+_FIELDS = "accelerator nodes per_node network topology oversubscription torus price host_memory".split()
+"""of a cluster's file"""
 
 
 def _from_file(path: Path, network: str | None) -> Cluster:
@@ -257,28 +279,13 @@ def _from_file(path: Path, network: str | None) -> Cluster:
         raise UserError(f"{path}: cannot be read ({error})") from error
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not YAML ({str(error).splitlines()[0]})") from error
-    known = {
-        "accelerator",
-        "nodes",
-        "per_node",
-        "network",
-        "topology",
-        "oversubscription",
-        "torus",
-        "price",
-        "host_memory",
-    }
-    if not isinstance(said, dict) or "accelerator" not in said:
+    kind = said.get("accelerator") if isinstance(said, dict) else None
+    changes = dict(kind) if isinstance(kind, dict) else {"name": kind}
+    if changes.get("name") is None:
         raise UserError(f"{path}: give at least accelerator, nodes and per_node")
-    for wrong in [key for key in said if key not in known]:
-        close = get_close_matches(str(wrong), known, 1)
-        raise UserError(f"{path}: unknown field {wrong}" + (f"; did you mean {close[0]}?" if close else ""))
-    kind = said["accelerator"]
-    if isinstance(kind, dict):
-        changes = {key: value for key, value in kind.items() if key != "name"}
-        device = accelerator(str(kind.get("name")), **changes)
-    else:
-        device = accelerator(str(kind))
+    for wrong in [key for key in said if key not in _FIELDS]:
+        raise UserError(f"{path}: unknown field {wrong}{nearest(wrong, _FIELDS)}")
+    device = accelerator(str(changes.pop("name")), **{str(key): value for key, value in changes.items()})
     sizes = {
         key: number(said.get(key, 1), f"{path}: {key}") for key in ("nodes", "per_node", "oversubscription")
     }
@@ -288,6 +295,9 @@ def _from_file(path: Path, network: str | None) -> Cluster:
     topology = str(said.get("topology", "torus" if device.torus else "rail"))
     if topology not in ("rail", "fat-tree", "torus"):
         raise UserError(f"{path}: topology {topology}: one of rail, fat-tree, torus")
+    torus = sides(said["torus"], f"{path}: torus") if "torus" in said else device.torus
+    if topology == "torus" and not torus:
+        raise UserError(f"{path}: a torus needs the length of each side, as in torus: [4, 4, 4]")
     optional: dict[str, Any] = {
         key: number(said[key], f"{path}: {key}")
         for key in ("price", "host_memory")
@@ -299,7 +309,7 @@ def _from_file(path: Path, network: str | None) -> Cluster:
         per_node,
         oversubscription=sizes["oversubscription"],
         topology=topology,
-        torus=tuple(int(number(one, f"{path}: torus")) for one in said.get("torus", device.torus)),
+        torus=torus,
         **optional,
     )
     return _with_network(made, str(said["network"]) if "network" in said else network)

@@ -7,7 +7,7 @@ import torch
 
 from ropewalk.errors import UserError
 from ropewalk.plan.calibration import Calibration, calibration
-from ropewalk.plan.hardware import Accelerator, Cluster, accelerator, cpu_kind
+from ropewalk.plan.hardware import Accelerator, Cluster, accelerator, cpu_kind, of_cores
 from ropewalk.recipe.machine import Machine
 from ropewalk.train.host_memory import free_memory
 
@@ -17,16 +17,9 @@ def here(processes: int = 1, precision: str = "bfloat16", device: str = "auto") 
     if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
         return _gpus(processes, precision)
     cores = max(1, Machine.here().cores // processes)
-    kind = accelerator(cpu_kind())
-    made = replace(
-        kind,
-        peak={name: rate * cores for name, rate in kind.peak.items()},
-        memory=free_memory() / processes,
-        memory_bandwidth=kind.memory_bandwidth * min(cores, 16),
-        per_core=False,
-    )
+    made = replace(of_cores(accelerator(cpu_kind()), cores), memory=free_memory() / processes)
     made = calibrated(made, calibration(made.name), precision)
-    label = f"this machine ({cores * processes} core{'s' * (cores * processes > 1)}, {kind.name})"
+    label = f"this machine ({cores * processes} core{'s' * (cores * processes > 1)}, {made.name})"
     return Cluster(made, processes, processes, label=label)
 
 

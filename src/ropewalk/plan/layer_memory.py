@@ -76,14 +76,11 @@ class Layers:
         self.outside = self.apart * shape.hidden * shape.bytes
         self.widens = shape.device == "cpu" and shape.bytes == 2 and float32_is_faster()
 
-    def trained(self, *names: str) -> bool:
-        return any(name in self.shape.trained for name in names)
-
     def norm(self, x: Value, name: str, count: int) -> Value:
         """`count` vectors: keeps x and a number or two for each."""
         shape, size = self.shape, x.room.size
         wide = size * 4 // shape.bytes if shape.bytes < 4 else 0
-        weight, bias = self.trained(f"{name}.weight"), self.trained(f"{name}.bias")
+        weight, bias = f"{name}.weight" in shape.trained, f"{name}.bias" in shape.trained
         width = size // count // shape.bytes
         made = shape.bytes * width * (weight + bias)
         if shape.norm == "layer":
@@ -182,7 +179,7 @@ class Layers:
     def plain(self, x: Value, name: str, inputs: int, outputs: int, count: int | None = None) -> Value:
         shape = self.shape
         count = self.count if count is None else count
-        weight, bias = self.trained(f"{name}.weight"), self.trained(f"{name}.bias")
+        weight, bias = f"{name}.weight" in shape.trained, f"{name}.bias" in shape.trained
         made = shape.bytes * (weight * inputs * outputs + bias * outputs)
         dense = self.dense(inputs, outputs)
         return self.tape.operation(

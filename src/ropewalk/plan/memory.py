@@ -8,7 +8,7 @@ is lost between tensors, nobody can count beforehand: it is a band, `low` to `hi
 
 from dataclasses import dataclass, replace
 
-from ropewalk.layout import Layout
+from ropewalk.model.config import ModelConfig
 from ropewalk.plan.hardware import Cluster
 from ropewalk.plan.pipeline_schedule import chunks_held
 from ropewalk.plan.step_memory import step_memory
@@ -80,16 +80,17 @@ def of_first_stage(work: Work) -> tuple[Work, float]:
     layers, held = first_stage(work)
     if work.layout.pipeline == 1:
         return work, held
-    config = replace(
-        work.config,
-        num_hidden_layers=layers,
-        layer_types=work.config.layer_types[:layers],
-        moe_layers=tuple(layer for layer in work.config.moe_layers if layer < layers),
-        tie_word_embeddings=True,
+    config = replace(some_layers(work.config, 0, layers), tie_word_embeddings=True)
+    alone = replace(work.layout, pipeline=1, pipeline_schedule="1f1b", pipeline_stages=None)
+    return replace(work, config=config, layout=alone), held
+
+
+def some_layers(config: ModelConfig, first: int, count: int) -> ModelConfig:
+    """The model with so many of its layers only."""
+    there = range(first, first + count)
+    return replace(
+        config,
+        num_hidden_layers=count,
+        layer_types=config.layer_types[first : first + count],
+        moe_layers=tuple(layer - first for layer in config.moe_layers if layer in there),
     )
-    return replace(work, config=config, layout=alone(work.layout)), held
-
-
-def alone(layout: Layout) -> Layout:
-    """The same without a pipeline."""
-    return replace(layout, pipeline=1, pipeline_schedule="1f1b", pipeline_stages=None)

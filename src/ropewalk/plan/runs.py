@@ -14,13 +14,10 @@ from ropewalk.track import RunDirectory
 
 @dataclass(frozen=True)
 class Collected:
-    """What runs gave, and why others gave nothing: (run, reason)."""
+    """What runs gave, and which gave nothing, each with the reason."""
 
     points: tuple[Point, ...]
-    left_out: tuple[tuple[Path, str], ...]
-
-    def lines(self) -> list[str]:
-        return [f"{path}: left out, {reason}" for path, reason in self.left_out]
+    left_out: tuple[str, ...]
 
 
 def collect(paths: Sequence[str | Path]) -> Collected:
@@ -30,7 +27,7 @@ def collect(paths: Sequence[str | Path]) -> Collected:
     final losses knows no others. UserError where runs that count were validated on different data.
     """
     points: list[Point] = []
-    left_out: list[tuple[Path, str]] = []
+    left_out: list[str] = []
     validation: dict[str, Path] = {}
     for path in _runs(paths):
         try:
@@ -38,9 +35,9 @@ def collect(paths: Sequence[str | Path]) -> Collected:
             lineage = run.read_json("lineage.json") or {}
             found = _point(run)
         except RopewalkError as error:
-            found = f"unreadable ({error})"
+            found = f"unreadable: {error}"
         if isinstance(found, str):
-            left_out.append((path, found))
+            left_out.append(f"{path} ({found})")
             continue
         points.append(found)
         validation.setdefault(str(lineage.get("data", {}).get("validation")), path)

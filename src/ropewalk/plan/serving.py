@@ -10,15 +10,13 @@ arXiv 2211.05102; T. Dettmers et al., QLoRA, arXiv 2305.14314 (the constants of 
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from ropewalk.errors import UserError
+from ropewalk.model.config import ModelConfig
+from ropewalk.plan.blocks import attended, block_products, layer_kinds, weights_of
+from ropewalk.plan.hardware import PRECISIONS
 from ropewalk.plan.inputs import at_least, one_of, positive, share, whole
-from ropewalk.plan.sizes import end_weights, small_weights
-from ropewalk.plan.step_time import attended
-
-if TYPE_CHECKING:
-    from ropewalk.model.config import ModelConfig  # whose room imports torch
+from ropewalk.plan.sizes import end_weights, parameters
 
 WEIGHT_BITS = {
     "float32": 32.0,
@@ -100,7 +98,7 @@ class Serving:
         ]
 
 
-def cache_bytes(config: "ModelConfig", tokens: int, kind: str = "bfloat16", tensor: int = 1) -> float:
+def cache_bytes(config: ModelConfig, tokens: int, kind: str = "bfloat16", tensor: int = 1) -> float:
     """Bytes per device of the keys and values of one request of so many tokens.
 
     A sliding layer holds its window (as engines with a hybrid cache do; ropewalk's own holds all). Under
@@ -108,22 +106,24 @@ def cache_bytes(config: "ModelConfig", tokens: int, kind: str = "bfloat16", tens
     copies.
     """
     positive(tokens=tokens)
-    number = one_of("type of cache", kind, CACHE_BYTES)
+    number = one_of("type of cache", PRECISIONS.get(kind, kind), CACHE_BYTES)
     per_head = config.head_dim * number + (2.0 if kind == "int8" else 0.0)
-    return _held(config, tokens) * 2 * _cache_heads(config, tensor) * per_head
-
-
-def weight_bytes(config: "ModelConfig", quantization: str = "bfloat16", tensor: int = 1) -> float:
-    """Bytes per device of all weights, the matrices of blocks quantized."""
-    bits = one_of("quantization", quantization, WEIGHT_BITS)
     _check_degree(config, tensor)
-    layers = range(config.num_hidden_layers)
-    matrices = sum(_matrices(config, layer, config.num_experts, tensor) for layer in layers)
-    return matrices * bits / 8 + (end_weights(config) / tensor + small_weights(config)) * max(bits, 16.0) / 8
+    heads = max(1, config.num_key_value_heads // tensor)
+    return _held(config, tokens) * 2 * heads * per_head
+
+
+def weight_bytes(config: ModelConfig, quantization: str = "bfloat16", tensor: int = 1) -> float:
+    """Bytes per device of all weights, the matrices of blocks quantized."""
+    bits = one_of("quantization", PRECISIONS.get(quantization, quantization), WEIGHT_BITS)
+    _check_degree(config, tensor)
+    ends = end_weights(config)
+    small = parameters(config) - ends - _matrices(config)  # norms and biases, which each device has
+    return _matrices(config, tensor) * bits / 8 + (ends / tensor + small) * max(bits, 16.0) / 8
 
 
 def serving(
-    config: "ModelConfig",
+    config: ModelConfig,
     machine: Machine,
     context: int,
     prompt: int | None = None,
@@ -137,6 +137,7 @@ def serving(
     `prompt`: half of the context if None; `batch`: the largest. UserError where the weights, or so many
     requests, have no room: the message says how much is missing.
     """
+    quantization, cache = PRECISIONS.get(quantization, quantization), PRECISIONS.get(cache, cache)
     prompt = max(1, context // 2) if prompt is None else prompt
     whole(context=context, prompt=prompt, batch=1 if batch is None else batch)
     if prompt > context:
@@ -182,7 +183,7 @@ def serving(
 
 
 def _decode(
-    config: "ModelConfig",
+    config: ModelConfig,
     machine: Machine,
     context: int,
     batch: int,
@@ -191,12 +192,7 @@ def _decode(
     tensor: int,
 ) -> dict[str, float]:
     """Seconds of a step in which each of `batch` requests gets a token, by what they are spent on."""
-    number = WEIGHT_BITS[quantization] / 8
-    read, flops = _head(config) / tensor * max(number, 2.0), 0.0
-    for layer in range(config.num_hidden_layers):
-        read += number * _matrices(config, layer, _met(config, batch), tensor)
-        flops += 2.0 * batch * _matrices(config, layer, config.num_experts_per_tok, tensor)
-    flops += 2.0 * batch * config.vocab_size * config.hidden_size / tensor
+    read, flops = _products(config, batch, batch, quantization, tensor)
     heads = config.num_attention_heads / tensor
     pairs = 4.0 * batch * _held(config, context) * heads * config.head_dim
     times = {"memory": 0.0, "arithmetic": 0.0}
@@ -208,22 +204,28 @@ def _decode(
     return times
 
 
-def _prefill(config: "ModelConfig", machine: Machine, prompt: int, quantization: str, tensor: int) -> float:
+def _prefill(config: ModelConfig, machine: Machine, prompt: int, quantization: str, tensor: int) -> float:
     """Seconds until a prompt's first token, nothing else going on."""
-    layers = range(config.num_hidden_layers)
-    active = sum(_matrices(config, layer, config.num_experts_per_tok, tensor) for layer in layers)
-    flops = 2.0 * prompt * active + 2.0 * config.vocab_size * config.hidden_size / tensor
-    pairs = sum(attended(prompt, config.window(layer), None, fused=True) for layer in layers)
+    read, flops = _products(config, prompt, 1, quantization, tensor)
+    pairs = sum(
+        count * attended(prompt, window, None, fused=True) for _, window, count in layer_kinds(config)
+    )
     attention = 4.0 * pairs * config.num_attention_heads / tensor * config.head_dim
-    number = WEIGHT_BITS[quantization] / 8
-    met = _met(config, prompt)
-    read = sum(_matrices(config, layer, met, tensor) for layer in layers) * number
-    read += _head(config) / tensor * max(number, 2.0)
     products = max(flops / machine.flops, read / machine.bandwidth)
     return products + attention / machine.flops + _reduce(config, machine, prompt, tensor)
 
 
-def _reduce(config: "ModelConfig", machine: Machine, tokens: int, tensor: int) -> float:
+def _products(
+    config: ModelConfig, tokens: int, scored: int, quantization: str, tensor: int
+) -> tuple[float, float]:
+    """Bytes of weights that are read for so many tokens, and FLOPs; `scored`: of those that meet the head."""
+    number, head = WEIGHT_BITS[quantization] / 8, config.vocab_size * config.hidden_size / tensor
+    read = number * _matrices(config, tensor, _met(config, tokens)) + max(number, 2.0) * head
+    active = _matrices(config, tensor, config.num_experts_per_tok)
+    return read, 2.0 * (tokens * active + scored * head)
+
+
+def _reduce(config: ModelConfig, machine: Machine, tokens: int, tensor: int) -> float:
     """Seconds of the two ring all-reduces of each layer: 2 (t-1) messages of a t-th of the activations."""
     if tensor == 1:
         return 0.0
@@ -232,37 +234,27 @@ def _reduce(config: "ModelConfig", machine: Machine, tokens: int, tensor: int) -
     return 2 * config.num_hidden_layers * one
 
 
-def _held(config: "ModelConfig", tokens: int) -> int:
+def _held(config: ModelConfig, tokens: int) -> int:
     """Tokens that the layers hold, summed over them."""
-    windows = [config.window(layer) for layer in range(config.num_hidden_layers)]
-    return sum(tokens if window is None else min(tokens, window) for window in windows)
+    return sum(count * min(tokens, window or tokens) for _, window, count in layer_kinds(config))
 
 
-def _cache_heads(config: "ModelConfig", tensor: int) -> int:
-    _check_degree(config, tensor)
-    return max(1, config.num_key_value_heads // tensor)
-
-
-def _check_degree(config: "ModelConfig", tensor: int) -> None:
+def _check_degree(config: ModelConfig, tensor: int) -> None:
     heads, kv = config.num_attention_heads, config.num_key_value_heads
     whole(tensor=tensor)
     if heads % tensor or (kv % tensor and tensor % kv):
         raise UserError(f"tensor is {tensor}; {heads} heads and {kv} key-value heads cannot be divided so")
 
 
-def _matrices(config: "ModelConfig", layer: int, experts: float, tensor: int) -> float:
-    """Weights per device of one block's matrices, with so many of its experts if it has any."""
-    queries = config.num_attention_heads * config.head_dim / tensor
-    keys = _cache_heads(config, tensor) * config.head_dim
-    attention = config.hidden_size * 2 * (queries + keys)
-    matrices = 3 if config.mlp_gated else 2
-    if layer in config.moe_layers:
-        inner = experts * config.moe_intermediate_size / tensor
-        return attention + config.hidden_size * (matrices * inner + config.num_experts)
-    return attention + matrices * config.hidden_size * config.intermediate_size / tensor
+def _matrices(config: ModelConfig, tensor: int = 1, experts: float | None = None) -> float:
+    """Weights per device of the matrices of all blocks, with so many of their experts if they have any."""
+    return sum(
+        count * weights_of(block_products(config, moe, tensor=tensor, experts=experts))
+        for moe, _, count in layer_kinds(config)
+    )
 
 
-def _met(config: "ModelConfig", tokens: int) -> float:
+def _met(config: ModelConfig, tokens: int) -> float:
     """Experts of a layer that a batch meets on average, if it is spread evenly: E (1 - (1 - k/E)^tokens)."""
     if not config.num_experts:
         return 0.0
@@ -270,12 +262,7 @@ def _met(config: "ModelConfig", tokens: int) -> float:
     return float(config.num_experts * (1.0 - missed**tokens))
 
 
-def _head(config: "ModelConfig") -> int:
-    """Weights of the output head, which a step reads; of an embedding it looks up a few."""
-    return config.vocab_size * config.hidden_size
-
-
-def _work(config: "ModelConfig", tokens: int, tensor: int) -> float:
+def _work(config: ModelConfig, tokens: int, tensor: int) -> float:
     """Bytes of activations while so many tokens of prompts pass a layer: residual, norm and the widest."""
     experts = config.num_experts_per_tok * config.moe_intermediate_size
     inner = 2 * max(config.intermediate_size, experts) / tensor

@@ -9,18 +9,22 @@ import heapq
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from ropewalk.errors import UserError
-from ropewalk.plan.failures import DAY, Operation
+from ropewalk.plan.failures import DAY, Operation, expected
 from ropewalk.plan.inputs import one_of, positive
 
 WINDOW = 10 * DAY
 """Faults are drawn for so long at once; part of what a seed means."""
 HOPELESS = 50.0
 """A run that takes so many times its work is not played to its end."""
+_TOO_OFTEN = (
+    "failures come faster than the run gets over them; save and restart faster, keep more spares, or use "
+    "fewer devices"
+)
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,8 @@ def _trials(run: Operation, work_days: float, trials: int, seed: int) -> list[Pl
     positive(work_days=work_days)
     if trials < 2:
         raise UserError(f"trials is {trials}; the noise is unknown with fewer than 2")
+    if run.weibull_shape == 1 and expected(run).goodput * HOPELESS < 1:  # millions of faults, for nothing
+        raise UserError(f"the work would take more than {HOPELESS:.0f} times its length: {_TOO_OFTEN}")
     return [play(run, work_days * DAY, child) for child in np.random.SeedSequence(seed).spawn(trials)]
 
 
@@ -241,37 +247,22 @@ def _recover(run: Operation, faults: _Times, spares: _Spares, patience: float) -
             return ready, without, count
 
 
-@dataclass(frozen=True)
-class _End:
-    """How a life ended after `elapsed` seconds, and what they were; `orderly`: nothing was lost."""
+def _end(
+    life: _Life, run: Operation, left: float, found: float, fault: float
+) -> tuple[Literal["complete", "orderly", "failed"], float, float, float]:
+    """The end of a life with `left` work to do, whose straggler is found and which fails after so long.
 
-    complete: bool
-    orderly: bool
-    elapsed: float
-    useful: float = 0.0
-    slow: float = 0.0
-    saving: float = 0.0
-    redone: float = 0.0
-
-
-def _end(life: _Life, run: Operation, left: float, found: float, fault: float) -> _End:
-    """The end of a life with `left` work to do, whose straggler is found and which fails after so long."""
+    Gives how it ends, its seconds, those of training that count, and those that went into saves.
+    """
     finish = life.until(left)
     if finish <= min(found, fault):
-        return _ended(life, True, True, finish, life.trained(finish))
+        kept = life.trained(finish)
+        return "complete", finish, kept, finish - kept
     if found + run.save <= fault:  # saved once more, to go on without the straggler
-        return _ended(life, False, True, found + run.save, life.trained(found))
+        elapsed, kept = found + run.save, life.trained(found)
+        return "orderly", elapsed, kept, elapsed - kept
     saves = life.saved(min(fault, found), run.save)
-    return _ended(life, False, False, fault, saves * life.interval, saves * life.waits)
-
-
-def _ended(
-    life: _Life, complete: bool, orderly: bool, elapsed: float, kept: float, saving: float | None = None
-) -> _End:
-    """`kept` seconds of training count; of the others all were stalls, or `saving` and the rest is redone."""
-    useful, rest = life.work(kept), elapsed - kept
-    saving, redone = (rest, 0.0) if saving is None else (saving, rest - saving)
-    return _End(complete, orderly, elapsed, useful, kept - useful, saving, redone)
+    return "failed", fault, saves * life.interval, saves * life.waits
 
 
 def play(run: Operation, work: float, seed: np.random.SeedSequence) -> Played:
@@ -288,20 +279,20 @@ def play(run: Operation, work: float, seed: np.random.SeedSequence) -> Played:
         slow_from = 0.0 if limping else stragglers.next - now
         found = slow_from + unnoticed
         life = _Life(interval, run.waits, run.slowdown, slow_from)
-        end = _end(life, run, work - done, found, faults.next - now)
-        done, slow = done + end.useful, slow + end.slow
-        saving, redone, now = saving + end.saving, redone + end.redone, now + end.elapsed
-        if end.complete:
+        how, elapsed, kept, saved = _end(life, run, work - done, found, faults.next - now)
+        useful = life.work(kept)
+        done, slow, now = done + useful, slow + kept - useful, now + elapsed
+        saving, redone = saving + saved, redone + (elapsed - kept - saved)
+        if how == "complete":
             return Played(now, done, saving, redone, down, no_spare, slow, failures)
-        limping = not end.orderly and slow_from < end.elapsed
-        unnoticed = max(0.0, found - end.elapsed) if limping else run.straggler_detect
+        limping = how == "failed" and slow_from < elapsed
+        unnoticed = max(0.0, found - elapsed) if limping else run.straggler_detect
         stragglers.pass_by(now)  # one is as slow as several, and all are left behind together
         ready, without, count = now + run.restart, 0.0, 0
-        if faults.next < ready:
+        if how == "failed" or faults.next < ready:
             ready, without, count = _recover(run, faults, spares, patience)
         no_spare, down = no_spare + without, down + ready - now - without
         failures, now = failures + count, ready
     raise UserError(
-        f"{done / work:.0%} of the work is done after {HOPELESS:.0f} times its length: failures come faster "
-        "than the run gets over them; save and restart faster, keep more spares, or use fewer devices"
+        f"{done / work:.0%} of the work is done after {HOPELESS:.0f} times its length: {_TOO_OFTEN}"
     )

@@ -1,15 +1,18 @@
 """The sizes of a model for the planner, from whatever says them; how many weights it has, and what they
 compute."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from ropewalk.errors import UserError
 from ropewalk.model.config import ModelConfig
-from ropewalk.plan.step_time import attended, block_weights, layer_kinds
+from ropewalk.plan.blocks import attended, block_products, block_shapes, layer_kinds
+from ropewalk.plan.inputs import counted
 from ropewalk.plan.work import Work
 
 NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+MIXTURE = ("num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size")
 GATED = ("silu", "swish", "swiglu", "geglu", "gelu_pytorch_tanh")
 
 
@@ -24,16 +27,24 @@ def config_from(model: ModelConfig | Mapping[str, Any]) -> ModelConfig:
         return model
     if not isinstance(model, Mapping):
         raise UserError("the model: give a ModelConfig or a dictionary of Hugging Face fields")
-    missing = [name for name in NEEDED if name not in model]
-    if missing:
-        raise UserError(f"the model lacks {', '.join(missing)}; a planner needs {', '.join(NEEDED)}")
     if "model_type" in model:
         from ropewalk.model import config_from_fields  # the families' table; it imports torch
 
         return config_from_fields(dict(model))
-    h, layers, heads, vocabulary = (_size(model, name) for name in NEEDED)
-    inner = _size(model, "intermediate_size", 4 * h)
-    kv = _size(model, "num_key_value_heads", heads)
+    missing = [name for name in NEEDED if name not in model]
+    if missing:
+        raise UserError(f"the model lacks {', '.join(missing)}; a planner needs {', '.join(NEEDED)}")
+    for name in model:
+        if "expert" in str(name) and name not in MIXTURE and model[name]:
+            raise UserError(f"the model's {name}: not known here; a mixture is said by {', '.join(MIXTURE)}")
+
+    def size(name: str, default: int | None = None) -> int:
+        value = model.get(name)
+        return counted(default if value is None and default is not None else value, f"the model's {name}")
+
+    h, layers, heads, vocabulary = (size(name) for name in NEEDED)
+    inner = size("intermediate_size", 4 * h)
+    kv = size("num_key_value_heads", heads)
     if "head_dim" not in model and h % heads:
         raise UserError(
             f"the model: hidden_size {h} is no multiple of num_attention_heads {heads}; give head_dim"
@@ -43,7 +54,11 @@ def config_from(model: ModelConfig | Mapping[str, Any]) -> ModelConfig:
     gated = model.get("mlp_gated", model.get("gated"))
     if gated is None:
         gated = model.get("hidden_act") in GATED or ("hidden_act" not in model and inner != 4 * h)
-    experts = int(model.get("num_experts") or model.get("num_local_experts") or 0)
+    kind = "num_experts" if model.get("num_experts") else "num_local_experts"
+    experts = size(kind) if model.get(kind) else 0
+    chosen = size("num_experts_per_tok") if experts else 0
+    if chosen > experts:
+        raise UserError(f"the model: num_experts_per_tok {chosen} is more than its {experts} experts")
     return ModelConfig(
         family="llama" if gated else "gpt2",
         vocab_size=vocabulary,
@@ -52,8 +67,8 @@ def config_from(model: ModelConfig | Mapping[str, Any]) -> ModelConfig:
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv,
-        head_dim=_size(model, "head_dim", h // heads),
-        max_position_embeddings=_size(model, "max_position_embeddings", 2048),
+        head_dim=size("head_dim", h // heads),
+        max_position_embeddings=size("max_position_embeddings", 2048),
         position="rope" if gated else "learned",
         norm="rms" if gated else "layer",
         mlp_gated=bool(gated),
@@ -64,37 +79,19 @@ def config_from(model: ModelConfig | Mapping[str, Any]) -> ModelConfig:
         tie_word_embeddings=bool(model.get("tie_word_embeddings", not gated)),
         moe_layers=tuple(range(layers)) if experts else (),
         num_experts=experts,
-        num_experts_per_tok=_size(model, "num_experts_per_tok", 1) if experts else 0,
-        moe_intermediate_size=_size(model, "moe_intermediate_size", inner) if experts else 0,
+        num_experts_per_tok=chosen,
+        moe_intermediate_size=size("moe_intermediate_size", inner) if experts else 0,
     )
-
-
-def _size(model: Mapping[str, Any], name: str, default: int | None = None) -> int:
-    value = model.get(name)
-    if value is None and default is not None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, int | float) or value % 1 or value < 1:
-        raise UserError(f"the model's {name}: must be a whole number above 0, not {value!r}")
-    return int(value)
 
 
 def parameters(config: ModelConfig) -> int:
     """All weights: matrices, norms, biases, embeddings; a tied head counts once."""
-    blocks = sum(count * block_weights(config, moe) for moe, _, count in layer_kinds(config))
-    return blocks + small_weights(config) + end_weights(config)
-
-
-def small_weights(config: ModelConfig) -> int:
-    """Norms and biases."""
-    h, d = config.hidden_size, config.head_dim
-    per_norm = 2 * h if config.norm == "layer" else h
-    norms = 4 if config.norm_placement == "sandwich" else 2
-    heads, kv = config.num_attention_heads, config.num_key_value_heads
-    block = norms * per_norm + {"head": 2 * d, "projection": (heads + kv) * d, None: 0}[config.qk_norm]
-    block += (heads + 2 * kv) * d * config.qkv_bias + h * config.o_bias
-    if config.mlp_bias:
-        block += h + config.intermediate_size * (2 if config.mlp_gated else 1)
-    return config.num_hidden_layers * block + per_norm
+    blocks = sum(
+        count * sum(math.prod(shape) * copies for _, shape, copies in block_shapes(config, moe))
+        for moe, _, count in layer_kinds(config)
+    )
+    last_norm = config.hidden_size * (2 if config.norm == "layer" else 1)
+    return blocks + last_norm + end_weights(config)
 
 
 def end_weights(config: ModelConfig) -> int:
@@ -102,19 +99,6 @@ def end_weights(config: ModelConfig) -> int:
     positions = config.max_position_embeddings if config.position == "learned" else 0
     ends = 1 if config.tie_word_embeddings else 2
     return (ends * config.vocab_size + positions) * config.hidden_size
-
-
-def active_weights(config: ModelConfig) -> int:
-    """Weights of blocks that one token is multiplied with."""
-    total = 0
-    for moe, _, count in layer_kinds(config):
-        one = block_weights(config, moe)
-        if moe:
-            matrices = 3 if config.mlp_gated else 2
-            idle = config.num_experts - config.num_experts_per_tok
-            one -= idle * matrices * config.moe_intermediate_size * config.hidden_size
-        total += count * one
-    return total
 
 
 def step_flops(work: Work, *, causal: bool = True, recomputed: bool = False) -> float:
@@ -125,18 +109,16 @@ def step_flops(work: Work, *, causal: bool = True, recomputed: bool = False) -> 
     """
     config, tokens = work.config, work.step_tokens
     frozen = work.method != "full"
-    weights = active_weights(config) * tokens
-    rows = work.batch_size
-    span = 4 * config.num_attention_heads * config.head_dim * rows
-    pairs = sum(
-        count * attended(work.sequence_length, window, work.document_length, fused=causal)
-        for _, window, count in layer_kinds(config)
-    )
+    span = 4 * config.num_attention_heads * config.head_dim * work.batch_size
+    weights = pairs = 0.0
+    for moe, window, count in layer_kinds(config):
+        weights += count * sum(m * n * k * c for m, n, k, c in block_products(config, moe, tokens))
+        pairs += count * attended(work.sequence_length, window, work.document_length, fused=causal)
     head = config.vocab_size * config.hidden_size * tokens * work.scored
     total = (4 if frozen else 6) * (weights + head) + 3 * span * pairs
     if recomputed:
         share = work.recomputed_share
-        if work.checkpointing == "full":
+        if work.checkpointing == "full" or work.checkpointing_budget is not None:
             total += share * (2 * weights + span * pairs)
         elif work.checkpointing == "selective" and not work.fused_attention:
             total += share * span * pairs

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ropewalk.plan.hardware import Cluster
-from ropewalk.plan.memory import FRAGMENTS, first_stage, of_first_stage
+from ropewalk.plan.memory import FRAGMENTS, first_stage, of_first_stage, some_layers
 from ropewalk.plan.step_memory import step_memory
 from ropewalk.plan.work import Work
 
@@ -58,22 +58,11 @@ class Sketch:
 
     @staticmethod
     def _counted(stage: Work, layers: int) -> dict[str, float]:
-        terms = step_memory(replace(stage, config=_of_layers(stage.config, layers))).terms
+        # the last ones: of a model with some mixtures those are more often mixtures than the first
+        first = max(0, stage.config.num_hidden_layers - layers)
+        terms = step_memory(replace(stage, config=some_layers(stage.config, first, layers))).terms
         found = {"kept": 0.0, "activations": 0.0, "passing": 0.0}
         for name, size in terms.items():
             part = "kept" if name.startswith(KEPT) else "activations" if name == "activations" else "passing"
             found[part] += size
         return found
-
-
-def _of_layers(config: Any, layers: int) -> Any:
-    """The last layers of a model: those of a mixture are more often mixtures than the first."""
-    skipped = max(0, config.num_hidden_layers - layers)
-    return replace(
-        config,
-        num_hidden_layers=layers,
-        layer_types=config.layer_types[skipped : skipped + layers],
-        moe_layers=tuple(
-            layer - skipped for layer in config.moe_layers if skipped <= layer < skipped + layers
-        ),
-    )

@@ -41,11 +41,6 @@ class Memory:
         """The most that is needed on the device at once."""
         return self.moments[self.moment]
 
-    @property
-    def host_bytes(self) -> int:
-        """What the host keeps for this process."""
-        return sum(self.host.values())
-
 
 def step_memory(work: Work) -> Memory:
     """The memory of one process of this work; what a kernel of the device takes for itself is not in it."""

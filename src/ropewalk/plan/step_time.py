@@ -5,11 +5,9 @@ written out, elementwise traffic, what is recomputed, collectives, and the sched
 the collectives can hide behind products is stated where each is counted; the rest is on the clock.
 """
 
-from collections import Counter
 from dataclasses import dataclass
-from functools import lru_cache
 
-from ropewalk.model.config import ModelConfig
+from ropewalk.plan.blocks import Product, attended, block_products, layer_kinds, weights_of
 from ropewalk.plan.hardware import Cluster
 from ropewalk.plan.kernels import Kernels
 from ropewalk.plan.pipeline_schedule import step_seconds
@@ -74,73 +72,18 @@ class BlockTime:
         return BlockTime(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
 
 
-Product = tuple[float, float, float, float]
-"""[m, k] x [k, n], and how many of them: (m, n, k, count)"""
-
-
-def attended(sequence: int, window: int | None, document: float | None, fused: bool) -> float:
-    """(query, key) pairs that are computed in a row: of each document, causal, inside the window.
-
-    Scores that are written out are computed for all pairs.
-    """
-    if not fused:
-        return float(sequence) ** 2
-    length = min(float(sequence), document or sequence)
-    reach = min(length, window or length)
-    return sequence * (reach - (reach - 1) * reach / (2 * length))
-
-
-Kinds = tuple[tuple[bool, int | None, int], ...]
-
-
-def layer_kinds(config: ModelConfig) -> Kinds:
-    """The kinds of layers and how many there are of each: (mixture of experts?, window, count)."""
-    return _kinds(config.num_hidden_layers, config.moe_layers, config.layer_types, config.sliding_window)
-
-
-@lru_cache(maxsize=64)
-def _kinds(layers: int, moe: tuple[int, ...], types: tuple[str, ...], window: int | None) -> Kinds:
-    mixed = set(moe)
-    counted = Counter(
-        (layer in mixed, window if types and types[layer] == "sliding_attention" else None)
-        for layer in range(layers)
-    )
-    return tuple((*kind, count) for kind, count in counted.items())
-
-
-def block_weights(config: ModelConfig, moe: bool) -> int:
-    """Parameters of one block's matrices."""
-    heads = config.num_attention_heads + config.num_key_value_heads
-    attention = 2 * config.hidden_size * heads * config.head_dim
-    matrices = 3 if config.mlp_gated else 2
-    if moe:
-        experts = config.num_experts * (matrices * config.moe_intermediate_size + 1)
-        return attention + config.hidden_size * experts
-    return attention + matrices * config.hidden_size * config.intermediate_size
-
-
-def block_products(work: Work, moe: bool) -> tuple[list[Product], float]:
-    """The products of a block's forward on one device, and the activations inside its MLP."""
-    config, t = work.config, work.layout.tensor
-    tokens, h, d = work.own_tokens, config.hidden_size, config.head_dim
-    heads, kv = config.num_attention_heads / t, config.num_key_value_heads / t
-    gates = 2 if config.mlp_gated else 1
-    products: list[Product] = [(tokens, (heads + 2 * kv) * d, h, 1), (tokens, h, heads * d, 1)]
-    if not moe:
-        wide = config.intermediate_size / t
-        return [*products, (tokens, gates * wide, h, 1), (tokens, h, wide, 1)], tokens * wide
-    here = config.num_experts / work.layout.expert
-    sent = tokens * config.num_experts_per_tok / here  # as many come as go, where experts are used alike
-    wide = config.moe_intermediate_size / t
-    experts = [(sent, gates * wide, h, here), (sent, h, wide, here), (tokens, config.num_experts, h, 1)]
-    return products + experts, sent * here * wide
+def products_of(work: Work, moe: bool) -> list[Product]:
+    """The products of a block's forward on one device of the work."""
+    config, layout = work.config, work.layout
+    here = config.num_experts / layout.expert
+    return block_products(config, moe, work.own_tokens, layout.tensor, here)
 
 
 def block_time(work: Work, kernels: Kernels, cluster: Cluster, moe: bool, window: int | None) -> BlockTime:
     """One block that is not recomputed. Products are divided by the tensor degree, tokens by the context
     degree."""
     config, t = work.config, work.layout.tensor
-    products, active = block_products(work, moe)
+    products = products_of(work, moe)
     forward = sum(kernels.product(m, n, k, c) for m, n, k, c in products)
     to_inputs = sum(kernels.product(m, k, n, c) for m, n, k, c in products)
     to_weights = 0.0
@@ -152,9 +95,11 @@ def block_time(work: Work, kernels: Kernels, cluster: Cluster, moe: bool, window
         forward, to_inputs, to_weights = forward + low, to_inputs + low, low
     if work.quantize != "none":
         # half a byte or one is read, two are written
-        unpacked = kernels.copied((CODE_BYTES[work.quantize] + 2) * block_weights(config, moe) / t)
+        unpacked = kernels.copied((CODE_BYTES[work.quantize] + 2) * weights_of(products))
         forward, to_inputs = forward + unpacked, to_inputs + unpacked
     gates = 2 if config.mlp_gated else 1
+    rows, _, wide, count = products[-1]
+    active = rows * wide * count  # inside the MLP
     near = work.own_tokens * config.hidden_size / (t if work.sequence_parallel else 1)
     turned = (
         2 * work.own_tokens * (config.num_attention_heads + config.num_key_value_heads) * config.head_dim / t
@@ -178,8 +123,8 @@ def _recomputed(work: Work, kernels: Kernels, block: BlockTime, moe: bool, windo
     if work.checkpointing == "selective" and not work.fused_attention:
         return block + BlockTime(recomputed=share * _attention(work, kernels, window)[0])
     if work.checkpointing == "selective":
-        products, _ = block_products(work, moe)
-        kept = sum(kernels.product(*one) for one in products) + _attention(work, kernels, window)[0]
+        kept = _attention(work, kernels, window)[0]
+        kept += sum(kernels.product(*one) for one in products_of(work, moe))
         return block + BlockTime(recomputed=share * max(0.0, block.forward - kept))
     return block
 
@@ -259,14 +204,10 @@ def step_time(work: Work, cluster: Cluster, blocks: BlockTime | None = None) -> 
 
 def weights_here(work: Work) -> float:
     """Weights of the largest stage on one device, before they are sharded."""
-    config, p = work.config, work.layout.pipeline
-    blocks = sum(count * block_weights(config, moe) for moe, _, count in layer_kinds(config))
-    if config.moe_layers and work.layout.expert > 1:
-        matrices = 3 if config.mlp_gated else 2
-        each = matrices * config.moe_intermediate_size * config.hidden_size * config.num_experts
-        blocks -= int(len(config.moe_layers) * each * (1 - 1 / work.layout.expert))
-    ends = 1 if p > 1 or config.tie_word_embeddings else 2
-    return (blocks / p + ends * config.vocab_size * config.hidden_size) / work.layout.tensor
+    config, layout = work.config, work.layout
+    blocks = sum(count * weights_of(products_of(work, moe)) for moe, _, count in layer_kinds(config))
+    ends = 1 if layout.pipeline > 1 or config.tie_word_embeddings else 2
+    return blocks / layout.pipeline + ends * config.vocab_size * config.hidden_size / layout.tensor
 
 
 def trained_here(work: Work) -> float:
@@ -277,7 +218,7 @@ def trained_here(work: Work) -> float:
         return 0.001 * weights_here(work)
     config, layout = work.config, work.layout
     low = sum(
-        count * sum((n + k) * work.rank * c for _, n, k, c in block_products(work, moe)[0])
+        count * sum((n + k) * work.rank * c for _, n, k, c in products_of(work, moe))
         for moe, _, count in layer_kinds(config)
     )
     return low / layout.pipeline

@@ -178,6 +178,22 @@ class Tape:
         self.nodes, self.place = graph, None
         self.captured.clear()
 
+    def twice(self, run: Callable[[], Value], gradient: int) -> tuple[int, int]:
+        """Runs what forgets all it saves, and again for its backward pass from a gradient of that size.
+
+        Gives the most that was alive each time.
+        """
+        self.forgets = True
+        out = run()
+        forward, node = self.most, out.node
+        assert node is not None
+        del out
+        self.most = self.alive
+        incoming = self.room(gradient)
+        self.recompute(run)
+        self.backward(node, incoming)
+        return forward, self.most
+
     def backward(self, node: Node, gradient: Room) -> None:
         """Walks the graph from its last node; gradients of trained parameters are added to `gradients`."""
         node.gradient = gradient

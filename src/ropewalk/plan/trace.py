@@ -69,7 +69,7 @@ class Tracker(TorchDispatchMode):
     def __init__(self, fake: Any = None) -> None:
         super().__init__()
         self.fake, self.phase, self.event = fake, "forward", 0
-        self.seen: dict[int, Seen] = {}
+        self.seen: list[Seen] = []
         self.marks: list[tuple[int, str]] = []
         self._known: dict[int, tuple[Any, Seen]] = {}
         """by the address of the storage's object: (weak reference, what is known of it)"""
@@ -130,14 +130,14 @@ class Tracker(TorchDispatchMode):
             del self._known[key]
 
         self._known[key] = weakref.ref(storage, gone), seen
-        self.seen[len(self.seen)] = seen
+        self.seen.append(seen)
         return [seen]
 
     def result(self) -> Traced:
         """The peak of what was seen, and what was alive then."""
         end = self.event + 1
         changes: list[tuple[int, int]] = []
-        for seen in self.seen.values():
+        for seen in self.seen:
             changes.append((seen.born, seen.size))
             changes.append((end if seen.died is None else seen.died + 1, -seen.size))
         changes.sort()
@@ -151,7 +151,7 @@ class Tracker(TorchDispatchMode):
             if alive > best:
                 best, at = alive, event
         terms: dict[str, int] = {}
-        for seen in self.seen.values():
+        for seen in self.seen:
             if seen.born <= at and (seen.died is None or seen.died >= at):
                 role = seen.role or self._role(seen)
                 terms[role] = terms.get(role, 0) + seen.size

@@ -13,6 +13,7 @@ from ropewalk.model.config import ModelConfig
 from ropewalk.model.families_weights import weight_map
 from ropewalk.ops import QUANTIZED
 from ropewalk.parallel.slices import is_expert, sliced_along
+from ropewalk.plan.blocks import block_shapes
 from ropewalk.plan.work import Work
 
 LOW_RANK = ("lora", "dora")
@@ -102,38 +103,6 @@ def _block(work: Work, layer: int, stored: dict[str, str]) -> Iterator[Parameter
         if matrix and is_adapted(work, module, f"blocks.{layer}.{module}", stored):
             for kind, added in _adapter_shapes(work, module, *shape):
                 yield Parameter(f"{module}.{kind}", added, True)
-
-
-def block_shapes(config: ModelConfig, moe: bool) -> Iterator[tuple[str, tuple[int, ...], int]]:
-    """(name, shape, how many) of each parameter of a block without adapters."""
-    hidden, dim = config.hidden_size, config.head_dim
-    q, kv = config.num_attention_heads * dim, config.num_key_value_heads * dim
-    before, after = config.norm_placement != "post", config.norm_placement != "pre"
-    norms = {"attention_norm": hidden, "mlp_norm": hidden} if before else {}
-    norms |= {"post_attention_norm": hidden, "post_mlp_norm": hidden} if after else {}
-    if config.qk_norm is not None:
-        whole = config.qk_norm == "projection"
-        norms |= {"attention.q_norm": q if whole else dim, "attention.k_norm": kv if whole else dim}
-    for name, size in norms.items():
-        yield f"{name}.weight", (size,), 1
-        if config.norm == "layer":
-            yield f"{name}.bias", (size,), 1
-    matrices = [
-        (f"attention.{n}_proj", s, hidden, config.qkv_bias, 1) for n, s in {"q": q, "k": kv, "v": kv}.items()
-    ]
-    matrices.append(("attention.o_proj", hidden, q, config.o_bias, 1))
-    room, inner, copies = "mlp", config.intermediate_size, 1
-    if moe:
-        room, inner, copies = "mlp.experts.0", config.moe_intermediate_size, config.num_experts
-        yield "mlp.router.weight", (config.num_experts, hidden), 1
-    if config.mlp_gated:
-        matrices.append((f"{room}.gate_proj", inner, hidden, config.mlp_bias, copies))
-    matrices.append((f"{room}.up_proj", inner, hidden, config.mlp_bias, copies))
-    matrices.append((f"{room}.down_proj", hidden, inner, config.mlp_bias, copies))
-    for name, rows, columns, bias, number in matrices:
-        yield f"{name}.weight", (rows, columns), number
-        if bias:
-            yield f"{name}.bias", (rows,), number
 
 
 def is_adapted(work: Work, module: str, whole: str, stored: dict[str, str]) -> bool:

@@ -3,8 +3,6 @@
 from functools import lru_cache
 
 from ropewalk.plan.collectives import (
-    ALGORITHMS,
-    NCCL,
     Level,
     Link,
     best,
@@ -14,13 +12,6 @@ from ropewalk.plan.collectives import (
     torus_all_to_all,
 )
 from ropewalk.plan.hardware import Cluster
-
-RINGS = {
-    **NCCL,
-    "all_gather": {"ring": ALGORITHMS["all_gather"]["ring"]},
-    "reduce_scatter": {"ring": ALGORITHMS["reduce_scatter"]["ring"]},
-}
-"""What NCCL does between nodes of several GPUs: its logarithmic all-gather wants one GPU in each."""
 
 
 def inside(cluster: Cluster) -> Link:
@@ -53,7 +44,7 @@ def collective(operation: str, n: float, cluster: Cluster, size: int, stride: in
     if here == size:
         return best(operation, n, size, inside(cluster)).seconds
     levels = Level(here, inside(cluster)), Level(-(-size // here), between(cluster))
-    return hierarchical(operation, n, *levels, RINGS).seconds
+    return hierarchical(operation, n, *levels).seconds
 
 
 def _on_torus(operation: str, n: float, cluster: Cluster, size: int) -> float:

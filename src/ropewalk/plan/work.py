@@ -1,15 +1,20 @@
 """What a run asks of each device, in plain values: all that the planner needs to know of it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
+from pydantic import Field, TypeAdapter, ValidationError
+
+from ropewalk.errors import UserError
 from ropewalk.layout import Layout
 from ropewalk.model.config import ModelConfig
+from ropewalk.plan.inputs import nearest
 
 if TYPE_CHECKING:
     from ropewalk.recipe import Recipe
 
+Count = Annotated[int, Field(gt=0)]
 ALONE = Layout(replicate=1, shard=1)
 """one process"""
 
@@ -18,26 +23,27 @@ ALONE = Layout(replicate=1, shard=1)
 class Work:
     """A run on this project's own training step. Fields have the recipe's names where it has one.
 
-    Only what decides memory and time is here; `dataclasses.replace` makes the variants of a search.
+    Only what decides memory and time is here; `dataclasses.replace` makes the variants of a search. Who takes
+    values from a user looks at them (`work_value`).
     """
 
     config: ModelConfig
     layout: Layout = ALONE
     """degrees over the processes, none of them -1"""
-    sequence_length: int = 1024
+    sequence_length: Count = 1024
     """tokens in a row, of the whole row where processes share it"""
-    micro_batch_size: int = 1
+    micro_batch_size: Count = 1
     """rows in one forward pass of one process"""
-    accumulation: int = 1
+    accumulation: Count = 1
     """micro-batches of an optimizer step, of one process"""
     precision: Literal["float32", "bfloat16", "float8"] = "bfloat16"
 
     method: Literal["full", "lora", "dora", "prompt", "prefix", "bottleneck", "ia3", "bitfit"] = "full"
     quantize: Literal["none", "nf4", "int8"] = "none"
-    rank: int = 16
-    dropout: float = 0.0
+    rank: Count = 16
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    tokens: int = 20
+    tokens: Count = 20
     """virtual tokens of prompt and prefix tuning"""
     freeze: tuple[str, ...] = ()
 
@@ -49,22 +55,22 @@ class Work:
     in_backward: bool = False
 
     checkpointing: Literal["none", "full", "selective"] = "none"
-    checkpointing_every: int = 1
-    checkpointing_budget: float | None = None
+    checkpointing_every: Count = 1
+    checkpointing_budget: Annotated[float, Field(ge=0, le=1)] | None = None
     activation_offload: bool = False
     compile: bool = False
-    loss_chunk: int = 1024
+    loss_chunk: Count = 1024
 
-    scored: float = 1.0
+    scored: Annotated[float, Field(gt=0, le=1)] = 1.0
     """share of the tokens that count in the loss"""
-    document_length: int | None = None
+    document_length: Count | None = None
     """mean tokens of a document; None: each row is one document"""
     device: Literal["cpu", "cuda"] = "cuda"
     fused_attention: bool = True
     """scores are never written; False for systems from before FlashAttention (arXiv 2205.14135)"""
     sequence_parallel: bool = True
     """tensor-parallel processes divide what is between the products, too (arXiv 2205.05198)"""
-    reduce_bytes: int = 4
+    reduce_bytes: Count = 4
     """of a gradient on its way to the other processes"""
 
     @property
@@ -95,6 +101,19 @@ class Work:
         return self.batch_size * self.sequence_length
 
 
+def work_value(name: str, value: Any, said: str | None = None) -> Any:
+    """The value of a field of Work that a user gave, under the name `said`. UserError where it cannot be."""
+    kinds = get_type_hints(Work, include_extras=True)
+    if name not in kinds:
+        raise UserError(f"{name}: no field of a run{nearest(name, kinds)}")
+    try:
+        given = tuple(value) if isinstance(value, list) else value
+        return TypeAdapter(kinds[name]).validate_python(given, strict=True)
+    except ValidationError as error:
+        why = error.errors()[0]["msg"].removeprefix("Input ")
+        raise UserError(f"{said or name} {value}: it {why}") from None
+
+
 @dataclass(frozen=True)
 class Rows:
     """What the rows of an epoch hold, as prepared data say it."""
@@ -118,19 +137,9 @@ def work_of(recipe: "Recipe", config: ModelConfig, processes: int, data: Rows | 
     Without `data` every row is one document, all of it scored. UserError where the recipe's degrees do not
     make that many processes.
     """
-    train, adapt, optimizer, parallel = recipe.train, recipe.adapt, recipe.train.optimizer, recipe.parallel
-    layout = Layout(
-        replicate=parallel.replicate,
-        shard=parallel.shard,
-        context=parallel.context,
-        tensor=parallel.tensor,
-        context_exchange=parallel.context_exchange,
-        pipeline=parallel.pipeline,
-        pipeline_schedule=parallel.pipeline_schedule,
-        pipeline_stages=parallel.pipeline_stages,
-        expert=parallel.expert,
-        stage=parallel.stage,
-    ).over(processes)
+    train, adapt, optimizer = recipe.train, recipe.adapt, recipe.train.optimizer
+    said = Layout(**{field.name: getattr(recipe.parallel, field.name) for field in fields(Layout)})
+    layout = said.over(processes)
     assert train.batch_size is not None  # resolved
     assert train.precision != "auto"
     assert train.device != "auto"

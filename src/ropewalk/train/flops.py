@@ -17,11 +17,9 @@ from dataclasses import dataclass
 import torch
 
 from ropewalk.data.batch import Batch
+from ropewalk.errors import UserError
 from ropewalk.model.config import ModelConfig
 from ropewalk.parallel import World
-
-PEAK_BF16 = (("H200", 989e12), ("H100 PCIe", 756e12), ("H100", 989e12), ("A100", 312e12))
-"""Dense bfloat16 FLOP/s from the vendor's data sheets; the first name found in the device's counts."""
 
 
 @dataclass(frozen=True)
@@ -82,4 +80,9 @@ def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
     """Peak FLOP/s of a device in bfloat16; None where it is not known (every CPU, other types)."""
     if dtype != torch.bfloat16:
         return None
-    return next((peak for name, peak in PEAK_BF16 if name in device_name), None)
+    from ropewalk.plan.hardware import accelerator  # deferred: the planner knows the training step
+
+    try:
+        return accelerator(device_name).peak.get("bfloat16")
+    except UserError:
+        return None
