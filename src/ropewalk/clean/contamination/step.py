@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from ropewalk.clean.arrays import opens
 from ropewalk.clean.contamination.evidence import Evidence, Occurrence
 from ropewalk.clean.contamination.index import LONG, Hits, Index
 from ropewalk.clean.contamination.items import EvaluationItem
-from ropewalk.clean.step import SPANS, Texts
+from ropewalk.clean.step import SPANS, Step, Texts
 from ropewalk.clean.words import Words
 
 ITEMS = pa.list_(
@@ -38,7 +39,7 @@ def digest(items: Sequence[EvaluationItem]) -> str:
     return hashlib.sha256(told.encode()).hexdigest()
 
 
-class Contamination:
+class Contamination(Step):
     """Finds questions of evaluation sets in texts, whatever their case, punctuation and white space.
 
     Of a question of 13 words or more at least `share` of its n-grams of 13 words must be found close
@@ -48,7 +49,6 @@ class Contamination:
     """
 
     name = "contamination"
-    version = 1
     attributes: Mapping[str, str] = {
         "contaminated": "a question of an evaluation set is in the text",
         "contaminated_by": "the sets of these questions, in alphabetical order",
@@ -109,15 +109,13 @@ def _clusters(hits: Hits, words: Words, index: Index) -> _Clusters:
     order = np.lexsort((hits.first, hits.question, document))
     document, question = document[order], hits.question[order]
     first, gram = hits.first[order], hits.gram[order]
-    new = np.ones(len(first), bool)
-    new[1:] = (question[1:] != question[:-1]) | (document[1:] != document[:-1])
+    new = opens(question, document)
     new[1:] |= first[1:] - first[:-1] > index.words[question[1:]]
     cluster = np.cumsum(new) - 1
     begins = np.flatnonzero(new)
     ends = np.append(begins[1:], len(first))[: len(begins)] - 1
     order = np.lexsort((gram, cluster))
-    different = np.ones(len(first), bool)
-    different[1:] = (gram[order][1:] != gram[order][:-1]) | (cluster[order][1:] != cluster[order][:-1])
+    different = opens(gram[order], cluster[order])
     counts = np.bincount(cluster[order][different], minlength=len(begins))
     own = question[begins]
     length = np.minimum(index.words[own], LONG)
