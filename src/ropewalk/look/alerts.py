@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
-from ropewalk.look.html import percent
+from ropewalk.look.figures import percent
 
 Level = Literal["problem", "warning", "note"]
 LEVELS: Mapping[Level, int] = {"problem": 0, "warning": 1, "note": 2}
