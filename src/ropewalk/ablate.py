@@ -139,9 +139,8 @@ class _Pair:
 
 def _pair(recipe: Recipe, without: str, seed: int, evaluate: bool, stage: Stage) -> _Pair:
     clean = recipe.data.clean.model_dump()
-    slug = re.sub(r"[^A-Za-z0-9._-]+", "-", without)
     sides = []
-    for name, values in (("all-rules", clean), (f"without-{slug}", leave_out(clean, without))):
+    for name, values in (("all-rules", clean), (_without(without), leave_out(clean, without))):
         own = _cleaned(recipe, values)
         own = own.model_copy(update={"name": f"{recipe.name}.{name}.seed{seed}", "seed": seed})
         sides.append(_Side(own, prepare(own, progress=stage.progress)))
@@ -149,7 +148,8 @@ def _pair(recipe: Recipe, without: str, seed: int, evaluate: bool, stage: Stage)
     held_out: dict[str, TokenShards | None] = {}
     if recipe.data.validation:
         held_out[NAMED] = before.prepared.validation
-        if shards_of(before) != shards_of(after):  # what is measured on is never cleaned
+        seen = [side.prepared.validation for side in sides]
+        if len({shards if shards is None else shards.fingerprint for shards in seen}) > 1:  # never cleaned
             raise RopewalkError("data.validation became different documents in the two variants")
     elif recipe.data.validation_fraction:
         held_out[RULED] = before.prepared.validation
@@ -166,8 +166,9 @@ def _pair(recipe: Recipe, without: str, seed: int, evaluate: bool, stage: Stage)
     return _Pair(seed, (before, after), there)
 
 
-def shards_of(side: _Side) -> str | None:
-    return side.prepared.validation.fingerprint if side.prepared.validation is not None else None
+def _without(name: str) -> str:
+    """As a part of a file's name."""
+    return "without-" + re.sub(r"[^A-Za-z0-9._-]+", "-", name)
 
 
 def _cleaned(recipe: Recipe, clean: Mapping[str, Any]) -> Recipe:
@@ -307,8 +308,7 @@ def _loss(run: Path, recipe: Recipe, shards: TokenShards) -> float:
 
 def _kept(found: Ablation, recipe: Recipe) -> Ablation:
     """Written beside the runs."""
-    slug = re.sub(r"[^A-Za-z0-9._-]+", "-", found.without)
-    path = Path(recipe.runs) / f"{recipe.name}.without-{slug}.md"
+    path = Path(recipe.runs) / f"{recipe.name}.{_without(found.without)}.md"
     atomic_write(path, found.markdown(recipe.name))
     atomic_write(path.with_suffix(".json"), json.dumps(found.as_dict(), indent=1, ensure_ascii=False) + "\n")
     return replace(found, report=path)

@@ -12,7 +12,7 @@ from ropewalk.clean.rules import columns_of
 from ropewalk.data.view import View
 from ropewalk.look.duplicates import Duplicates
 from ropewalk.look.samples import Place, Wanted, reasons
-from ropewalk.look.sketch import Frequent, Quantiles, log_edges, octaves
+from ropewalk.look.sketch import Frequent, Quantiles, octaves
 from ropewalk.look.thresholds import thresholds
 from ropewalk.look.total import Numbers, Total
 from ropewalk.look.unit import NGRAM, ProfileUnit
@@ -240,7 +240,7 @@ def _edges(read: Quantiles, limits: Sequence[float]) -> tuple[np.ndarray, bool]:
     if read.min >= 0 and middle > 0 and read.max > max(50 * middle, 10):
         inside = [limit for limit in limits if limit > 0]
         low = max(min([low, *inside]), middle / 1e3)
-        return log_edges(low, max([read.max, *inside]) * 1.01, BINS), True
+        return np.geomspace(low, max([read.max, *inside]) * 1.01, BINS + 1), True
     low, high = min([low, *limits]), max([high, *(limit * 1.1 for limit in limits)])
     return np.linspace(low, high if high > low else low + 1, BINS + 1), False
 

@@ -124,13 +124,9 @@ def _clusters(hits: Hits, words: Words, index: Index) -> _Clusters:
 
 
 def _table(texts: int, found: Mapping[int, list[Occurrence]], largest: np.ndarray) -> pa.Table:
-    sets: list[list[str]] = [[] for _ in range(texts)]
-    items: list[list[dict[str, Any]]] = [[] for _ in range(texts)]
-    spans: list[list[dict[str, Any]]] = [[] for _ in range(texts)]
-    for document, occurrences in found.items():
-        kept = _apart(occurrences)
-        sets[document] = sorted({one.item.set for one in kept})
-        items[document] = [
+    kept = [_apart(found.get(document, ())) for document in range(texts)]
+    items = [
+        [
             {
                 "set": one.item.set,
                 "item": one.item.id,
@@ -139,15 +135,17 @@ def _table(texts: int, found: Mapping[int, list[Occurrence]], largest: np.ndarra
                 "end": one.end,
                 "answer_found": one.answer is not None,
             }
-            for one in kept
+            for one in here
         ]
-        spans[document] = _spans(kept)
+        for here in kept
+    ]
+    sets = [sorted({one.item.set for one in here}) for here in kept]
     columns = {
-        "contaminated": pa.array([bool(names) for names in sets], pa.bool_()),
+        "contaminated": pa.array([bool(here) for here in kept], pa.bool_()),
         "contaminated_by": pa.array(sets, pa.list_(pa.string())),
         "contamination": pa.array(largest, pa.float32()),
         "contamination_items": pa.array(items, ITEMS),
-        "contamination_spans": pa.array(spans, SPANS),
+        "contamination_spans": pa.array([_spans(here) for here in kept], SPANS),
     }
     return pa.table(columns)
 
