@@ -58,6 +58,8 @@ def test_the_columns_of_an_expression(expression, columns):
         "words limit 1",
         "words >",
         "",
+        "words >= 50;",
+        "1 < 1" + " + 1" * 600,
     ],
 )
 def test_what_is_no_expression_over_one_row_is_refused(expression):

@@ -71,6 +71,7 @@ def test_a_sample_depends_on_the_seed_alone(view):
     assert first == again
     assert set(first) != set(other)
     assert len(first) == 10
+    assert look(view, Question(), 10, 10**30)["matching"] > 10
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,7 @@ def _match_at(
             yield document, match
 
 
-_IPV4 = re.compile(r"(?<![\w.-])\d{1,3}\.\d{1,3}\.\d{1,3}\.\d{1,3}(?![\w-]|\.\w)")
+_IPV4 = re.compile(r"(?<![\w.-])[0-9]{1,3}\.[0-9]{1,3}\.[0-9]{1,3}\.[0-9]{1,3}(?![\w-]|\.\w)")
 _VERSION = re.compile(r"(?:version|release|section|chapter|python|[=<>~])\s{0,2}$", re.I)
 _DOCUMENTATION = [
     ipaddress.ip_network(name)

@@ -113,7 +113,10 @@ def parsed(expression: str) -> Any:
         raise UserError('rules need an extra: pip install "ropewalk[data]"') from error
     with duckdb.connect() as connection:
         found = connection.execute("select json_serialize_sql(?)", [f"select {expression}"]).fetchone()
-    return json.loads(found[0]) if found else {"error": True}
+    try:
+        return json.loads(found[0]) if found else {"error": True}
+    except RecursionError:
+        return {"error": True, "error_message": "too many parts are nested in each other"}
 
 
 @cache
@@ -135,7 +138,8 @@ def columns_of(expression: str) -> frozenset[str]:
         and not (node["modifiers"] or node["where_clause"] or node["group_expressions"] or node["having"])
         and not (node["qualify"] or node["cte_map"]["map"])
     )
-    if not alone or node["select_list"][0]["alias"]:
+    # A semicolon at the end would stand inside of what the expression is put into.
+    if not alone or node["select_list"][0]["alias"] or expression.rstrip().endswith(";"):
         raise UserError(f"rule {expression!r}: it must be one expression, such as words >= 50")
     columns: set[str] = set()
     _walk(node["select_list"][0], expression, frozenset(), columns)

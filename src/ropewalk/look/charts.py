@@ -42,8 +42,8 @@ class _Axis:
     def ticks(self) -> list[float]:
         if self.log:
             powers = range(ceil(log10(self.low) - 1e-9), floor(log10(self.high) + 1e-9) + 1)
-            step = max(1, ceil(len(powers) / 5))
-            return [10.0**p for p in powers[::step]]
+            if len(powers) > 1:
+                return [10.0**p for p in powers[:: ceil(len(powers) / 5)]]
         return steps(self.low, self.high, 5)
 
 

@@ -62,7 +62,7 @@ def look(view: View, question: Question, count: int = 5, seed: int = 0) -> dict[
         matching += len(rows)
         if len(rows):
             hashes = view.table(i, ["hash"])["hash"].to_numpy()[rows]
-            order = mix(hashes ^ mix(np.array([seed], np.uint64)))
+            order = mix(hashes ^ mix(np.array([seed % 2**64], np.uint64)))
             best = np.argsort(order, kind="stable")[:count]
             found += [(int(order[k]), i, int(rows[k])) for k in best]
             found = sorted(found)[:count]

@@ -61,7 +61,12 @@ def gather(view: View, tasks: Sequence[ProfileUnit], packing: str) -> dict[str, 
             for name, counts in everything.words.items()
         ],
         "places": [
-            {"name": name, "what": view.attributes.get(name, ""), **found, "kinds": dict(found["kinds"])}
+            {
+                "name": name,
+                "what": view.attributes.get(name, ""),
+                **vars(found["read"]),
+                "kept": vars(found["kept"]),
+            }
             for name, found in everything.places.items()
         ],
         "lines": _repeated(everything.lines),
