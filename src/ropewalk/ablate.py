@@ -5,9 +5,11 @@ neither was trained on, the same for both, with the noise of several seeds; kept
 May import: recipe, track and every stage room.
 """
 
+import hashlib
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,11 +21,12 @@ from rich.console import Console
 from ropewalk import make_callable
 from ropewalk.data import Loader, Prepared, TokenShards, prepare
 from ropewalk.data.leave_out import leave_out, nothing
+from ropewalk.data.readers import Source, files_of
 from ropewalk.errors import RopewalkError, UserError
 from ropewalk.evaluate import evaluate as evaluate_run
 from ropewalk.evaluate.ablation import Ablation, Variant, sides_of
 from ropewalk.evaluate.paired import Paired
-from ropewalk.files import atomic_write
+from ropewalk.files import atomic_write, sha256
 from ropewalk.model import load_model, load_tokenizer
 from ropewalk.parallel import started
 from ropewalk.recipe import Recipe, load_recipe, resolve, to_yaml
@@ -271,12 +274,32 @@ def _measure(
     found = {name: (_loss(run, recipe, shards), True) for name, shards in held_out.items()}
     if not evaluate:
         return found
-    path = run / "evaluation-ablation.json"
+    name = evaluation_name(recipe)
+    path = run / f"evaluation-{name}.json"
     if not path.exists():
-        evaluate_run(run, name="ablation", progress=stage.progress)
-    result = json.loads(path.read_text(encoding="utf-8"))
-    for name, figures in result["perplexity"].items():
-        found[f"bits per byte of {Path(name).name}"] = figures["bits_per_byte"], True
+        evaluate_run(run, name=name, progress=stage.progress)
+    return found | figures_of(json.loads(path.read_text(encoding="utf-8")))
+
+
+def evaluation_name(recipe: Recipe) -> str:
+    """Another one where a file that the recipe's evaluate section names was changed: runs are shared by
+    ablations, and their figures must be of the same files."""
+    section, paths = recipe.evaluate, []
+    for source in section.perplexity:
+        paths += [file.path for file in files_of(Source(source, "evaluate.perplexity"))[0]]
+    for task in section.tasks:
+        paths += [str(path) for path in (task.path, task.shots_path) if path is not None]
+    digests = [sha256(path) if Path(path).is_file() else path for path in paths]  # or it is a URL
+    return f"ablation-{hashlib.sha256(' '.join(digests).encode()).hexdigest()[:8]}"
+
+
+def figures_of(result: Mapping[str, Any]) -> dict[str, tuple[float, bool]]:
+    """Of an evaluation as it is written: name of each measure -> (value, whether smaller is better)."""
+    found: dict[str, tuple[float, bool]] = {}
+    short = Counter(Path(name).name for name in result["perplexity"])
+    for path, figures in result["perplexity"].items():
+        name = Path(path).name if short[Path(path).name] == 1 else path
+        found[f"bits per byte of {name}"] = figures["bits_per_byte"], True
     for task in result["tasks"]:
         for metric, score in task["scores"].items():
             found[f"{metric} of {task['name']}"] = score, False

@@ -184,7 +184,7 @@ def steps_for(rules: Iterable[Rule], steps: Sequence[Step], others: Collection[s
             elif column not in others:
                 known = sorted([*said, *others])
                 close = get_close_matches(column, known, 1)
-                hint = f"; did you mean {close[0]}?" if close else ""
+                hint = f"; did you mean {close[0]}?" if close else "."
                 raise UserError(
                     f"rule {rule.expression!r}: unknown attribute {column}{hint} There is {', '.join(known)}"
                 )

@@ -77,7 +77,7 @@ def _columns(view: View, question: Question) -> list[str]:
         asked = set(columns_of(question.where))
         for name in sorted(asked - set(view.known)):
             close = get_close_matches(name, view.known, 1)
-            hint = f"; did you mean {close[0]}?" if close else ""
+            hint = f"; did you mean {close[0]}?" if close else "."
             raise UserError(f"--where: unknown column {name}{hint} There is {', '.join(view.known)}")
     names = (question.rule, question.without)
     for rule in (rule for rule in view.rules if rule["rule"] in names):
