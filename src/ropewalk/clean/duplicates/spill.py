@@ -46,7 +46,9 @@ class Spill:
         for number in range(PASSES):
             entries = self._read(number)
             by_key = np.argsort(entries["key"])  # most are there once, and are spared the slower sort
-            entries = entries[by_key[shared(opens(entries["key"][by_key]))]]
+            twice = np.empty(len(entries), bool)
+            twice[by_key] = shared(opens(entries["key"][by_key]))
+            entries = entries[twice]
             entries = entries[np.lexsort((entries["order"], entries["check"], entries["key"]))]
             opening = opens(entries["key"], entries["check"])
             first = np.flatnonzero(opening)[np.cumsum(opening) - 1]
