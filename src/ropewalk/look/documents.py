@@ -74,7 +74,7 @@ def _columns(view: View, question: Question) -> list[str]:
     """What is shown of each document."""
     asked: set[str] = set()
     if question.where is not None:
-        asked = set(columns_of(question.where))
+        asked = set(columns_of(question.where, "--where"))
         for name in sorted(asked - set(view.known)):
             close = get_close_matches(name, view.known, 1)
             hint = f"; did you mean {close[0]}?" if close else "."
