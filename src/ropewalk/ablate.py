@@ -5,9 +5,11 @@ neither was trained on, the same for both, with the noise of several seeds; kept
 May import: recipe, track and every stage room.
 """
 
+import hashlib
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,11 +21,12 @@ from rich.console import Console
 from ropewalk import make_callable
 from ropewalk.data import Loader, Prepared, TokenShards, prepare
 from ropewalk.data.leave_out import leave_out, nothing
+from ropewalk.data.readers import Source, files_of
 from ropewalk.errors import RopewalkError, UserError
 from ropewalk.evaluate import evaluate as evaluate_run
 from ropewalk.evaluate.ablation import Ablation, Variant, sides_of
 from ropewalk.evaluate.paired import Paired
-from ropewalk.files import atomic_write
+from ropewalk.files import atomic_write, sha256
 from ropewalk.model import load_model, load_tokenizer
 from ropewalk.parallel import started
 from ropewalk.recipe import Recipe, load_recipe, resolve, to_yaml
@@ -139,9 +142,8 @@ class _Pair:
 
 def _pair(recipe: Recipe, without: str, seed: int, evaluate: bool, stage: Stage) -> _Pair:
     clean = recipe.data.clean.model_dump()
-    slug = re.sub(r"[^A-Za-z0-9._-]+", "-", without)
     sides = []
-    for name, values in (("all-rules", clean), (f"without-{slug}", leave_out(clean, without))):
+    for name, values in (("all-rules", clean), (_without(without), leave_out(clean, without))):
         own = _cleaned(recipe, values)
         own = own.model_copy(update={"name": f"{recipe.name}.{name}.seed{seed}", "seed": seed})
         sides.append(_Side(own, prepare(own, progress=stage.progress)))
@@ -149,7 +151,8 @@ def _pair(recipe: Recipe, without: str, seed: int, evaluate: bool, stage: Stage)
     held_out: dict[str, TokenShards | None] = {}
     if recipe.data.validation:
         held_out[NAMED] = before.prepared.validation
-        if shards_of(before) != shards_of(after):  # what is measured on is never cleaned
+        seen = [side.prepared.validation for side in sides]
+        if len({shards if shards is None else shards.fingerprint for shards in seen}) > 1:  # never cleaned
             raise RopewalkError("data.validation became different documents in the two variants")
     elif recipe.data.validation_fraction:
         held_out[RULED] = before.prepared.validation
@@ -166,8 +169,9 @@ def _pair(recipe: Recipe, without: str, seed: int, evaluate: bool, stage: Stage)
     return _Pair(seed, (before, after), there)
 
 
-def shards_of(side: _Side) -> str | None:
-    return side.prepared.validation.fingerprint if side.prepared.validation is not None else None
+def _without(name: str) -> str:
+    """As a part of a file's name."""
+    return "without-" + re.sub(r"[^A-Za-z0-9._-]+", "-", name)
 
 
 def _cleaned(recipe: Recipe, clean: Mapping[str, Any]) -> Recipe:
@@ -270,12 +274,32 @@ def _measure(
     found = {name: (_loss(run, recipe, shards), True) for name, shards in held_out.items()}
     if not evaluate:
         return found
-    path = run / "evaluation-ablation.json"
+    name = evaluation_name(recipe)
+    path = run / f"evaluation-{name}.json"
     if not path.exists():
-        evaluate_run(run, name="ablation", progress=stage.progress)
-    result = json.loads(path.read_text(encoding="utf-8"))
-    for name, figures in result["perplexity"].items():
-        found[f"bits per byte of {Path(name).name}"] = figures["bits_per_byte"], True
+        evaluate_run(run, name=name, progress=stage.progress)
+    return found | figures_of(json.loads(path.read_text(encoding="utf-8")))
+
+
+def evaluation_name(recipe: Recipe) -> str:
+    """Another one where a file that the recipe's evaluate section names was changed: runs are shared by
+    ablations, and their figures must be of the same files."""
+    section, paths = recipe.evaluate, []
+    for source in section.perplexity:
+        paths += [file.path for file in files_of(Source(source, "evaluate.perplexity"))[0]]
+    for task in section.tasks:
+        paths += [str(path) for path in (task.path, task.shots_path) if path is not None]
+    digests = [sha256(path) if Path(path).is_file() else path for path in paths]  # or it is a URL
+    return f"ablation-{hashlib.sha256(' '.join(digests).encode()).hexdigest()[:8]}"
+
+
+def figures_of(result: Mapping[str, Any]) -> dict[str, tuple[float, bool]]:
+    """Of an evaluation as it is written: name of each measure -> (value, whether smaller is better)."""
+    found: dict[str, tuple[float, bool]] = {}
+    short = Counter(Path(name).name for name in result["perplexity"])
+    for path, figures in result["perplexity"].items():
+        name = Path(path).name if short[Path(path).name] == 1 else path
+        found[f"bits per byte of {name}"] = figures["bits_per_byte"], True
     for task in result["tasks"]:
         for metric, score in task["scores"].items():
             found[f"{metric} of {task['name']}"] = score, False
@@ -307,8 +331,7 @@ def _loss(run: Path, recipe: Recipe, shards: TokenShards) -> float:
 
 def _kept(found: Ablation, recipe: Recipe) -> Ablation:
     """Written beside the runs."""
-    slug = re.sub(r"[^A-Za-z0-9._-]+", "-", found.without)
-    path = Path(recipe.runs) / f"{recipe.name}.without-{slug}.md"
+    path = Path(recipe.runs) / f"{recipe.name}.{_without(found.without)}.md"
     atomic_write(path, found.markdown(recipe.name))
     atomic_write(path.with_suffix(".json"), json.dumps(found.as_dict(), indent=1, ensure_ascii=False) + "\n")
     return replace(found, report=path)

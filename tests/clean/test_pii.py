@@ -25,6 +25,7 @@ def found(text: str) -> list[tuple[str, str]]:
         ("Write to jane.doe+x@mail.ropewalk.org.", "jane.doe+x@mail.ropewalk.org", "email"),
         ("ping 74.125.224.84!", "74.125.224.84", "ip"),
         ("at 192.168.1.17:8080", "192.168.1.17", "private_ip"),
+        ("digits of two scripts: 25\u0662.103.14.99", None, ""),
         ("at 192.0.2.17", "192.0.2.17", "example_ip"),
         ("host 2001:4860:4860::8888 up", "2001:4860:4860::8888", "ip"),
         ("2001:db8:85a3::8a2e:370:7334", "2001:db8:85a3::8a2e:370:7334", "example_ip"),

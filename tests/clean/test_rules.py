@@ -58,6 +58,8 @@ def test_the_columns_of_an_expression(expression, columns):
         "words limit 1",
         "words >",
         "",
+        "words >= 50;",
+        "1 < 1" + " + 1" * 600,
     ],
 )
 def test_what_is_no_expression_over_one_row_is_refused(expression):
@@ -80,6 +82,8 @@ def test_only_the_steps_that_are_asked_for_run():
     assert steps_for([rule("source = 'x'")], STEPS, others={"source"}) == []
     with pytest.raises(UserError, match=r"unknown attribute word; did you mean words\?.*There is .*bytes"):
         steps_for([rule("word > 1")], STEPS)
+    with pytest.raises(UserError, match=r"unknown attribute zzzz\. There is .*bytes"):
+        steps_for([rule("zzzz > 1")], STEPS)
 
 
 def test_every_published_rule_can_be_evaluated_and_drops_something():

@@ -3,8 +3,9 @@
 import pytest
 
 from ropewalk.clean.rules import PRESETS, columns_of
-from ropewalk.clean.screening import IDENTITY, Screening
+from ropewalk.clean.screening import IDENTITY, LISTS, Screening
 from ropewalk.clean.step import Texts
+from ropewalk.clean.words import hashes_of
 
 
 def test_counts_are_for_a_thousand_words_and_of_whole_words():
@@ -23,11 +24,9 @@ def test_counts_are_for_a_thousand_words_and_of_whole_words():
 
 
 def test_a_word_is_in_one_list_once():
-    from ropewalk.clean.screening import _hashes
-
-    listed = [value for hashes in _hashes().values() for value in hashes.tolist()]
+    listed = [value for text in LISTS.values() for value in hashes_of(text).tolist()]
     assert len(listed) == len(set(listed)) > 150
-    assert len(IDENTITY.split()) == len(_hashes()["identity"])
+    assert len(IDENTITY.split()) == len(hashes_of(LISTS["identity"]))
 
 
 def test_no_published_rule_drops_by_them():

@@ -8,15 +8,17 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
+from ropewalk.clean.rules import Rule
 from ropewalk.data.cleaning import Plan
 from ropewalk.errors import UserError
 from ropewalk.look import profile
-from ropewalk.look.html import document, el
+from ropewalk.look.charts import histogram
+from ropewalk.look.html import environment
 from ropewalk.look.page import page
 from ropewalk.look.thresholds import thresholds
 from ropewalk.look.unit import NGRAM
 
-from .looked_at import FOOTER, all_texts, prepared, words_in
+from .looked_at import FOOTER, Addresses, all_texts, prepared, words_in
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +192,26 @@ def test_alerts_without_validation_and_with_padding(tmp_path, tokenizers):
     assert {"words", "letter_words"} <= {attribute["name"] for attribute in account["attributes"]}
 
 
+def test_only_what_stays_in_the_texts_is_said_to_be_left(tmp_path, tokenizers):
+    for name, expression in (("all", "true"), ("some", "len(addresses) = 0")):
+        rules = (Rule("addresses", expression, "has an address", "here"),)
+        cleaning = Plan(steps=(Addresses(),), rules=rules, asked=("addresses",))
+        account = profile(prepared(tmp_path, tokenizers["chatml"], cleaning).directory, workers=1)
+        said = [alert["text"] for alert in account["alerts"] if "left as it is" in alert["text"]]
+        (places,) = account["places"]
+        assert places["documents"] > 0
+        share = f"{places['documents'] / account['documents']:.0%}"
+        where = f"addresses: found in {share} of the documents that are kept, and left as it is"
+        assert said == ([f"{where} ({places['places']} email)."] if name == "all" else [])
+
+
+@pytest.mark.parametrize(("low", "high"), [(181.0, 724.1), (230.0, 250.0), (3.0, 40.0), (1.0, 1e7)])
+def test_a_logarithmic_axis_has_numbers_on_it(low, high):
+    drawn = histogram("lengths", [low, (low * high) ** 0.5, high], [3, 4], log=True)
+    below = [text for y, text in re.findall(r'<text [^>]*y="([\d.]+)"[^>]*>([^<]*)', drawn) if float(y) > 130]
+    assert 2 <= len(below) <= 8
+
+
 class Page(HTMLParser):
     """Every tag and attribute of a page, and the text between tags."""
 
@@ -234,9 +256,10 @@ def test_the_page_needs_nothing_else(made):
 
 @pytest.mark.parametrize("text", ["<b>&\"'", "\x00\x1b[2J", "a\u202eb", "\ud800", "</title><script>"])
 def test_no_text_leaves_its_place(text):
-    seen = Page(document(text, "", el("p", text, title=text)))
-    assert seen.tags.keys() <= {"html", "head", "meta", "title", "style", "body", "main", "p"}
-    document(text, "", el("p", text, title=text)).encode()
+    source = '{% extends "layout.html" %}{% block main %}<p title="{{ title }}">{{ title }}</p>{% endblock %}'
+    whole = environment().from_string(source).render(title=text)
+    assert Page(whole).tags.keys() <= {"html", "head", "meta", "title", "style", "body", "main", "p"}
+    whole.encode()
 
 
 def test_the_same_whatever_the_workers_and_from_the_account_alone(made, monkeypatch):
@@ -267,6 +290,7 @@ def test_parts_that_are_gone_are_said(tmp_path, tokenizers):
         ("not (a > 1 and b < -2.5) or lower(c) = 'x'", {"a": [1], "b": [-2.5]}),
         ("flag", {}),
         ("a > b", {}),
+        ("words < 1e999", {}),
     ],
 )
 def test_limits_are_read_off_an_expression(expression, expected):

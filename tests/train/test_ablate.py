@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import ropewalk as rw
+from ropewalk.ablate import evaluation_name, figures_of
 from ropewalk.cli import main
 from ropewalk.data.leave_out import leave_out, nothing
 from ropewalk.errors import UserError
@@ -128,6 +129,28 @@ def test_documents_split_off_are_the_same_for_both_and_no_run_has_seen_them(half
         }
         assert held_out
         assert not trained & held_out
+
+
+def test_an_evaluation_is_done_again_where_its_files_changed(half_garbage, good):
+    recipe = {**half_garbage(2), "evaluate": {"perplexity": [good[0]["path"]]}}
+    before, same = (evaluation_name(load_recipe(recipe)) for _ in range(2))
+    with open(good[0]["path"], "a", encoding="utf-8") as file:
+        file.write('{"text": "one more"}\n')
+    assert before == same != evaluation_name(load_recipe(recipe))
+
+
+def test_files_of_one_name_are_two_measures():
+    figures = {
+        f"{folder}/{name}": {"bits_per_byte": i} for i, folder in enumerate("ab") for name in ("x", f"y{i}")
+    }
+    tasks = [{"name": "t", "scores": {"chrf": 3.0}}]
+    assert figures_of({"perplexity": figures, "tasks": tasks}) == {
+        "bits per byte of a/x": (0, True),
+        "bits per byte of y0": (0, True),
+        "bits per byte of b/x": (1, True),
+        "bits per byte of y1": (1, True),
+        "chrf of t": (3.0, False),
+    }
 
 
 def _ledger(directory):

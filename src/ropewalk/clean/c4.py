@@ -1,16 +1,13 @@
 """What the rules of C4 look at (Raffel et al. 2020, 2.2; the details as in its published code)."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from ropewalk.clean.lines import Lines
-from ropewalk.clean.phrases import find_phrase
+from ropewalk.clean.lines import Lines, any_of
 from ropewalk.clean.quality import ends_with_ellipsis, sentence_ends
-from ropewalk.clean.spans import spans_of
-from ropewalk.clean.step import Texts
+from ropewalk.clean.step import Step, Texts, spans_of
 from ropewalk.clean.words import Words
 
 POLICY = (
@@ -26,11 +23,10 @@ FEWEST_WORDS, LONGEST_WORD = 3, 1000
 KINDS = ("long_word", "no_end_mark", "few_words", "javascript", "policy")
 
 
-class C4:
+class C4(Step):
     """The lines that C4 would leave out, and what decides over the page."""
 
     name = "c4"
-    version = 1
     attributes: Mapping[str, str] = {
         "c4_lines": "places of the lines that C4 leaves out, line feed included: no mark at the end, fewer "
         f"than {FEWEST_WORDS} words, a word of more than {LONGEST_WORD} characters, JavaScript, or policies",
@@ -38,9 +34,6 @@ class C4:
         "curly_brackets": "signs { and }",
         "lorem_ipsum": "whether it has the words lorem ipsum",
     }
-
-    def settings(self) -> Any:
-        return None
 
     def map(self, texts: Texts) -> pa.Table:
         words, lines = texts.words, texts.lines.filled
@@ -53,8 +46,6 @@ class C4:
         ended[sentence_ends(words) + 1] = 1
         ended = np.cumsum(ended)
         sentences = np.maximum(ended[kept.after] - ended[kept.first], 1)
-        lorem = np.zeros(len(texts), bool)
-        lorem[words.document[find_phrase(words, "lorem ipsum")]] = True
         brackets = (t.count("{") + t.count("}") for t in texts.texts)
         columns = {
             "c4_lines": spans_of(
@@ -62,7 +53,7 @@ class C4:
             ),
             "c4_sentences": np.bincount(kept.document, sentences, minlength=len(texts)).astype(np.int64),
             "curly_brackets": np.fromiter(brackets, np.int64, len(texts)),
-            "lorem_ipsum": lorem,
+            "lorem_ipsum": words.texts_with(words.find("lorem ipsum")),
         }
         return pa.table(columns)
 
@@ -76,13 +67,12 @@ def _kinds(words: Words, lines: Lines) -> np.ndarray:
         return np.searchsorted(places, lines.after) > np.searchsorted(places, lines.first)
 
     plain = np.concatenate([[0], np.cumsum(~words.symbol)])
-    marks = np.array([ord(c) for c in ENDS], np.uint32)
-    policies = np.concatenate([find_phrase(words, phrase) for phrase in POLICY])
+    policies = np.concatenate([words.find(phrase) for phrase in POLICY])
     reasons = (
         has(np.flatnonzero(words.ends - words.starts > LONGEST_WORD)),
-        ~np.isin(lines.last_character(), marks) | ends_with_ellipsis(lines),
+        ~any_of(lines.last_character(), ENDS) | ends_with_ellipsis(lines),
         plain[lines.after] - plain[lines.first] < FEWEST_WORDS,
-        has(find_phrase(words, "javascript")),
+        has(words.find("javascript")),
         has(policies),
     )
     return np.select(reasons, range(len(KINDS)), -1)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ropewalk.clean.step import Texts
+from ropewalk.clean.step import Step, Texts
 from ropewalk.clean.words import Words, words_of
 from ropewalk.errors import UserError
 from ropewalk.files import atomic_write, read_json_object
@@ -42,11 +42,9 @@ class Classifier:
 
     def probabilities(self, words: Words) -> np.ndarray:
         """[texts] float64: how likely each text is one of the good ones."""
-        return _sigmoid(self.scale * self._scores(words) + self.bias)
-
-    def _scores(self, words: Words) -> np.ndarray:
         document, bucket, value = features(words, len(self.weights))
-        return np.bincount(document, self.weights[bucket] * value, minlength=words.texts)
+        scores = np.bincount(document, self.weights[bucket] * value, minlength=words.texts)
+        return _sigmoid(self.scale * scores + self.bias)
 
     def fingerprint(self) -> str:
         """Hex digits: equal for classifiers that say the same."""
@@ -87,11 +85,10 @@ class Classifier:
         return Classifier(weights, scale, bias, report)
 
 
-class QualityClassifier:
+class QualityClassifier(Step):
     """The classifier as a step."""
 
     name = "classifier"
-    version = 1
     attributes: Mapping[str, str] = {
         "quality": "probability that the text is of the kind that the classifier learned as good, 0 to 1"
     }

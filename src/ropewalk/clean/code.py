@@ -2,17 +2,14 @@
 
 import re
 from collections.abc import Mapping
-from functools import cache
 from pathlib import PurePosixPath
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from ropewalk.clean.lines import Lines, any_of, share
-from ropewalk.clean.phrases import find_phrase
-from ropewalk.clean.step import Texts
-from ropewalk.clean.words import Words, words_of
+from ropewalk.clean.step import Step, Texts
+from ropewalk.clean.words import Words, hashes_of
 
 SUFFIXES = {
     "py": "python", "pyi": "python", "js": "javascript", "mjs": "javascript", "jsx": "javascript",
@@ -54,11 +51,10 @@ GENERATED = (
 )
 
 
-class Code:
+class Code(Step):
     """Hints that are right mostly: by counting, not by parsing."""
 
     name = "code"
-    version = 1
     attributes: Mapping[str, str] = {
         "code_lines": "share of lines that look like source code",
         "code_language": "programming language, by the file's name or, "
@@ -70,15 +66,11 @@ class Code:
         "generated": "whether one of its first 20 lines says that a program wrote it",
     }
 
-    def settings(self) -> Any:
-        return None
-
     def map(self, texts: Texts) -> pa.Table:
         words, lines = texts.words, texts.lines.filled
-        lengths = lines.ends - lines.starts
         code = share(lines.count(_is_code(words, lines)), lines.count())
         longest = np.zeros(len(texts), np.int64)
-        np.maximum.at(longest, lines.document, lengths)
+        np.maximum.at(longest, lines.document, lines.lengths)
         return pa.table(
             {
                 "code_lines": code,
@@ -91,7 +83,7 @@ class Code:
                 ),
                 "license": pa.array(_licenses(texts), pa.string()),
                 "longest_line": longest,
-                "mean_line_length": share(_sum(lines, lengths), lines.count()),
+                "mean_line_length": share(lines.characters(), lines.count()),
                 "minified": _minified(words, lines),
                 "generated": _generated(words, texts.lines),
             }
@@ -103,24 +95,15 @@ def language_of_name(name: str) -> str | None:
     return SUFFIXES.get(PurePosixPath(name.replace("\\", "/")).suffix.lower().lstrip("."))
 
 
-def _sum(lines: Lines, values: np.ndarray) -> np.ndarray:
-    return np.bincount(lines.document, values, minlength=lines.words.texts)
-
-
-@cache
-def _hashes(text: str) -> np.ndarray:
-    return words_of([text]).hashes
-
-
 def _is_code(words: Words, lines: Lines) -> np.ndarray:
     """[lines] bool: there is an operator, or a bracket right behind a word (prose has a space), or it begins
     or ends as statements do."""
-    signs = np.isin(words.hashes, _hashes(_OPERATORS))
+    signs = np.isin(words.hashes, hashes_of(_OPERATORS))
     opens = any_of(words.codes[words.starts], "([")
     behind = ~words.symbol[:-1] & (words.starts[1:] == words.ends[:-1])
     signs[1:] |= opens[1:] & behind & (words.document[1:] == words.document[:-1])
     before = np.concatenate([[0], np.cumsum(signs)])
-    first = np.isin(words.hashes[lines.first], _hashes(_FIRST))
+    first = np.isin(words.hashes[lines.first], hashes_of(_FIRST))
     return first | any_of(lines.last_character(), "{};\\") | (before[lines.after] > before[lines.first])
 
 
@@ -128,7 +111,7 @@ def _languages(words: Words, code: np.ndarray) -> list[str | None]:
     """The one of which most of the words are there."""
     scores = np.zeros((words.texts, len(_WORDS)))
     for column, text in enumerate(_WORDS.values()):
-        for value in set(_hashes(text).tolist()):
+        for value in set(hashes_of(text).tolist()):
             there = np.bincount(words.document[words.hashes == np.uint64(value)], minlength=words.texts)
             scores[:, column] += np.minimum(there, 3) / 3 + (there > 0)
     best = scores.argmax(1)
@@ -138,10 +121,9 @@ def _languages(words: Words, code: np.ndarray) -> list[str | None]:
 
 
 def _minified(words: Words, lines: Lines) -> np.ndarray:
-    lengths = lines.ends - lines.starts
     inside = np.concatenate([[0], np.cumsum(words.ends - words.starts)])
-    dense = inside[lines.after] - inside[lines.first] > 0.9 * lengths
-    return share(_sum(lines, lengths * (dense & (lengths > LONG_LINE))), np.diff(words.begins)) >= 0.5
+    dense = inside[lines.after] - inside[lines.first] > 0.9 * lines.lengths
+    return share(lines.characters(dense & (lines.lengths > LONG_LINE)), np.diff(words.begins)) >= 0.5
 
 
 def _generated(words: Words, lines: Lines) -> np.ndarray:
@@ -151,9 +133,8 @@ def _generated(words: Words, lines: Lines) -> np.ndarray:
     result = np.zeros(words.texts, bool)
     only = words.only
     for phrase in GENERATED:
-        at = find_phrase(only, phrase)
-        at = at[only.starts[at] < last[only.document[at]]]
-        result[only.document[at]] = True
+        at = only.find(phrase)
+        result |= only.texts_with(at[only.starts[at] < last[only.document[at]]])
     return result
 
 
@@ -185,7 +166,7 @@ def _licenses(texts: Texts) -> list[str | None]:
     words = texts.words.only
     result: list[str | None] = [None] * len(texts)
     for phrase, name in reversed(_WORDINGS):
-        for document in np.unique(words.document[find_phrase(words, phrase)]).tolist():
+        for document in np.unique(words.document[words.find(phrase)]).tolist():
             result[document] = name
     for number, text in enumerate(texts.texts):
         if result[number] in ("BSD", "GPL", "LGPL", "AGPL-3.0"):

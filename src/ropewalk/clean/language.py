@@ -13,18 +13,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ropewalk.clean.step import Texts
+from ropewalk.clean.step import Step, Texts
 from ropewalk.errors import UserError
 
 CHARACTERS = 3000
 """What is looked at of a text: its first ones."""
 
 
-class Language:
+class Language(Step):
     """The likeliest language of each text's beginning, and how likely it is."""
 
     name = "language"
-    version = 1
     attributes: Mapping[str, str] = {
         "language": f"ISO 639 code of the language of the first {CHARACTERS} characters; zxx is none, as "
         "in code and tables, and und is nothing to tell from",

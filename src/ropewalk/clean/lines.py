@@ -5,6 +5,7 @@ from functools import cached_property
 
 import numpy as np
 
+from ropewalk.clean.arrays import opens
 from ropewalk.clean.words import Words
 
 NEWLINE = 10
@@ -41,6 +42,16 @@ class Lines:
         document = self.document if which is None else self.document[which]
         return np.bincount(document, minlength=self.words.texts)
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64, in characters."""
+        return self.ends - self.starts
+
+    def characters(self, which: np.ndarray | None = None) -> np.ndarray:
+        """[texts] float64: how long the lines are together, or those for which `which` [lines] bool holds."""
+        lengths = self.lengths if which is None else self.lengths * which
+        return np.bincount(self.document, lengths, minlength=self.words.texts)
+
     @cached_property
     def first_character(self) -> np.ndarray:
         """uint32, of lines that are not blank: the first that is no white space."""
@@ -71,15 +82,10 @@ class Lines:
     @cached_property
     def repeated(self) -> np.ndarray:
         """bool: the same, letter by letter, is earlier in the same text."""
-        if not len(self.document):
-            return np.zeros(0, bool)
         hashes = self.words.hashes_between(self.starts, self.ends)
         order = np.lexsort((hashes, self.document))  # stable: the earlier first
-        equal = (hashes[order][1:] == hashes[order][:-1]) & (
-            self.document[order][1:] == self.document[order][:-1]
-        )
-        result = np.zeros(len(hashes), bool)
-        result[order[1:]] = equal
+        result = np.empty(len(hashes), bool)
+        result[order] = ~opens(hashes[order], self.document[order])
         return result
 
 

@@ -2,21 +2,21 @@
 
 import math
 from collections.abc import Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from ropewalk.clean.step import Texts
+from ropewalk.clean.step import Step, Texts
+from ropewalk.clean.text_model import TextModel
 from ropewalk.errors import UserError
 
 LONGEST_TOKEN = 16
 """Characters: text beyond so many for each token is not looked at."""
 
 
-class Perplexity:
+class Perplexity(Step):
     """Perplexity under a model of the user's choice, of the first tokens.
 
     Texts go through the model one by one: in a padded batch sums would be made in another order, and a text's
@@ -24,34 +24,23 @@ class Perplexity:
     """
 
     name = "perplexity"
-    version = 1
 
-    def __init__(self, source: str | Path, tokens: int = 512, device: str = "cpu") -> None:
+    def __init__(self, source: str | Path, tokens: int = 512) -> None:
         if tokens < 2:
             raise UserError(f"perplexity needs 2 tokens of a text or more; there are {tokens}")
-        self.source, self.tokens, self.device = str(source), tokens, device
-        self.attributes: Mapping[str, str] = {
-            "perplexity": f"exp of the mean loss of tokens 2 to {tokens} (fewer where the model has no "
+        self.tokens, self._model = tokens, TextModel(str(source))
+
+    @property
+    def attributes(self) -> Mapping[str, str]:
+        return {
+            "perplexity": f"exp of the mean loss of tokens 2 to {self.tokens} (fewer where the model has no "
             "room for them), by the model's own tokenizer; null "
             "where there are fewer than two",
             "bits_per_byte": "the same loss in bits for a byte of UTF-8: comparable between tokenizers",
         }
 
     def settings(self) -> Any:
-        from ropewalk.model import resolve_source
-        from ropewalk.model.source import source_fingerprint
-
-        return {"model": source_fingerprint(resolve_source(self.source)), "tokens": self.tokens}
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the model: another process reads its own."""
-        return {name: value for name, value in vars(self).items() if name != "_loaded"}
-
-    @cached_property
-    def _loaded(self) -> tuple[Any, Any]:
-        from ropewalk.model import load_model, load_tokenizer
-
-        return load_model(self.source, device=self.device), load_tokenizer(self.source)
+        return {"model": self._model.fingerprint(), "tokens": self.tokens}
 
     def map(self, texts: Texts) -> pa.Table:
         found = [self._score(text) for text in texts.texts]
@@ -64,7 +53,7 @@ class Perplexity:
         """(perplexity, bits per byte), rounded to six digits."""
         from ropewalk.evaluate.perplexity import score_documents
 
-        model, tokenizer = self._loaded
+        model, tokenizer = self._model.loaded
         count = min(self.tokens, model.context_length)
         text = text[: count * LONGEST_TOKEN].encode("utf-8", "replace").decode("utf-8")
         encoding = tokenizer(

@@ -15,8 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from ropewalk.clean.secrets import find_secrets
-from ropewalk.clean.spans import spans_of
-from ropewalk.clean.step import Texts
+from ropewalk.clean.step import Step, Texts, spans_of
 from ropewalk.clean.words import Words
 
 KINDS = ("email", "ip", "private_ip", "example_ip", "phone", "card", "iban", "secret")
@@ -24,11 +23,10 @@ Place = tuple[int, int, int, str]
 """text, start, end, kind"""
 
 
-class Pii:
+class Pii(Step):
     """Where there is personal data, and of which kind."""
 
     name = "pii"
-    version = 1
     attributes: Mapping[str, str] = {
         "pii": f"places of personal data and secrets; kinds: {', '.join(KINDS)}",
         "emails": "e-mail addresses, those of example domains (RFC 2606) left out",
@@ -38,9 +36,6 @@ class Pii:
         "ibans": "bank account numbers with valid check digits (ISO 13616)",
         "secrets": "keys of cloud services, private keys, tokens, random values assigned to such names",
     }
-
-    def settings(self) -> Any:
-        return None
 
     def map(self, texts: Texts) -> pa.Table:
         all_texts = list(texts.texts)
@@ -115,7 +110,7 @@ def _match_at(
             yield document, match
 
 
-_IPV4 = re.compile(r"(?<![\w.-])\d{1,3}\.\d{1,3}\.\d{1,3}\.\d{1,3}(?![\w-]|\.\w)")
+_IPV4 = re.compile(r"(?<![\w.-])[0-9]{1,3}\.[0-9]{1,3}\.[0-9]{1,3}\.[0-9]{1,3}(?![\w-]|\.\w)")
 _VERSION = re.compile(r"(?:version|release|section|chapter|python|[=<>~])\s{0,2}$", re.I)
 _DOCUMENTATION = [
     ipaddress.ip_network(name)

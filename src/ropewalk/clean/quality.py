@@ -2,14 +2,13 @@
 
 from collections.abc import Mapping
 from functools import cache
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from ropewalk.clean.lines import Lines, any_of, share
-from ropewalk.clean.step import Texts
-from ropewalk.clean.words import Words, words_of
+from ropewalk.clean.step import Step, Texts
+from ropewalk.clean.words import Words, hashes_of
 
 STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
 BULLETS = "•-*‣◦▪●"
@@ -19,11 +18,10 @@ MARKS, WIDE_MARKS = ".!?…", "。！？।۔؟"
 SHORT_LINE = 30
 
 
-class Quality:
+class Quality(Step):
     """Lengths, ratios and shares. Lines are those that are not blank; words are without symbols."""
 
     name = "quality"
-    version = 1
     attributes: Mapping[str, str] = {
         "characters": "characters",
         "bytes": "bytes of UTF-8",
@@ -43,9 +41,6 @@ class Quality:
         "sentences": "ends of sentences, by punctuation: crude where there are abbreviations",
     }
 
-    def settings(self) -> Any:
-        return None
-
     def map(self, texts: Texts) -> pa.Table:
         words, lines = texts.words, texts.lines.filled
         characters = np.diff(words.begins)
@@ -53,9 +48,6 @@ class Quality:
         hashes = np.fromiter((t.count("#") for t in texts.texts), np.int64, len(texts))
         ellipses = np.fromiter((t.count("...") + t.count("…") for t in texts.texts), np.int64, len(texts))
         counts, total = words.only.counts, lines.count()
-        repeated = np.bincount(
-            lines.document, (lines.ends - lines.starts) * lines.repeated, minlength=len(texts)
-        )
         columns = {
             "characters": characters,
             "bytes": np.fromiter(map(_bytes, texts.texts), np.int64, len(texts)),
@@ -69,8 +61,8 @@ class Quality:
             "bullet_lines": share(lines.count(any_of(lines.first_character, BULLETS)), total),
             "ellipsis_lines": share(lines.count(ends_with_ellipsis(lines)), total),
             "terminal_lines": share(lines.count(any_of(lines.last_character(), TERMINAL)), total),
-            "short_lines": share(lines.count(lines.ends - lines.starts <= SHORT_LINE), total),
-            "repeated_line_characters": share(repeated, characters - newlines),
+            "short_lines": share(lines.count(lines.lengths <= SHORT_LINE), total),
+            "repeated_line_characters": share(lines.characters(lines.repeated), characters - newlines),
             "newline_ratio": share(newlines, counts),
             "sentences": np.bincount(words.document[sentence_ends(words)], minlength=len(texts)),
         }
@@ -97,10 +89,8 @@ def _with_letter(words: Words) -> np.ndarray:
 def _stop_words(words: Words) -> np.ndarray:
     """[texts] how many different ones each text has."""
     found = np.zeros(words.texts, np.int64)
-    for value in words_of([" ".join(STOP_WORDS)]).hashes:
-        here = np.zeros(words.texts, bool)
-        here[words.document[words.hashes == value]] = True
-        found += here
+    for value in hashes_of(" ".join(STOP_WORDS)):
+        found += words.texts_with(words.hashes == value)
     return found
 
 
@@ -108,7 +98,7 @@ def ends_with_ellipsis(lines: Lines) -> np.ndarray:
     """bool, of lines that are not blank."""
     last = lines.last_character()
     dots = (last == ord(".")) & (lines.last_character(1) == ord(".")) & (lines.last_character(2) == ord("."))
-    return dots & (lines.ends - lines.starts >= 3) | (last == ord("…"))
+    return dots & (lines.lengths >= 3) | (last == ord("…"))
 
 
 def sentence_ends(words: Words) -> np.ndarray:

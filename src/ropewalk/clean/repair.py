@@ -13,7 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from ropewalk.clean.step import Texts
+from ropewalk.clean.step import Step, Texts
 from ropewalk.errors import UserError
 
 _ENDS = re.compile("\r\n?|[\x85\u2028\u2029]")
@@ -45,11 +45,10 @@ def _decoded_again(text: str) -> str:
     return "\n".join(line if line.isascii() else fix(line) for line in text.split("\n"))
 
 
-class Repair:
+class Repair(Step):
     """What `repair` would change, by kind."""
 
     name = "repair"
-    version = 1
     attributes: Mapping[str, str] = {
         "mojibake": "whether it has text that was decoded wrongly and that ftfy can undo",
         "controls": "control characters, byte order marks and lone surrogates",

@@ -7,13 +7,13 @@ paper says (datatrove goes on behind each one that it finds and so leaves out th
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from ropewalk.clean.lines import Lines, share
-from ropewalk.clean.step import Texts
+from ropewalk.clean.arrays import opens, shared
+from ropewalk.clean.lines import share
+from ropewalk.clean.step import Step, Texts
 from ropewalk.clean.words import Words, mix
 
 TOP = (2, 3, 4)
@@ -21,11 +21,10 @@ DUPLICATE = (5, 6, 7, 8, 9, 10)
 _STEP = np.uint64(0xD1342543DE82EF95)
 
 
-class Repetition:
+class Repetition(Step):
     """Shares of lines and paragraphs that were there before, and of characters in repeated n-grams."""
 
     name = "repetition"
-    version = 1
     attributes: Mapping[str, str] = {
         "duplicate_lines": "share of lines (blank ones aside) that were there before",
         "duplicate_line_characters": "share of characters in lines that were there before",
@@ -38,26 +37,17 @@ class Repetition:
         },
     }
 
-    def settings(self) -> Any:
-        return None
-
     def map(self, texts: Texts) -> pa.Table:
         characters = np.diff(texts.words.begins)
         columns = {}
         for kind, lines in (("line", texts.lines.filled), ("paragraph", texts.lines.paragraphs)):
             columns[f"duplicate_{kind}s"] = share(lines.count(lines.repeated), lines.count())
-            columns[f"duplicate_{kind}_characters"] = share(_characters(lines), characters)
+            repeated = lines.characters(lines.repeated)
+            columns[f"duplicate_{kind}_characters"] = share(repeated, characters)
         for n, found in _ngram_characters(texts.words).items():
             name = f"top_{n}gram_characters" if n in TOP else f"duplicate_{n}gram_characters"
             columns[name] = share(found, characters)
         return pa.table(columns)
-
-
-def _characters(lines: Lines) -> np.ndarray:
-    """[texts] characters in repeated lines."""
-    return np.bincount(
-        lines.document, (lines.ends - lines.starts) * lines.repeated, minlength=lines.words.texts
-    )
 
 
 def _ngram_characters(words: Words) -> dict[int, np.ndarray]:
@@ -94,16 +84,13 @@ class _Groups:
 
     def __init__(self, hashes: np.ndarray, places: np.ndarray) -> None:
         order = np.argsort(hashes)
-        ordered = hashes[order]
-        equal = ordered[1:] == ordered[:-1]
-        inside = np.zeros(len(hashes), bool)
-        inside[1:] |= equal
-        inside[:-1] |= equal
+        opening = opens(hashes[order])
+        inside = shared(opening)
         members = order[inside]
-        opens = np.flatnonzero(np.diff(ordered[inside], prepend=~ordered[inside][:1]))
-        heads = np.minimum.reduceat(members, opens) if len(members) else members
+        begins = np.flatnonzero(opening[inside])
+        heads = np.minimum.reduceat(members, begins) if len(members) else members
         self.first = places[heads]
-        self.size = np.diff(opens, append=len(members))
+        self.size = np.diff(begins, append=len(members))
         chosen = np.zeros(len(hashes), bool)
         chosen[members] = True
         self.frequent = np.flatnonzero(chosen)

@@ -113,19 +113,24 @@ def parsed(expression: str) -> Any:
         raise UserError('rules need an extra: pip install "ropewalk[data]"') from error
     with duckdb.connect() as connection:
         found = connection.execute("select json_serialize_sql(?)", [f"select {expression}"]).fetchone()
-    return json.loads(found[0]) if found else {"error": True}
+    try:
+        return json.loads(found[0]) if found else {"error": True}
+    except RecursionError:
+        return {"error": True, "error_message": "too many parts are nested in each other"}
 
 
 @cache
-def columns_of(expression: str) -> frozenset[str]:
-    """The attributes that an expression over one row asks for, by DuckDB's own parser.
+def columns_of(expression: str, name: str = "rule") -> frozenset[str]:
+    """The attributes that an expression over one row asks for, by DuckDB's own parser. `name` is what
+    messages call it.
 
     Raises UserError where it is no expression, or has a subquery, an aggregate, a window, or a function that
     is not in FUNCTIONS (random numbers, files, time).
     """
+    said = f"{name} {expression!r}"
     tree = parsed(expression)
     if tree["error"]:
-        raise UserError(f"rule {expression!r}: {tree.get('error_message', 'cannot be read')}")
+        raise UserError(f"{said}: {tree.get('error_message', 'cannot be read')}")
     node = tree["statements"][0]["node"]
     alone = (
         len(tree["statements"]) == 1
@@ -135,37 +140,36 @@ def columns_of(expression: str) -> frozenset[str]:
         and not (node["modifiers"] or node["where_clause"] or node["group_expressions"] or node["having"])
         and not (node["qualify"] or node["cte_map"]["map"])
     )
-    if not alone or node["select_list"][0]["alias"]:
-        raise UserError(f"rule {expression!r}: it must be one expression, such as words >= 50")
+    # A semicolon at the end would stand inside of what the expression is put into.
+    if not alone or node["select_list"][0]["alias"] or expression.rstrip().endswith(";"):
+        raise UserError(f"{said}: it must be one expression, such as words >= 50")
     columns: set[str] = set()
-    _walk(node["select_list"][0], expression, frozenset(), columns)
+    _walk(node["select_list"][0], said, frozenset(), columns)
     return frozenset(columns)
 
 
-def _walk(node: Any, expression: str, own: frozenset[str], columns: set[str]) -> None:
+def _walk(node: Any, said: str, own: frozenset[str], columns: set[str]) -> None:
     """`own` are the parameters of the lambdas around the node."""
     if isinstance(node, list):
         for part in node:
-            _walk(part, expression, own, columns)
+            _walk(part, said, own, columns)
     if not isinstance(node, dict):
         return
     kind = node.get("class")
     if kind is not None and kind not in _CLASSES:
-        raise UserError(f"rule {expression!r}: {kind.lower()} is not allowed; a rule looks at one text alone")
+        raise UserError(f"{said}: {kind.lower()} is not allowed; a rule looks at one text alone")
     if kind == "FUNCTION" and node["function_name"].lower() not in FUNCTIONS:
         names = ", ".join(sorted(name for name in FUNCTIONS if name[0].isalpha()))
-        raise UserError(
-            f"rule {expression!r}: the function {node['function_name']} is not allowed; there are {names}"
-        )
+        raise UserError(f"{said}: the function {node['function_name']} is not allowed; there are {names}")
     if kind == "COLUMN_REF" and node["column_names"][0] not in own:
         columns.add(node["column_names"][0])
     if kind == "LAMBDA":
         heads: set[str] = set()
-        _walk(node["lhs"], expression, frozenset(), heads)
-        _walk(node["expr"], expression, own | heads, columns)
+        _walk(node["lhs"], said, frozenset(), heads)
+        _walk(node["expr"], said, own | heads, columns)
     elif kind != "CONSTANT":
         for value in node.values():
-            _walk(value, expression, own, columns)
+            _walk(value, said, own, columns)
 
 
 def steps_for(rules: Iterable[Rule], steps: Sequence[Step], others: Collection[str] = ()) -> list[Step]:
@@ -180,7 +184,7 @@ def steps_for(rules: Iterable[Rule], steps: Sequence[Step], others: Collection[s
             elif column not in others:
                 known = sorted([*said, *others])
                 close = get_close_matches(column, known, 1)
-                hint = f"; did you mean {close[0]}?" if close else ""
+                hint = f"; did you mean {close[0]}?" if close else "."
                 raise UserError(
                     f"rule {rule.expression!r}: unknown attribute {column}{hint} There is {', '.join(known)}"
                 )

@@ -9,15 +9,13 @@ them, and nothing is dropped unless a recipe says so. The lists are short, Engli
 
 import codecs
 from collections.abc import Mapping
-from functools import cache
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from ropewalk.clean.lines import share
-from ropewalk.clean.step import Texts
-from ropewalk.clean.words import words_of
+from ropewalk.clean.step import Step, Texts
+from ropewalk.clean.words import hashes_of
 
 _ROT13 = {  # so that nobody has to read them in passing; anybody can: codecs.decode(text, "rot13")
     "profanity": (
@@ -48,13 +46,13 @@ IDENTITY = (
     "immigrants refugee refugees disabled blind deaf autistic elderly"
 )
 """Names of groups of people, none of them bad: who is spoken of at all, before and after a filter."""
+LISTS = {**{name: codecs.decode(text, "rot13") for name, text in _ROT13.items()}, "identity": IDENTITY}
 
 
-class Screening:
+class Screening(Step):
     """Words of each list for 1,000 words of the text."""
 
     name = "screening"
-    version = 1
     attributes: Mapping[str, str] = {
         "profanity": "swear words for 1,000 words (English; by a list, which knows no context)",
         "sexual": "sexual words for 1,000 words (likewise)",
@@ -63,19 +61,10 @@ class Screening:
         "identity": "neutral names of groups of people for 1,000 words: to see whom a filter takes away",
     }
 
-    def settings(self) -> Any:
-        return None
-
     def map(self, texts: Texts) -> pa.Table:
         words = texts.words.only
         columns = {}
-        for name, hashes in _hashes().items():
-            found = words.document[np.isin(words.hashes, hashes)]
+        for name, listed in LISTS.items():
+            found = words.document[np.isin(words.hashes, hashes_of(listed))]
             columns[name] = share(1000 * np.bincount(found, minlength=len(texts)), words.counts)
         return pa.table(columns)
-
-
-@cache
-def _hashes() -> dict[str, np.ndarray]:
-    lists = {name: codecs.decode(text, "rot13") for name, text in _ROT13.items()}
-    return {name: words_of([text]).hashes for name, text in {**lists, "identity": IDENTITY}.items()}

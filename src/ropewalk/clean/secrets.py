@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from ropewalk.clean.words import Words, words_of
+from ropewalk.clean.words import Words, hashes_of
 
 _KEYS = {  # fixed beginning -> the whole, as the issuers' documentation describes them
     "AKIA": r"AKIA[A-Z2-7]{16}(?![A-Za-z0-9])",
@@ -55,7 +55,7 @@ def find_secrets(texts: list[str], words: Words) -> Iterator[tuple[int, int, int
                 yield from ((number, *match.span()) for match in pattern.finditer(text))
         if "PRIVATE KEY" in text:
             yield from ((number, *place) for place in _blocks(text))
-    names = np.flatnonzero(np.isin(words.hashes, words_of([NAMES]).hashes))
+    names = np.flatnonzero(np.isin(words.hashes, hashes_of(NAMES)))
     for document, place in zip(
         words.document[names].tolist(),
         (words.starts - words.begins[words.document])[names].tolist(),

@@ -5,9 +5,10 @@ other also has `reduce`, which sees what its `map` wrote of all parts of the dat
 elsewhere, by expressions over the attributes.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +18,25 @@ from ropewalk.clean.words import Words, words_of
 
 SPANS = pa.list_(pa.struct({"start": pa.int32(), "end": pa.int32(), "kind": pa.string()}))
 """Type of an attribute that names places: characters start to end of a text, in order, none in two."""
+
+
+def spans_of(
+    texts: int,
+    document: np.ndarray,
+    starts: np.ndarray,
+    ends: np.ndarray,
+    kinds: np.ndarray,
+    names: Sequence[str],
+) -> pa.Array:
+    """[texts] SPANS of places that are in order: text `document`, characters `starts` to `ends` of it, and
+    kind names[kinds]; all [n] integers."""
+    kind = pa.DictionaryArray.from_arrays(pa.array(kinds, pa.int32()), pa.array(names, pa.string()))
+    values = pa.StructArray.from_arrays(
+        [pa.array(starts, pa.int32()), pa.array(ends, pa.int32()), kind.cast(pa.string())],
+        fields=list(SPANS.value_type),
+    )
+    offsets = np.searchsorted(document, np.arange(texts + 1)).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), values, type=SPANS)
 
 
 class Texts:
@@ -41,21 +61,24 @@ class Texts:
         return lines_of(self.words)
 
 
-class Step(Protocol):
+class Step(ABC):
     """`attributes` is name -> one line that says what it is, with its unit. `settings`, JSON-able, and
     `version` are all that the result depends on, apart from the texts."""
 
+    version = 1
+
     @property
+    @abstractmethod
     def name(self) -> str: ...
 
     @property
-    def version(self) -> int: ...
-
-    @property
+    @abstractmethod
     def attributes(self) -> Mapping[str, str]: ...
 
-    def settings(self) -> Any: ...
+    def settings(self) -> Any:
+        return None
 
+    @abstractmethod
     def map(self, texts: Texts) -> pa.Table:
         """One row for each text, in order; the same whatever else is in the batch."""
 
@@ -79,9 +102,9 @@ class Parts(Protocol):
         """Some texts of a part: for checking candidates."""
 
 
-@runtime_checkable
-class Joined(Step, Protocol):
+class Joined(Step):
     """A step that compares texts with each other."""
 
+    @abstractmethod
     def reduce(self, parts: Parts) -> Iterator[pa.Table]:
         """The attributes of each part in turn, a row for each text; memory is not that of the texts."""

@@ -5,11 +5,11 @@ Anything that gives a row of length 1 for each text will do in their place.
 
 import re
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from ropewalk.clean.text_model import TextModel
 from ropewalk.clean.words import mix
 
 Vectors = Callable[[Sequence[str]], np.ndarray]
@@ -56,37 +56,23 @@ class CharacterNgrams:
 class ModelVectors:
     """The mean of a language model's last hidden states over a text's first 512 tokens.
 
-    Of fewer where the model has no room for them. `source` and `device` are as `load_model` takes them; the
-    model is loaded when the first text comes. Texts go through it one by one, so that no vector depends on
-    its neighbours. (A model that was trained for
-    embeddings tells paraphrases far better than one that was not.)
+    Of fewer where the model has no room for them. `source` is as `load_model` takes it. Texts go through the
+    model one by one, so that no vector depends on its neighbours. (A model that was trained for embeddings
+    tells paraphrases far better than one that was not.)
     """
 
-    def __init__(self, source: str, device: str = "cpu") -> None:
-        self.source, self.device = source, device
+    def __init__(self, source: str) -> None:
+        self._model = TextModel(source)
 
     def settings(self) -> Any:
-        from ropewalk.model import resolve_source
-        from ropewalk.model.source import source_fingerprint
-
-        return source_fingerprint(resolve_source(self.source))
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the model: another process reads its own."""
-        return {"source": self.source, "device": self.device}
-
-    @cached_property
-    def _loaded(self) -> tuple[Any, Any]:
-        from ropewalk.model import load_model, load_tokenizer
-
-        return load_model(self.source, device=self.device).eval(), load_tokenizer(self.source)
+        return self._model.fingerprint()
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         if not texts:
             return np.zeros((0, 1), np.float32)
         import torch
 
-        model, tokenizer = self._loaded
+        model, tokenizer = self._model.loaded
         means = []
         for text in texts:
             ids = tokenizer.encode(text)[: min(512, model.context_length)] or [0]

@@ -95,6 +95,22 @@ class Words:
         first = np.flatnonzero(self.document[:size] == self.document[n - 1 :])
         return mix(rolled[first]), first
 
+    def find(self, phrase: str) -> np.ndarray:
+        """Numbers of the words with which the phrase begins, whatever the case and the white space. Symbols
+        in it or between its words must be those of the phrase."""
+        wanted = hashes_of(phrase)
+        found = np.flatnonzero(self.hashes == wanted[0])
+        found = found[found + len(wanted) <= len(self)]
+        for place, value in enumerate(wanted[1:], 1):
+            found = found[self.hashes[found + place] == value]
+        return found[self.document[found] == self.document[found + len(wanted) - 1]]
+
+    def texts_with(self, which: np.ndarray) -> np.ndarray:
+        """[texts] bool: the text has some of these words; `which` is what chooses them of [n]."""
+        found = np.zeros(self.texts, bool)
+        found[self.document[which]] = True
+        return found
+
 
 def words_of(texts: Sequence[str]) -> Words:
     """Case folded, all texts at once: about 100 MB of text a second. Lone surrogates count as symbols."""
@@ -110,6 +126,12 @@ def words_of(texts: Sequence[str]) -> Words:
     starts, ends, hashes, symbol = (np.concatenate(part) for part in zip(*parts, strict=True))
     document = np.repeat(np.arange(len(texts)), np.diff(np.searchsorted(starts, begins)))
     return Words(codes, begins, document, starts, ends, hashes, symbol)
+
+
+@cache
+def hashes_of(text: str) -> np.ndarray:
+    """[n] uint64, of the words and symbols of a constant text. Kept, and not to be changed."""
+    return words_of([text]).hashes
 
 
 def _cuts(begins: np.ndarray) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Looking at data. In: prepared or judged documents (data.View). Out: a page, tables, documents, comparisons.
 
-May import: data, clean, files, errors.
+May import: numpy, pyarrow, jinja2, data, clean, files, errors.
 """
 
 from ropewalk.look.make import profile

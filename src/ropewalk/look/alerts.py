@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
-from ropewalk.look.html import percent
+from ropewalk.look.figures import percent
 
 Level = Literal["problem", "warning", "note"]
 LEVELS: Mapping[Level, int] = {"problem": 0, "warning": 1, "note": 2}
@@ -43,7 +43,9 @@ def _validation(account: Mapping[str, Any]) -> Iterator[Alert]:
         text = f"{share:.1%} of the validation documents ({leaked:,}) are also in training, word for word."
         yield Alert("problem", share, text)
     if 0 < validation < 20:
-        yield Alert("warning", 0.5, f"There are only {validation:,} validation documents.")
+        are = "is" if validation == 1 else "are"
+        text = f"There {are} only {_count(validation, 'validation document')}."
+        yield Alert("warning", 0.5, text)
 
 
 def _rules(account: Mapping[str, Any]) -> Iterator[Alert]:
@@ -141,11 +143,13 @@ def _attributes(account: Mapping[str, Any]) -> Iterator[Alert]:
                 yield Alert("warning", 1 - first[1], f"The language is mixed: {said}.")
     edited = {edit["kind"] for edit in account["edits"]}
     for places in account["places"]:
-        kinds = {kind: n for kind, n in places["kinds"].items() if kind not in edited}
+        left = places["kept"]
+        kinds = {kind: n for kind, n in left["kinds"].items() if kind not in edited}
         if kinds:
             said = ", ".join(f"{n:,} {kind}" for kind, n in sorted(kinds.items(), key=lambda i: -i[1])[:4])
-            share = places["documents"] / max(account["documents"], 1)
-            text = f"{places['name']}: found in {share:.1%} of the documents, and left as it is ({said})."
+            share = left["documents"] / max(account["kept"], 1)
+            where = f"{percent(share, 1)} of the documents that are kept"
+            text = f"{places['name']}: found in {where}, and left as it is ({said})."
             yield Alert("warning" if share >= 0.01 else "note", share, text)
 
 

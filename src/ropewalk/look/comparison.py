@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from ropewalk.clean.arrays import opens, within
 from ropewalk.clean.words import mix
 from ropewalk.data.view import View
 from ropewalk.look.samples import Wanted
@@ -37,9 +38,7 @@ class Side:
         tables = [view.table(i, ["hash", "kept", "verdict"]) for i in range(len(view.parts))]
         table = pa.concat_tables(tables)
         hashes, kept = table["hash"].to_numpy(), table["kept"].to_numpy(zero_copy_only=False).astype(bool)
-        verdict = table["verdict"].combine_chunks().dictionary_encode()
-        if isinstance(verdict, pa.ChunkedArray):
-            verdict = verdict.combine_chunks()
+        verdict = table["verdict"].dictionary_encode().combine_chunks()
         codes = verdict.indices.fill_null(-1).to_numpy(zero_copy_only=False)
         keys = np.zeros(len(hashes), np.uint64)
         keys[kept] = hashes[kept] + mix(_copies(hashes[kept]))
@@ -49,12 +48,8 @@ class Side:
 def _copies(hashes: np.ndarray) -> np.ndarray:
     """[n] uint64: how many equal ones are before each."""
     order = np.argsort(hashes, kind="stable")
-    ordered = hashes[order]
-    opens = np.ones(len(hashes), bool)
-    np.not_equal(ordered[1:], ordered[:-1], out=opens[1:])
-    first = np.maximum.accumulate(np.where(opens, np.arange(len(hashes)), 0))
     result = np.empty(len(hashes), np.uint64)
-    result[order] = np.arange(len(hashes)) - first
+    result[order] = within(np.diff(np.flatnonzero(opens(hashes[order])), append=len(hashes)))
     return result
 
 
@@ -134,24 +129,19 @@ def _only(here: Side, there: Side, which: np.ndarray, changed: np.ndarray) -> di
     numbers = np.flatnonzero(which)
     reasons = _why(here.hashes[numbers], there)
     reasons[(reasons == NOT_READ) & changed[numbers]] = CHANGED
-    wanted, groups = Wanted(here.view), []
+    wanted, why = Wanted(here.view), []
     for reason in np.unique(reasons).tolist():
         chosen = numbers[reasons == reason]
         some = chosen[np.argsort(here.hashes[chosen], kind="stable")[:SAMPLES]]
-        groups.append((reason, chosen, some))
-        for number in some.tolist():
-            wanted.want(*here.view.place(number))
-    wanted.read()
-    why = [
-        {
+        group = {
             "why": reason,
             "documents": len(chosen),
             "tokens": int(here.tokens[chosen].sum()),
             "sources": _by_source(here.view, chosen),
             "samples": [wanted.sample(*here.view.place(number)) for number in some.tolist()],
         }
-        for reason, chosen, some in groups
-    ]
+        why.append(group)
+    wanted.read()
     why.sort(key=lambda group: (-group["documents"], group["why"]))
     return {"documents": len(numbers), "tokens": int(here.tokens[numbers].sum()), "why": why}
 

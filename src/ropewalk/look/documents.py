@@ -62,7 +62,7 @@ def look(view: View, question: Question, count: int = 5, seed: int = 0) -> dict[
         matching += len(rows)
         if len(rows):
             hashes = view.table(i, ["hash"])["hash"].to_numpy()[rows]
-            order = mix(hashes ^ mix(np.array([seed], np.uint64)))
+            order = mix(hashes ^ mix(np.array([seed % 2**64], np.uint64)))
             best = np.argsort(order, kind="stable")[:count]
             found += [(int(order[k]), i, int(rows[k])) for k in best]
             found = sorted(found)[:count]
@@ -74,10 +74,10 @@ def _columns(view: View, question: Question) -> list[str]:
     """What is shown of each document."""
     asked: set[str] = set()
     if question.where is not None:
-        asked = set(columns_of(question.where))
+        asked = set(columns_of(question.where, "--where"))
         for name in sorted(asked - set(view.known)):
             close = get_close_matches(name, view.known, 1)
-            hint = f"; did you mean {close[0]}?" if close else ""
+            hint = f"; did you mean {close[0]}?" if close else "."
             raise UserError(f"--where: unknown column {name}{hint} There is {', '.join(view.known)}")
     names = (question.rule, question.without)
     for rule in (rule for rule in view.rules if rule["rule"] in names):

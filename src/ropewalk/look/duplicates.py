@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from ropewalk.clean.arrays import opens
 from ropewalk.data.view import View
 
 SHOWN = 5
@@ -73,9 +74,7 @@ class Duplicates:
 def _groups(keys: np.ndarray, numbers: np.ndarray, exact: bool) -> list[dict[str, Any]]:
     """Equal keys together, the largest groups first; their members in the order of `numbers` [n]."""
     order = np.argsort(keys, kind="stable")
-    starts = (
-        np.flatnonzero(np.concatenate([[True], keys[order][1:] != keys[order][:-1]])) if len(keys) else order
-    )
+    starts = np.flatnonzero(opens(keys[order]))
     sizes = np.diff(np.append(starts, len(keys)))
     big = [i for i in np.lexsort((starts, -sizes))[:SHOWN].tolist() if sizes[i] > 1]
     members: Sequence[np.ndarray] = [numbers[order[starts[i] : starts[i] + sizes[i]]] for i in big]

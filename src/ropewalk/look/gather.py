@@ -3,6 +3,7 @@ made of."""
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,8 @@ import numpy as np
 from ropewalk.clean.rules import columns_of
 from ropewalk.data.view import View
 from ropewalk.look.duplicates import Duplicates
-from ropewalk.look.samples import Wanted, reasons
-from ropewalk.look.sketch import Frequent, Quantiles, log_edges, octaves
+from ropewalk.look.samples import Place, Wanted, reasons
+from ropewalk.look.sketch import Frequent, Quantiles, octaves
 from ropewalk.look.thresholds import thresholds
 from ropewalk.look.total import Numbers, Total
 from ropewalk.look.unit import NGRAM, ProfileUnit
@@ -31,11 +32,8 @@ def gather(view: View, tasks: Sequence[ProfileUnit], packing: str) -> dict[str, 
         everything.add(i, account)
         sources[part.source].add(i, account)
     duplicates, wanted = Duplicates.of(view), Wanted(view)
-    clusters = duplicates.clusters()
-    _want(view, everything, clusters, wanted)
-    wanted.read()
     report, limits = view.report, _limits(view)
-    return {
+    found = {
         "format": FORMAT,
         "folder": view.folder.name if view.folder else "",
         "packing": packing,
@@ -63,7 +61,12 @@ def gather(view: View, tasks: Sequence[ProfileUnit], packing: str) -> dict[str, 
             for name, counts in everything.words.items()
         ],
         "places": [
-            {"name": name, "what": view.attributes.get(name, ""), **found, "kinds": dict(found["kinds"])}
+            {
+                "name": name,
+                "what": view.attributes.get(name, ""),
+                **vars(found["read"]),
+                "kept": vars(found["kept"]),
+            }
             for name, found in everything.places.items()
         ],
         "lines": _repeated(everything.lines),
@@ -71,7 +74,7 @@ def gather(view: View, tasks: Sequence[ProfileUnit], packing: str) -> dict[str, 
         "duplicates": {
             "again": int(duplicates.again.sum()),
             "in_validation_and_training": duplicates.leaked(),
-            "clusters": [_cluster(view, cluster, wanted) for cluster in clusters],
+            "clusters": [_cluster(view, cluster, wanted) for cluster in duplicates.clusters()],
         },
         "wrong": {
             **everything.wrong,
@@ -80,23 +83,8 @@ def gather(view: View, tasks: Sequence[ProfileUnit], packing: str) -> dict[str, 
         "edits": [_edit(what, found, wanted) for what, found in sorted(everything.edits.items())],
         "samples": report["samples"],
     }
-
-
-def _want(view: View, everything: Total, clusters: Sequence[Mapping[str, Any]], wanted: Wanted) -> None:
-    for numbers in everything.numbers.values():
-        for _, part, row in (*numbers.low, *numbers.high):
-            wanted.want(part, row)
-    for rows in everything.dropped_rows.values():
-        for _, part, row in rows:
-            wanted.want(part, row)
-    for found in everything.edits.values():
-        for part, row, _, _ in found["rows"]:
-            wanted.want(part, row)
-    for part, row in everything.mojibake:
-        wanted.want(part, row)
-    for cluster in clusters:
-        for number in cluster["numbers"]:
-            wanted.want(*view.place(number))
+    wanted.read()
+    return found
 
 
 def _fate(
@@ -184,8 +172,8 @@ def _rule(
     columns = sorted(columns_of(rule["keeps"]))
     samples = []
     for _, part, row in everything.dropped_rows.get(rule["rule"], ()):
-        values = wanted.values(part, row, columns)
-        marks = reasons(wanted.text(part, row), columns, values)
+        values = view.table(part, columns).slice(row, 1).to_pylist()[0] if columns else {}
+        marks = partial(reasons, columns=columns, values=values)
         said = {
             name: len(value) if isinstance(value, list) else value
             for name, value in view.named(values).items()
@@ -257,7 +245,7 @@ def _edges(read: Quantiles, limits: Sequence[float]) -> tuple[np.ndarray, bool]:
     if read.min >= 0 and middle > 0 and read.max > max(50 * middle, 10):
         inside = [limit for limit in limits if limit > 0]
         low = max(min([low, *inside]), middle / 1e3)
-        return log_edges(low, max([read.max, *inside]) * 1.01, BINS), True
+        return np.geomspace(low, max([read.max, *inside]) * 1.01, BINS + 1), True
     low, high = min([low, *limits]), max([high, *(limit * 1.1 for limit in limits)])
     return np.linspace(low, high if high > low else low + 1, BINS + 1), False
 
@@ -282,5 +270,11 @@ def _cluster(view: View, cluster: Mapping[str, Any], wanted: Wanted) -> dict[str
 
 def _edit(what: str, found: Mapping[str, Any], wanted: Wanted) -> dict[str, Any]:
     action, _, kind = what.partition(" ")
-    samples = [wanted.sample(part, row, [(start, end)]) for part, row, start, end in found["rows"]]
+    samples = [
+        wanted.sample(part, row, partial(_place, start, end)) for part, row, start, end in found["rows"]
+    ]
     return {"action": action, "kind": kind, **found, "rows": None, "samples": samples}
+
+
+def _place(start: int, end: int, text: str) -> list[Place]:
+    return [(start, end)]

@@ -1,7 +1,7 @@
 """Documents to look at: the beginning of each, or the part where something is, with the places marked."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,8 @@ _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u206
 """Control characters, what turns the direction of writing around, and halves of characters."""
 Place = tuple[int, int]
 """Characters start to end of a text."""
+Marks = Callable[[str], Iterable[Place]]
+"""Places in a text that are to be marked."""
 
 
 def visible(text: str) -> str:
@@ -88,32 +90,23 @@ def _ngrams(text: str, n: int, most: bool) -> list[Place]:
 
 
 class Wanted:
-    """Documents that are to be shown: asked for one by one, read all at once, each part's in one go."""
+    """Documents that are to be shown: asked for one by one, and filled in together, each part's in one go."""
 
     def __init__(self, view: View) -> None:
         self.view = view
-        self._places: set[tuple[int, int]] = set()
-        self._texts: dict[tuple[int, int], tuple[str, str]] = {}
+        self._asked: dict[int, list[tuple[int, dict[str, Any], Marks]]] = {}
+        """part -> (row, what to fill in, where in its text)"""
 
-    def want(self, part: int, row: int) -> None:
-        self._places.add((part, row))
+    def sample(self, part: int, row: int, marks: Marks = lambda text: (), **more: Any) -> dict[str, Any]:
+        """What `read` will fill in before `more`; `marks` is given the text."""
+        entry: dict[str, Any] = {"id": "", "source": self.view.parts[part].source, **shown(""), **more}
+        self._asked.setdefault(part, []).append((row, entry, marks))
+        return entry
 
     def read(self) -> None:
-        by_part: dict[int, list[int]] = {}
-        for part, row in sorted(self._places):
-            by_part.setdefault(part, []).append(row)
-        for part, rows in by_part.items():
-            for row, record in zip(rows, self.view.parts[part].read().at(np.array(rows)), strict=True):
-                self._texts[part, row] = record.id, record.plain
-
-    def text(self, part: int, row: int) -> str:
-        return self._texts[part, row][1]
-
-    def sample(self, part: int, row: int, marks: Iterable[Place] = (), **more: Any) -> dict[str, Any]:
-        id, text = self._texts[part, row]
-        return {"id": id, "source": self.view.parts[part].source, **shown(text, marks), **more}
-
-    def values(self, part: int, row: int, names: Sequence[str]) -> dict[str, Any]:
-        if not names:
-            return {}
-        return self.view.table(part, names).slice(row, 1).to_pylist()[0]
+        for part, asked in self._asked.items():
+            rows = np.unique([row for row, _, _ in asked])
+            records = dict(zip(rows.tolist(), self.view.parts[part].read().at(rows), strict=True))
+            for row, entry, marks in asked:
+                text = records[row].plain
+                entry.update(id=records[row].id, **shown(text, marks(text)))

@@ -35,25 +35,34 @@ class Quantiles:
     def add(self, values: np.ndarray) -> None:
         """[n] of any numeric type."""
         values = np.asarray(values, dtype=np.float64)
-        known = values[np.isfinite(values)]
-        self.unknown += len(values) - len(known)
-        self._take(*np.unique(known, return_counts=True))
+        known, counts = np.unique(values[np.isfinite(values)], return_counts=True)
+        count = int(counts.sum())
+        self.unknown += len(values) - count
+        if count:
+            whole = bool((known == np.round(known)).all())
+            self._reckon(count, float(known @ counts), float(known[0]), float(known[-1]), whole)
+            self._put(known, counts)
 
-    def _take(self, values: np.ndarray, counts: np.ndarray) -> None:
-        if not len(values):
-            return
-        self.count += int(counts.sum())
-        self.whole = self.whole and bool((values == np.round(values)).all())
-        self.sum += float(values @ counts)
-        self.min, self.max = min(self.min, float(values[0])), max(self.max, float(values[-1]))
-        if self.values is not None:
-            for value, count in zip(values.tolist(), counts.tolist(), strict=True):
-                self.values[value] = self.values.get(value, 0) + count
-            if len(self.values) > EXACT:
-                exact, self.values = self.values, None
-                self._bin(np.array([*exact]), np.array([*exact.values()]))
-        else:
+    def _reckon(self, count: int, total: float, low: float, high: float, whole: bool) -> None:
+        self.count += count
+        self.sum += total
+        self.min, self.max = min(self.min, low), max(self.max, high)
+        self.whole = self.whole and whole
+
+    def _put(self, values: np.ndarray, counts: np.ndarray) -> None:
+        if self.values is None:
             self._bin(values, counts)
+            return
+        for value, count in zip(values.tolist(), counts.tolist(), strict=True):
+            self.values[value] = self.values.get(value, 0) + count
+        if len(self.values) > EXACT:
+            self._widen()
+
+    def _widen(self) -> None:
+        """From values to bins."""
+        if self.values is not None:
+            exact, self.values = self.values, None
+            self._bin(np.array([*exact]), np.array([*exact.values()], np.int64))
 
     def _bin(self, values: np.ndarray, counts: np.ndarray) -> None:
         size = np.abs(values)
@@ -63,22 +72,14 @@ class Quantiles:
             self.bins[key] = self.bins.get(key, 0) + count
 
     def merge(self, other: "Quantiles") -> None:
-        if other.values is not None:
-            count, total = self.count + other.count, self.sum + other.sum
-            ordered = sorted(other.values.items())
-            self._take(np.array([v for v, _ in ordered]), np.array([n for _, n in ordered], np.int64))
-            self.count, self.sum = count, total
-        else:
-            if self.values is not None:
-                exact, self.values = self.values, None
-                if exact:
-                    self._bin(np.array([*exact]), np.array([*exact.values()]))
-            for key, n in other.bins.items():
-                self.bins[key] = self.bins.get(key, 0) + n
-            self.count, self.sum = self.count + other.count, self.sum + other.sum
-            self.whole = self.whole and other.whole
-            self.min, self.max = min(self.min, other.min), max(self.max, other.max)
+        self._reckon(other.count, other.sum, other.min, other.max, other.whole)
         self.unknown += other.unknown
+        if other.values is not None:
+            self._put(np.array([*other.values]), np.array([*other.values.values()], np.int64))
+            return
+        self._widen()
+        for key, n in other.bins.items():
+            self.bins[key] = self.bins.get(key, 0) + n
 
     def _pieces(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(low, high, count) of the bins, ascending; of an exact value low is high."""
@@ -147,10 +148,8 @@ class Quantiles:
     def dump(self) -> dict[str, Any]:
         values = None if self.values is None else sorted(self.values.items())
         bins = [[*key, n] for key, n in sorted(self.bins.items())]
-        return {**vars(self), "values": values, "bins": bins} | self._ends()
-
-    def _ends(self) -> dict[str, Any]:
-        return {"min": self.min if self.count else None, "max": self.max if self.count else None}
+        ends = {} if self.count else {"min": None, "max": None}  # infinity is not JSON
+        return {**vars(self), "values": values, "bins": bins, **ends}
 
     @classmethod
     def load(cls, dumped: Mapping[str, Any]) -> "Quantiles":
@@ -252,11 +251,6 @@ class Frequent:
         found.counts = np.array(dumped["counts"], np.int64)
         found.examples = {value: text for value, text in dumped["examples"]}
         return found
-
-
-def log_edges(low: float, high: float, bins: int) -> np.ndarray:
-    """[bins + 1] ascending from low to high, each as many times the one before."""
-    return np.geomspace(low, high, bins + 1)
 
 
 def octaves(low: float, high: float) -> np.ndarray:

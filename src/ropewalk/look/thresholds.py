@@ -1,5 +1,6 @@
 """The numbers to which a rule compares an attribute, for drawing them."""
 
+from math import isfinite
 from typing import Any
 
 from ropewalk.clean.rules import parsed
@@ -34,7 +35,8 @@ def _number(node: dict[str, Any]) -> float | None:
         return None
     literal, constant = node.get("literal"), node.get("value")
     if isinstance(literal, dict) and literal.get("kind") in ("INTEGER", "NUMERIC", "FLOAT", "DOUBLE"):
-        return float(literal["text"])
+        written = float(literal["text"])
+        return written if isfinite(written) else None
     if not isinstance(constant, dict):
         return None
     value = constant.get("value")

@@ -30,13 +30,27 @@ class Numbers:
 
 
 @dataclass
+class Places:
+    """An attribute that names places: in how many documents there are some, how many, and of which kinds."""
+
+    documents: int = 0
+    places: int = 0
+    kinds: dict[str, int] = field(default_factory=dict)
+
+    def add(self, account: Mapping[str, Any]) -> None:
+        self.documents += account["documents"]
+        self.places += account["places"]
+        self.kinds = most(Counter(self.kinds) + Counter(account["kinds"]))
+
+
+@dataclass
 class Total:
     documents: int = 0
     kept: int = 0
     numbers: dict[str, Numbers] = field(default_factory=dict)
     words: dict[str, dict[str, Counter]] = field(default_factory=dict)
     """attribute -> "read" and "kept" -> value -> documents"""
-    places: dict[str, dict[str, Any]] = field(default_factory=dict)
+    places: dict[str, dict[str, Places]] = field(default_factory=dict)
     dropped: Counter = field(default_factory=Counter)
     dropped_rows: dict[str, list[tuple[int, int, int]]] = field(default_factory=dict)
     """rule -> (hash, part, row)"""
@@ -79,7 +93,6 @@ class Total:
             for which in ("read", "kept"):
                 counts[which] = Counter(most(counts[which] + Counter(account[which])))
         else:
-            entry = self.places.setdefault(name, {"documents": 0, "places": 0, "kinds": Counter()})
-            entry["documents"] += account["documents"]
-            entry["places"] += account["places"]
-            entry["kinds"] = Counter(most(entry["kinds"] + Counter(account["kinds"])))
+            entry = self.places.setdefault(name, {"read": Places(), "kept": Places()})
+            entry["read"].add(account)
+            entry["kept"].add(account["kept"])

@@ -21,7 +21,7 @@ from ropewalk.data.parts import key
 from ropewalk.data.verdicts import Verdicts
 from ropewalk.look.sketch import Frequent, Quantiles
 
-VERSION = 1
+VERSION = 2
 TAIL = 2
 """Documents that are shown of each end of an attribute."""
 DROPPED = 3
@@ -97,10 +97,14 @@ def _attribute(column: pa.Array, kept: np.ndarray) -> dict[str, Any]:
         left.add(values[kept])
         return {"kind": "numbers", "read": read.dump(), "kept": left.dump(), **tails(values, kept)}
     if kind == SPANS:
-        kinds = column.flatten().field("kind")
-        documents = int(pc.sum(pc.greater(pc.list_value_length(column), 0)).as_py() or 0)
-        return {"kind": "places", "documents": documents, "places": len(kinds), "kinds": counted(kinds)}
+        return {"kind": "places", **_places(column), "kept": _places(column.filter(pa.array(kept)))}
     return {"kind": "words", "read": counted(column), "kept": counted(column.filter(pa.array(kept)))}
+
+
+def _places(column: pa.Array) -> dict[str, Any]:
+    kinds = column.flatten().field("kind")
+    documents = int(pc.sum(pc.greater(pc.list_value_length(column), 0)).as_py() or 0)
+    return {"documents": documents, "places": len(kinds), "kinds": counted(kinds)}
 
 
 def counted(column: pa.Array) -> dict[str, int]:

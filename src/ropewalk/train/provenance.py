@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from ropewalk.clean.arrays import within
 from ropewalk.data import Loader
 from ropewalk.data.build import LEDGER
 from ropewalk.errors import UserError
@@ -126,7 +127,7 @@ class Provenance:
             pieces = self.loader.order.pieces(batch * self.rows, self.rows)
             count = len(pieces.documents)
             row = np.repeat(np.arange(self.rows), pieces.counts)
-            slot = np.arange(count) - np.repeat(np.cumsum(pieces.counts) - pieces.counts, pieces.counts)
+            slot = within(pieces.counts)
             values = (np.full(count, step), np.full(count, batch), row, slot, *pieces[1:])
             for column, new in zip(columns, values, strict=True):
                 column.append(new)

@@ -8,14 +8,13 @@ than one in 1,000 unrelated documents is taken for contaminated.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 
 from ropewalk.clean.contamination.index import BOILERPLATE, LONG, SHORTEST
 from ropewalk.clean.contamination.items import EvaluationItem, Rarity, asks, forms
 from ropewalk.clean.step import Texts
-from ropewalk.clean.words import Words, words_of
+from ropewalk.clean.words import Words, hashes_of
 
 ENOUGH = 40.0
 """Bits at which a question of fewer than 13 words counts as found."""
@@ -30,6 +29,8 @@ _CHANCE = 6.0
 """log2 of the window: so much of an answer's bits is chance."""
 _TRIVIAL, _NEAR = 12.0, 8
 """An answer of fewer bits (a number, yes) must follow within 8 words."""
+_ANSWERS = "answer ans correct solution key"
+"""Words after which the letter of the right choice stands."""
 _STOPS = re.compile(r"[\n\r.!?:;\"“”„«»()\[\]{}<>#*|•=—]")
 
 
@@ -60,34 +61,37 @@ class _Sought:
         return _WINDOW + 2 * own + sum(len(other) + 1 for other in self.others)
 
 
+@dataclass(frozen=True)
+class _Question:
+    """A sequence of words, hashes [words], and the numbers of the items that ask so."""
+
+    words: np.ndarray
+    asked: bool
+    owners: list[int]
+
+
 class Evidence:
     """All items, by their questions. `questions` are different sequences of words, hashes [words] each."""
 
     def __init__(self, items: Sequence[EvaluationItem]) -> None:
         ways = forms(item.question for item in items)
-        sequences: dict[bytes, int] = {}
-        self.questions: list[np.ndarray] = []
         self.too_short: list[EvaluationItem] = []
-        self._owners: list[list[int]] = []
-        self._asked: list[bool] = []
-        first = {}
+        different: dict[bytes, _Question] = {}
         for number, (item, several) in enumerate(zip(items, ways, strict=True)):
             long_enough = [way for way in several if len(way) >= SHORTEST]
             if not long_enough:
                 self.too_short.append(item)
             for way in long_enough:
-                row = sequences.setdefault(way.tobytes(), len(sequences))
-                if row == len(self.questions):
-                    self.questions.append(way)
-                    self._owners.append([])
-                    self._asked.append(asks(item.question))
-                self._owners[row].append(number)
-            first[several[0].tobytes() if several else b""] = several[0] if several else None
-        self._rarity = Rarity([one for one in first.values() if one is not None and len(one)])
+                question = _Question(way, asks(item.question), [])
+                different.setdefault(way.tobytes(), question).owners.append(number)
+        self._questions = list(different.values())
+        self.questions = [question.words for question in self._questions]
+        plain = {several[0].tobytes(): several[0] for several in ways if len(several[0])}
+        self._rarity = Rarity(list(plain.values()))
         self._sought = _sought(items)
         self._shared = [
-            len({(items[i].answer, items[i].choices) for i in owners}) > BOILERPLATE
-            for owners in self._owners
+            len({(items[i].answer, items[i].choices) for i in question.owners}) > BOILERPLATE
+            for question in self._questions
         ]
 
     def weigh(
@@ -100,7 +104,7 @@ class Evidence:
         words = texts.words.only
         document = int(words.document[first])
         begin = int(words.begins[document])
-        followed = [(i, *self._after(words, last, self._sought[i])) for i in self._owners[question]]
+        followed = [(i, *self._after(words, last, self._sought[i])) for i in self._questions[question].owners]
         needs_more = common or self._shared[question]
         if needs_more or len(self.questions[question]) < LONG:
             own = 0.0 if needs_more else self._bits(texts.texts[document], words, question, first, last)
@@ -130,7 +134,7 @@ class Evidence:
         edges = (before is None or bool(_STOPS.search(text, before, start))) + (
             after is None or bool(_STOPS.search(text, end, after))
         )
-        return sum(each) + _ASKED * self._asked[question] + _EDGE * edges
+        return sum(each) + _ASKED * self._questions[question].asked + _EDGE * edges
 
     def _after(self, words: Words, last: int, sought: _Sought) -> tuple[tuple[int, int] | None, float]:
         """(first and last word of the answer after a question that ends with word `last`, or None; the bits
@@ -162,7 +166,7 @@ class Evidence:
         if len(places) > 1:
             return int(places[1]), int(places[1]) + len(answer) - 1
         if sought.letter is not None:
-            marks = np.flatnonzero(np.isin(window, _marks()))
+            marks = np.flatnonzero(np.isin(window, hashes_of(_ANSWERS)))
             for mark in marks.tolist():
                 letters = np.flatnonzero(window[mark + 1 : mark + 4] == np.uint64(sought.letter))
                 if len(letters):
@@ -173,7 +177,7 @@ class Evidence:
 def _sought(items: Sequence[EvaluationItem]) -> list[_Sought]:
     answers = forms(item.answer or "" for item in items)
     others = forms(choice for item in items for choice in item.choices)
-    letters = words_of(["ABCDEFGHIJ"[i] for i in range(10)]).hashes.tolist()
+    letters = hashes_of("A B C D E F G H I J").tolist()
     found, at = [], 0
     for item, own in zip(items, answers, strict=True):
         choices = others[at : at + len(item.choices)]
@@ -183,7 +187,7 @@ def _sought(items: Sequence[EvaluationItem]) -> list[_Sought]:
             _Sought(
                 item,
                 [answer for answer in own if len(answer)],
-                [ways[0] for i, ways in enumerate(choices) if i != right and ways and len(ways[0])],
+                [ways[0] for i, ways in enumerate(choices) if i != right and len(ways[0])],
                 letters[right] if right is not None and right < len(letters) else None,
             )
         )
@@ -210,8 +214,3 @@ def _part(window: np.ndarray, answer: np.ndarray) -> tuple[int, int] | None:
     if 2 * len({there[i].tobytes() for i in places}) < len(known):
         return None
     return places[0], places[-1] + LONG - 1
-
-
-@cache
-def _marks() -> np.ndarray:
-    return words_of(["answer ans correct solution key"]).only.hashes

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ropewalk.clean.arrays import opens, within
 from ropewalk.clean.words import Words, mix
 
 LONG = 13
@@ -39,10 +40,9 @@ class Index:
         length = np.minimum(self.words, LONG)
         counts = self.words - length + 1
         question = np.repeat(np.arange(len(questions)), counts)
-        place = np.arange(len(question)) - np.repeat(np.cumsum(counts) - counts, counts)
         words = _as_words(questions)
         keys, first = words.ngrams(SHORTEST)
-        at = words.offsets[question] + place
+        at = words.offsets[question] + within(counts)
         whole = np.empty(len(at), np.uint64)
         prefixes = {}
         for n, key in _longer(keys[np.searchsorted(first, at)], words.hashes, at, length[question]):
@@ -63,8 +63,7 @@ class Index:
         whole, question = whole[kept], question[kept]
         order = np.lexsort((question, whole))
         whole, question = whole[order], question[order]
-        new = np.ones(len(whole), bool)
-        new[1:] = (whole[1:] != whole[:-1]) | (question[1:] != question[:-1])
+        new = opens(whole, question)
         self._question = question[new]
         self.grams = np.bincount(self._question, minlength=questions)
         """[questions] int64: different n-grams that count."""
@@ -93,9 +92,8 @@ class Index:
                 found.append((first[alive][equal], gram[equal]))
         places, gram = (np.concatenate(column) for column in zip(*found, strict=True))
         counts = np.diff(self._offsets)[gram]
-        row = np.repeat(np.arange(len(gram)), counts)
-        nth = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
-        return Hits(places[row], self._question[self._offsets[gram[row]] + nth], gram[row])
+        places, gram = np.repeat(places, counts), np.repeat(gram, counts)
+        return Hits(places, self._question[self._offsets[gram] + within(counts)], gram)
 
 
 def _telling(
@@ -107,8 +105,7 @@ def _telling(
     An n-gram is `length` words from word `at` on, of `question`; there are `words` in all.
     """
     order = np.lexsort((question, whole))
-    new = np.ones(len(whole), bool)
-    new[1:] = (np.diff(question[order]) != 0) | (whole[order][1:] != whole[order][:-1])
+    new = opens(whole[order], question[order])
     keys, often = np.unique(whole[order][new], return_counts=True)
     common = often[np.searchsorted(keys, whole)] > BOILERPLATE
     edges = np.zeros(words + 1, np.int64)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ropewalk.clean.words import words_of
+from ropewalk.clean.words import hashes_of, words_of
 
 RARE = 14.0
 """Bits of a word that is not known to be common; about the mean of a book's words that are."""
@@ -29,7 +29,7 @@ need needs give gives put keep let seem show shows find look turn start open cha
 result note second half four five six ten hundred value type types function code data method class
 object default return string text user process error possible single certain general common important
 true allow allows following support current version whose whom
-""".split()
+"""
 _EVERYDAY = """
 matter difference meaning means mean purpose reason cause color size sort best better worst problem
 issue idea question title subject story book page letter paper price cost food family father mother son
@@ -45,21 +45,19 @@ strong weak rich poor alone together away near far north south east west main ma
 average area level rate amount age century president government law court party army capital science art
 music history language english american united states national public social political human modern
 simple available necessary various
-""".split()
+"""
 _EVERYDAY_BITS = 9.5
 # Words of examinations tell nothing: they follow from each other wherever questions are asked.
 _EXAMINATIONS = """
 following true false correct incorrect answer answers question questions statement statements option
 options best describes describe above below given choose select
-""".split()
+"""
 _EXAMINATION_BITS = 2.0
 _SHORT_BITS = 7.0
 """Of a letter or a number of one or two digits."""
 _INSIDE = re.compile(r"(?<=\w)[^\w\s]+(?=\w)")
 _ANNOTATION = re.compile(r"<<[^<>]*>>")
-_ASKING = frozenset(
-    "what which who whom whose when where why how is are was were do does did can could".split()
-)
+_ASKING = "what which who whom whose when where why how is are was were do does did can could"
 
 
 @dataclass(frozen=True)
@@ -100,7 +98,7 @@ def forms(texts: Iterable[str]) -> list[list[np.ndarray]]:
 def asks(question: str) -> bool:
     """Whether it is put as a question, which running text seldom is."""
     first = question.split(maxsplit=1)[:1]
-    return question.rstrip().endswith("?") or (bool(first) and first[0].lower() in _ASKING)
+    return question.rstrip().endswith("?") or (bool(first) and first[0].lower() in _ASKING.split())
 
 
 class Rarity:
@@ -113,19 +111,19 @@ class Rarity:
 
     def __init__(self, sequences: Sequence[np.ndarray]) -> None:
         """`sequences` are different questions, as hashes."""
-        known = {_hash(word): _EVERYDAY_BITS for word in _EVERYDAY}
-        known |= {
-            _hash(word): min(3.3 + float(np.log2(rank)), _EVERYDAY_BITS)
-            for rank, word in enumerate(_COMMON, 1)
-        }
-        known |= {_hash(word): _EXAMINATION_BITS for word in _EXAMINATIONS}
-        known |= {_hash(word): _SHORT_BITS for word in (*map(str, range(100)), *"bcdefghijklmnopqrstuvwxyz")}
+        common = hashes_of(_COMMON)
+        ranks = np.arange(1, len(common) + 1)
+        short = " ".join([*map(str, range(100)), *"bcdefghijklmnopqrstuvwxyz"])
+        known = dict.fromkeys(hashes_of(_EVERYDAY).tolist(), _EVERYDAY_BITS)
+        known |= zip(common.tolist(), np.minimum(3.3 + np.log2(ranks), _EVERYDAY_BITS).tolist(), strict=True)
+        known |= dict.fromkeys(hashes_of(_EXAMINATIONS).tolist(), _EXAMINATION_BITS)
+        known |= dict.fromkeys(hashes_of(short).tolist(), _SHORT_BITS)
         if sequences:
             # in so many questions, less three: what few questions speak of is what tells them apart
             words, counts = np.unique(np.concatenate([np.unique(s) for s in sequences]), return_counts=True)
             total = sum(map(len, sequences)) + _PRIOR
             often = counts > 3
-            asking = {_hash(word) for word in _ASKING}
+            asking = hashes_of(_ASKING).tolist()
             bits = -np.log2((counts[often] - 3) / total)
             for word, value in zip(words[often].tolist(), bits.tolist(), strict=True):
                 if word not in asking:  # common in questions, and not where questions are not asked
@@ -135,7 +133,3 @@ class Rarity:
     def bits(self, words: np.ndarray) -> list[float]:
         """Of each of a sequence of hashes."""
         return [self._known.get(word, RARE) for word in words.tolist()]
-
-
-def _hash(word: str) -> int:
-    return int(words_of([word]).hashes[0])

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from ropewalk.clean.contamination.items import EvaluationItem, forms
 from ropewalk.clean.contamination.step import digest
-from ropewalk.clean.step import Texts
+from ropewalk.clean.step import Step, Texts
 from ropewalk.clean.vectors import Vectors
 
 SIMILAR = 0.6
@@ -35,14 +35,13 @@ _PLACES = pa.list_(
 )
 
 
-class Paraphrases:
+class Paraphrases(Step):
     """Compares passages that begin with a sentence with questions of about their length (8 words at least).
 
     `vectors` gives their vectors and `vectors_name` says which they are, as part of the settings.
     """
 
     name = "paraphrases"
-    version = 1
     attributes: Mapping[str, str] = {
         "paraphrase": "largest cosine of a passage with a question of an evaluation set, 0 to 1",
         "paraphrase_of": "questions with a passage like them: set, item, cosine, place in characters",

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from ropewalk.clean.arrays import opens
 from ropewalk.clean.contamination.evidence import Evidence, Occurrence
 from ropewalk.clean.contamination.index import LONG, Hits, Index
 from ropewalk.clean.contamination.items import EvaluationItem
-from ropewalk.clean.step import SPANS, Texts
+from ropewalk.clean.step import SPANS, Step, Texts
 from ropewalk.clean.words import Words
 
 ITEMS = pa.list_(
@@ -38,7 +39,7 @@ def digest(items: Sequence[EvaluationItem]) -> str:
     return hashlib.sha256(told.encode()).hexdigest()
 
 
-class Contamination:
+class Contamination(Step):
     """Finds questions of evaluation sets in texts, whatever their case, punctuation and white space.
 
     Of a question of 13 words or more at least `share` of its n-grams of 13 words must be found close
@@ -48,7 +49,6 @@ class Contamination:
     """
 
     name = "contamination"
-    version = 1
     attributes: Mapping[str, str] = {
         "contaminated": "a question of an evaluation set is in the text",
         "contaminated_by": "the sets of these questions, in alphabetical order",
@@ -109,15 +109,13 @@ def _clusters(hits: Hits, words: Words, index: Index) -> _Clusters:
     order = np.lexsort((hits.first, hits.question, document))
     document, question = document[order], hits.question[order]
     first, gram = hits.first[order], hits.gram[order]
-    new = np.ones(len(first), bool)
-    new[1:] = (question[1:] != question[:-1]) | (document[1:] != document[:-1])
+    new = opens(question, document)
     new[1:] |= first[1:] - first[:-1] > index.words[question[1:]]
     cluster = np.cumsum(new) - 1
     begins = np.flatnonzero(new)
     ends = np.append(begins[1:], len(first))[: len(begins)] - 1
     order = np.lexsort((gram, cluster))
-    different = np.ones(len(first), bool)
-    different[1:] = (gram[order][1:] != gram[order][:-1]) | (cluster[order][1:] != cluster[order][:-1])
+    different = opens(gram[order], cluster[order])
     counts = np.bincount(cluster[order][different], minlength=len(begins))
     own = question[begins]
     length = np.minimum(index.words[own], LONG)
@@ -126,13 +124,9 @@ def _clusters(hits: Hits, words: Words, index: Index) -> _Clusters:
 
 
 def _table(texts: int, found: Mapping[int, list[Occurrence]], largest: np.ndarray) -> pa.Table:
-    sets: list[list[str]] = [[] for _ in range(texts)]
-    items: list[list[dict[str, Any]]] = [[] for _ in range(texts)]
-    spans: list[list[dict[str, Any]]] = [[] for _ in range(texts)]
-    for document, occurrences in found.items():
-        kept = _apart(occurrences)
-        sets[document] = sorted({one.item.set for one in kept})
-        items[document] = [
+    kept = [_apart(found.get(document, ())) for document in range(texts)]
+    items = [
+        [
             {
                 "set": one.item.set,
                 "item": one.item.id,
@@ -141,15 +135,17 @@ def _table(texts: int, found: Mapping[int, list[Occurrence]], largest: np.ndarra
                 "end": one.end,
                 "answer_found": one.answer is not None,
             }
-            for one in kept
+            for one in here
         ]
-        spans[document] = _spans(kept)
+        for here in kept
+    ]
+    sets = [sorted({one.item.set for one in here}) for here in kept]
     columns = {
-        "contaminated": pa.array([bool(names) for names in sets], pa.bool_()),
+        "contaminated": pa.array([bool(here) for here in kept], pa.bool_()),
         "contaminated_by": pa.array(sets, pa.list_(pa.string())),
         "contamination": pa.array(largest, pa.float32()),
         "contamination_items": pa.array(items, ITEMS),
-        "contamination_spans": pa.array(spans, SPANS),
+        "contamination_spans": pa.array([_spans(here) for here in kept], SPANS),
     }
     return pa.table(columns)
 

@@ -1,21 +1,14 @@
 """Documents that are the same text."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
 
 from ropewalk.clean.duplicates.rows import Clusters, cluster_tables, rows_of
 from ropewalk.clean.duplicates.spill import Spill
-from ropewalk.clean.step import Parts, Texts
-
-
-def folded(text: str) -> str:
-    """Without differences of case and white space."""
-    return " ".join(text.casefold().split())
+from ropewalk.clean.step import Joined, Parts, Texts
 
 
 def digests(texts: Sequence[str]) -> np.ndarray:
@@ -25,24 +18,17 @@ def digests(texts: Sequence[str]) -> np.ndarray:
     return np.frombuffer(joined, np.uint64).reshape(-1, 2)
 
 
-@dataclass(frozen=True)
-class ExactDuplicates:
-    """Texts equal letter by letter or, where `normalized`, but for case and white space."""
+class ExactDuplicates(Joined):
+    """Texts equal letter by letter."""
 
-    normalized: bool = False
-
-    name: ClassVar[str] = "exact_duplicates"
-    version: ClassVar[int] = 1
-    attributes: ClassVar[Mapping[str, str]] = {
+    name = "exact_duplicates"
+    attributes: Mapping[str, str] = {
         "exact_duplicate_of": "number of the row with the same text that is kept, -1 where it is this one",
         "exact_duplicates": "how many rows have this text",
     }
 
-    def settings(self) -> Any:
-        return {"normalized": self.normalized}
-
     def map(self, texts: Texts) -> pa.Table:
-        found = digests([folded(text) for text in texts.texts] if self.normalized else texts.texts)
+        found = digests(texts.texts)
         return pa.table({"key": found[:, 0], "check": found[:, 1]})
 
     def reduce(self, parts: Parts) -> Iterator[pa.Table]:

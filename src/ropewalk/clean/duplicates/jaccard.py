@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ropewalk.clean.duplicates.places import within
+from ropewalk.clean.arrays import opens, within
 from ropewalk.clean.duplicates.sketch import shingles_of
 from ropewalk.clean.words import words_of
 
@@ -36,7 +36,7 @@ class ShingleSets:
         hashes, document = shingles_of(words_of(texts).only, self._words)
         keys = (document.astype(np.uint64) << np.uint64(32)) | (hashes >> np.uint64(32))
         keys.sort()
-        keys = keys[np.append(True, keys[1:] != keys[:-1])[: len(keys)]]
+        keys = keys[opens(keys)]
         self._file.seek(0, 2)
         self._file.write((keys & _LOW).astype(np.uint32).data)
         counts = np.bincount((keys >> np.uint64(32)).astype(np.int64), minlength=len(texts))

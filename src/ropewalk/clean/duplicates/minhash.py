@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow as pa
 
+from ropewalk.clean.arrays import opens, shared, within
 from ropewalk.clean.duplicates.jaccard import ShingleSets
-from ropewalk.clean.duplicates.places import within
 from ropewalk.clean.duplicates.rows import Clusters, Rows, cluster_tables, rows_of
 from ropewalk.clean.duplicates.sketch import band_hashes, bands_for, shingles_of, signatures
-from ropewalk.clean.step import Parts, Texts
+from ropewalk.clean.step import Joined, Parts, Texts
 
 BAND_BYTES = 512 << 20
 """Bands read together: as many as need this much memory."""
@@ -23,7 +23,7 @@ texts that share a band and nothing else would cost their number squared."""
 
 
 @dataclass(frozen=True)
-class NearDuplicates:
+class NearDuplicates(Joined):
     """Two texts are near duplicates where the Jaccard similarity of their sets of `words` words in a row
     (case and symbols do not count) is `threshold` or more (Broder 1997). `recall` of the pairs at the
     threshold are found, more of those above it, and no others. A cluster is what hangs together by such
@@ -33,8 +33,7 @@ class NearDuplicates:
     recall: float = 0.95
     words: int = 5
 
-    name: ClassVar[str] = "near_duplicates"
-    version: ClassVar[int] = 1
+    name = "near_duplicates"
     attributes: ClassVar[Mapping[str, str]] = {
         "near_duplicate_of": "number of the row kept of a cluster of near duplicates, -1 where it is this",
         "near_duplicates": "how many rows the cluster of near duplicates has",
@@ -133,13 +132,9 @@ def _filled(parts: Parts, rows: Rows) -> np.ndarray:
 def _equal(hashes: np.ndarray, ranks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The ranks, which rise, of hashes that are there more than once, by hash; and how many of each."""
     order = np.argsort(hashes, kind="stable")
-    equal = hashes[order][1:] == hashes[order][:-1]
-    repeated = np.zeros(len(order), bool)
-    repeated[1:] = equal
-    repeated[:-1] |= equal
-    begins = np.ones(len(order), bool)
-    begins[1:] = ~equal
-    first = np.flatnonzero(begins[repeated])
+    opening = opens(hashes[order])
+    repeated = shared(opening)
+    first = np.flatnonzero(opening[repeated])
     return ranks[order[repeated]], np.diff(np.append(first, repeated.sum()))
 
 

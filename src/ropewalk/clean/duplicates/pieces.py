@@ -8,43 +8,40 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow as pa
 
-from ropewalk.clean.duplicates.exact import digests, folded
-from ropewalk.clean.duplicates.places import PlaceSet, flat, lengths, orders_of, span_table, within
+from ropewalk.clean.arrays import within
+from ropewalk.clean.duplicates.exact import digests
+from ropewalk.clean.duplicates.places import PlaceSet, flat, lengths, orders_of, span_table
 from ropewalk.clean.duplicates.rows import rows_of
 from ropewalk.clean.duplicates.spill import Spill
-from ropewalk.clean.step import Parts, Texts
+from ropewalk.clean.step import Joined, Parts, Texts
 
-_BREAKS = {"line": re.compile(r"\n"), "paragraph": re.compile(r"\n[^\S\n]*\n(?:[^\S\n]*\n)*")}
 _COLUMNS = {"key": pa.uint64(), "check": pa.uint64(), "start": pa.int32(), "end": pa.int32()}
 
 
 @dataclass(frozen=True)
-class _Pieces:
+class _Pieces(Joined):
     """`minimum` is in characters, without white space at both ends, which never counts; shorter pieces may
-    stand anywhere (`}`, `Introduction`). `normalized`: nor do case and the kind and amount of white space
-    count. A span covers the break behind the piece, so that the cut leaves no hole."""
+    stand anywhere (`}`, `Introduction`). A span covers the break behind the piece, so that the cut leaves no
+    hole."""
 
     minimum: int
-    normalized: bool = False
 
-    name: ClassVar[str]
-    version: ClassVar[int] = 1
-    kind: ClassVar[str]
+    breaks: ClassVar[re.Pattern[str]]
 
     def settings(self) -> Any:
-        return {"minimum": self.minimum, "normalized": self.normalized}
+        return {"minimum": self.minimum}
 
     def map(self, texts: Texts) -> pa.Table:
         contents: list[str] = []
         starts, ends, counts = [], [], []
         for text in texts.texts:
             before = len(contents)
-            for start, stop, end in _split(text, _BREAKS[self.kind]):
+            for start, stop, end in _split(text, self.breaks):
                 if stop - start < self.minimum:
                     continue
                 content = text[start:stop].strip()
                 if len(content) >= self.minimum:
-                    contents.append(folded(content) if self.normalized else content)
+                    contents.append(content)
                     starts.append(start)
                     ends.append(end)
             counts.append(len(contents) - before)
@@ -98,8 +95,8 @@ class DuplicateLines(_Pieces):
 
     minimum: int = 40
 
-    name: ClassVar[str] = "repeated_lines"
-    kind: ClassVar[str] = "line"
+    name = "repeated_lines"
+    breaks: ClassVar[re.Pattern[str]] = re.compile(r"\n")
     attributes: ClassVar[Mapping[str, str]] = {
         "repeated_lines": "spans: lines that are in a preferred or earlier place too",
         "repeated_lines_characters": "length of these spans together, in characters",
@@ -112,8 +109,8 @@ class DuplicateParagraphs(_Pieces):
 
     minimum: int = 80
 
-    name: ClassVar[str] = "repeated_paragraphs"
-    kind: ClassVar[str] = "paragraph"
+    name = "repeated_paragraphs"
+    breaks: ClassVar[re.Pattern[str]] = re.compile(r"\n[^\S\n]*\n(?:[^\S\n]*\n)*")
     attributes: ClassVar[Mapping[str, str]] = {
         "repeated_paragraphs": "spans: paragraphs that are in a preferred or earlier place too",
         "repeated_paragraphs_characters": "length of these spans together, in characters",

@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 
 from ropewalk.clean.duplicates.rows import Rows
-from ropewalk.clean.spans import spans_of
+from ropewalk.clean.step import spans_of
 
 PLACE_BITS = 28
 """A text has fewer places than this (2.7e8 lines or words), and there are fewer than 2^35 texts."""
@@ -35,12 +35,6 @@ class PlaceSet:
         begin, end = int(self._offsets[rows.start]), int(self._offsets[rows.stop])
         bits = np.unpackbits(self._bits[begin >> 3 : (end >> 3) + 1], bitorder="little")
         return bits[begin & 7 :][: end - begin].astype(bool)
-
-
-def within(counts: np.ndarray) -> np.ndarray:
-    """0 .. counts[0]-1, 0 .. counts[1]-1, ..."""
-    ends = np.cumsum(counts)
-    return np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - counts, counts)
 
 
 def span_table(name: str, texts: int, document: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> pa.Table:

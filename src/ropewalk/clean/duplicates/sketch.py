@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 
+from ropewalk.clean.arrays import opens
 from ropewalk.clean.words import Words, mix
 from ropewalk.errors import UserError
 
@@ -69,10 +70,8 @@ def _sketch(hashes: np.ndarray, document: np.ndarray, found: np.ndarray) -> None
         hashes, document = hashes[open_], document[open_]
         if end == 4:  # one word a thousand times would be drawn in every round as often
             order = np.lexsort((hashes, document))
+            order = order[opens(hashes[order], document[order])]
             hashes, document = hashes[order], document[order]
-            other = np.ones(len(order), bool)
-            other[1:] = (hashes[1:] != hashes[:-1]) | (document[1:] != document[:-1])
-            hashes, document = hashes[other], document[other]
         begin, end = end, min(2 * end, size if end < size else 2 * size)
 
 

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from ropewalk.clean.arrays import opens, shared
+
 ENTRY = np.dtype([("key", np.uint64), ("check", np.uint64), ("order", np.int64)])
 PASSES = 256
 
@@ -43,17 +45,16 @@ class Spill:
         and in each in rising order; first[i] is the lowest of i's group."""
         for number in range(PASSES):
             entries = self._read(number)
-            entries = entries[_repeated(entries["key"])]
+            by_key = np.argsort(entries["key"])  # most are there once, and are spared the slower sort
+            twice = np.empty(len(entries), bool)
+            twice[by_key] = shared(opens(entries["key"][by_key]))
+            entries = entries[twice]
             entries = entries[np.lexsort((entries["order"], entries["check"], entries["key"]))]
-            equal = (entries["key"][1:] == entries["key"][:-1]) & (
-                entries["check"][1:] == entries["check"][:-1]
-            )
-            begins = np.concatenate([[True], ~equal])[: len(entries)]
-            first = np.flatnonzero(begins)[np.cumsum(begins) - 1]
-            alone = begins & np.concatenate([~equal, [True]])[: len(entries)]
-            order = entries["order"]
+            opening = opens(entries["key"], entries["check"])
+            first = np.flatnonzero(opening)[np.cumsum(opening) - 1]
+            order, repeated = entries["order"], shared(opening)
             if len(order):
-                yield order[~alone], order[first][~alone]
+                yield order[repeated], order[first][repeated]
 
     def _read(self, number: int) -> np.ndarray:
         pieces = []
@@ -61,13 +62,3 @@ class Spill:
             self._file.seek(int(bounds[number]))
             pieces.append(self._file.read(int(bounds[number + 1] - bounds[number])))
         return np.frombuffer(b"".join(pieces), ENTRY)
-
-
-def _repeated(keys: np.ndarray) -> np.ndarray:
-    """[n] bool: the key is there more than once. Most are not, and are spared the slower sort."""
-    order = np.argsort(keys)
-    equal = keys[order][1:] == keys[order][:-1]
-    found = np.zeros(len(keys), bool)
-    found[order[1:]] = equal
-    found[order[:-1]] |= equal
-    return found

@@ -7,10 +7,11 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow as pa
 
-from ropewalk.clean.duplicates.places import PlaceSet, flat, lengths, orders_of, span_table, within
+from ropewalk.clean.arrays import within
+from ropewalk.clean.duplicates.places import PlaceSet, flat, lengths, orders_of, span_table
 from ropewalk.clean.duplicates.rows import Rows, rows_of
 from ropewalk.clean.duplicates.spill import Spill
-from ropewalk.clean.step import Parts, Texts
+from ropewalk.clean.step import Joined, Parts, Texts
 from ropewalk.clean.words import Words, mix, words_of
 
 TEXTS_AT_ONCE = 1024
@@ -18,7 +19,7 @@ _OTHER = np.uint64(0xC2B2AE3D27D4EB4F)
 
 
 @dataclass(frozen=True)
-class DuplicateSubstrings:
+class DuplicateSubstrings(Joined):
     """Runs of `words` words in a row (case and symbols do not count) that are in a preferred text, or earlier
     in the same one without overlapping, too. The spans are these runs joined where they meet; the first
     occurrence stays. Runs are equal where 128 bits of hashes of their words are.
@@ -30,8 +31,7 @@ class DuplicateSubstrings:
 
     words: int = 50
 
-    name: ClassVar[str] = "repeated_passages"
-    version: ClassVar[int] = 1
+    name = "repeated_passages"
     attributes: ClassVar[Mapping[str, str]] = {
         "repeated_passages": "spans: runs of words that are in a preferred or earlier place too",
         "repeated_passages_characters": "length of these spans together, in characters",

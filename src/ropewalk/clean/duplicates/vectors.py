@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from ropewalk.clean.duplicates.rows import Clusters, Rows, cluster_tables, rows_of
-from ropewalk.clean.step import Parts, Texts
+from ropewalk.clean.step import Joined, Parts, Texts
 
 BLOCK = 2048
 """Vectors compared with as many others at once: 16 MB of products."""
@@ -19,7 +19,7 @@ so that no block's shape decides."""
 
 
 @dataclass(frozen=True)
-class SimilarVectors:
+class SimilarVectors(Joined):
     """`embed` gives [n, d] floats for n texts; two texts are similar where the cosine of their vectors is
     `threshold` or more (SemDeDup, Abbas et al. 2023). Clusters are what hangs together by such pairs.
 
@@ -32,8 +32,7 @@ class SimilarVectors:
     model: str
     threshold: float = 0.95
 
-    name: ClassVar[str] = "similar_vectors"
-    version: ClassVar[int] = 1
+    name = "similar_vectors"
     attributes: ClassVar[Mapping[str, str]] = {
         "similar_of": "number of the row kept of the cluster of similar vectors, -1 where it is this one",
         "similars": "how many rows the cluster of similar vectors has",
