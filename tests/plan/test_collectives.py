@@ -177,8 +177,10 @@ def test_a_search_can_ask_often():
     ("device", "column", "middle", "large"), [("A100", 1, 0.37, 0.07), ("H200", 3, 0.29, 0.35)]
 )
 def test_a_measured_sweep_is_foreseen(shared, device, column, middle, large):
-    """All-reduces of eight GPUs, from 16 MiB and from 512 MiB on, with the planner's own constants. The H200's
-    switch adds up, which is not counted: its ring would exceed the wire."""
+    """All-reduces of eight GPUs, from 16 MiB and from 512 MiB on, with the planner's own constants.
+
+    The H200's switch adds up, which is not counted: a ring as fast would exceed the wire.
+    """
     lines = (shared / "reference/comm_measured.csv").read_text().splitlines()[2:]
     for n, *measured in (map(float, line.split(",")) for line in lines):
         foreseen = collective("all_reduce", n, cluster(f"8x{device}"), 8, 1)

@@ -48,8 +48,8 @@ UPWARDS = {
     ("clean.perplexity", "evaluate.perplexity"),
 }
 """Deferred imports against the order: a run that trained adapters is a source of `load_model`; a run keeps
-what was planned of it, the planner knows the training step, and has the table of peaks; how well a model foresees a text is a measure
-of the model and of the text."""
+what was planned of it, the planner knows the training step, and has the table of peaks; how well a model
+foresees a text is a measure of the model and of the text."""
 
 
 def modules() -> dict[str, Path]:
