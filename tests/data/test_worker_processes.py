@@ -31,9 +31,11 @@ class Slow:
 RUN = """
 
 
+import signal
 from pathlib import Path
 from ropewalk.data.parts import Makers
 from slow import Slow
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell begins in the background has none
 try:
     with Makers(workers=2) as makers:
         makers.make("x", [Slow(Path("parts") / str(i)) for i in range(4)])

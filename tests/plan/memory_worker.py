@@ -83,7 +83,7 @@ class Resizing(Tracker):
             self._known.pop(key, None)
 
         self._known[key] = weakref.ref(storage, gone), seen
-        self.seen[len(self.seen)] = seen
+        self.seen.append(seen)
 
     def _note(self, tensor: Tensor, fresh: bool) -> list[Seen]:
         if isinstance(tensor, DTensor):

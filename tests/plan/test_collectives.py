@@ -124,6 +124,7 @@ def test_tpu_v4_torus():
     """arXiv 2304.01433: 25.6 TB/s through the middle of 16 x 16 x 16; all-reduce over six links at once."""
     link = c.Link(1e-6, 1 / 50e9)
     cube = (16, 16, 16)
+    assert c.torus_bisection(cube, 50e9) == pytest.approx(25.6e12)
     bound = 2 * 1e9 / (6 * 50e9)
     took = c.torus_all_reduce(1e9, cube, link)
     assert took == pytest.approx(bound * 4095 / 4096 + 2 * 3 * 15 * 1e-6)

@@ -58,7 +58,7 @@ def budget(
     positive(
         **{
             name: value
-            for name, value in {"data": data, "parameters": parameters}.items()
+            for name, value in {"--data": data, "--parameters": parameters}.items()
             if value is not None
         }
     )
@@ -124,7 +124,7 @@ def failures(
     from ropewalk.plan.simulate import what_if as difference
 
     if mtbf_hours is not None:
-        positive(mtbf_hours=mtbf_hours)
+        positive(**{"--mtbf-hours": mtbf_hours})
     rate = FAULTS_PER_DEVICE_DAY if mtbf_hours is None else 24 / (mtbf_hours * devices)
     run = Operation(devices, rate, save=save, stall=stall, detect=detect, restart=restart, spares=spares)
     changes: dict[str, Any] = {}

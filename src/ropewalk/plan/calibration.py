@@ -81,10 +81,10 @@ def calibration(device: str) -> Calibration | None:
 
 
 def probes(device: str, precision: str) -> Iterator[Work]:
-    """Shapes small enough for a second each, and different in what they spend it on."""
+    """Shapes small enough for half a second each, and different in what they spend it on."""
     large = device == "cuda"
-    kinds = ((1, 256, "full"), (2, 512, "lora"), (4, 512, "full"), (1, 2048, "full"), (1, 1024, "lora"))
-    sizes = ((512, 1408, 8, 4, 8192), (1024, 2816, 16, 4, 16384))
+    kinds = ((1, 256, "full"), (1, 2048, "full"), (2, 512, "lora"), (2, 512, "full"), (1, 1024, "lora"))
+    sizes = ((384, 1024, 6, 2, 8192), (768, 2048, 12, 4, 16384))
     for (rows, sequence, method), (hidden, inner, heads, kv, vocabulary) in product(kinds, sizes):
         config = ModelConfig(
             family="llama",

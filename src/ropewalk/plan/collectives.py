@@ -290,6 +290,13 @@ def torus_all_to_all(n: float, dimensions: Sequence[int], link: Link) -> float:
     return n * link.seconds_per_byte * hops / 2 + link.latency * sum(d // 2 for d in dimensions)
 
 
+def torus_bisection(dimensions: Sequence[int], bandwidth: float) -> float:
+    """Bytes per second, one way, between the halves of a torus cut across its longest side: two cuts, as
+    it wraps around. TPU v4 (arXiv 2304.01433), 16 a side, 50 GB/s a link: 2 x 16 x 16 x 50 = 25.6 TB/s."""
+    ranks = _torus_ranks(dimensions)
+    return 0.0 if ranks == 1 else 2 * ranks / max(dimensions) * bandwidth
+
+
 def _torus_ranks(dimensions: Sequence[int]) -> int:
     if not dimensions or any(d < 1 or d != int(d) for d in dimensions):
         raise UserError(f"a torus has sides of one rank or more; these are {list(dimensions)}")
