@@ -120,7 +120,6 @@ def test_two_plots(recipe_file: Path, capsys: pytest.CaptureFixture[str], tmp_pa
         (["nothing.yaml"], "nothing.yaml"),
         ([], "give a recipe"),
         (["budget"], "give one of"),
-        (["budget", "--flops", "1e21", "--parameters", "0"], "parameters is 0"),
         (["budget", "--flops", "1e21", "--data", "0"], "data is 0"),
         (["budget", "--days", "3"], "need --on"),
         (["budget", "--flops", "1e21", "--parameters", "0"], "--parameters is 0; it must be above 0"),
