@@ -203,7 +203,7 @@ def test_a_killed_and_a_stopped_process_cost_the_steps_since_the_last_checkpoint
     make_recipe: Any, train_in: Any, rank: int
 ) -> None:
     """One is killed and, when the run goes on, the other one stopped: each is named, and nothing is lost."""
-    recipe = make_recipe(steps=40, batch_size=2, micro_batch_size=1, checkpoint_every=5, keep=99)
+    recipe = make_recipe(steps=30, batch_size=2, micro_batch_size=1, checkpoint_every=5, keep=99)
     recipe |= {"parallel": {"shard": 2, "hang_seconds": 2}}
     process = start(recipe)
     run = wait_for_step(recipe, 12)
@@ -223,8 +223,8 @@ def test_a_killed_and_a_stopped_process_cost_the_steps_since_the_last_checkpoint
     assert [path for path in Path(recipe["runs"]).iterdir()] == [run]
     whole = Path(train_in(2, {"whole": ("train", [recipe, [], False])})["whole"]["run"])
     assert losses(run) == losses(whole)
-    wanted = model(whole, 40)
-    assert all(torch.equal(tensor, wanted[name]) for name, tensor in model(run, 40).items())
+    wanted = model(whole, 30)
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in model(run, 30).items())
 
 
 def test_a_run_that_dies_twice_at_one_step_is_not_started_for_ever(make_recipe: Any, tmp_path: Path) -> None:
@@ -261,7 +261,7 @@ def test_torchrun_starts_a_run_that_takes_all_its_processes(make_recipe: Any, tm
 
 @pytest.mark.slow
 def test_torchrun_starts_a_killed_run_again_and_it_goes_on(make_recipe: Any, tmp_path: Path) -> None:
-    recipe = make_recipe(steps=40, batch_size=2, micro_batch_size=None, checkpoint_every=5, keep=99)
+    recipe = make_recipe(steps=30, batch_size=2, micro_batch_size=None, checkpoint_every=5, keep=99)
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
     program = Path(sys.executable).with_name("ropewalk")
     words = f"--standalone --nproc-per-node 2 --max-restarts 2 --no-python {program} train".split()
@@ -280,13 +280,13 @@ def test_torchrun_starts_a_killed_run_again_and_it_goes_on(make_recipe: Any, tmp
     assert process.returncode == 0, warned
     assert said.strip() == str(run)
     assert [path for path in Path(recipe["runs"]).iterdir()] == [run]
-    assert len(losses(run)) == 40
+    assert len(losses(run)) == 30
     assert (run / "report.md").exists()
 
 
 @pytest.mark.slow
 def test_an_elastic_job_goes_on_with_the_processes_that_are_left(make_recipe: Any, tmp_path: Path) -> None:
-    recipe = make_recipe(steps=40, batch_size=2, micro_batch_size=None, checkpoint_every=5, keep=99)
+    recipe = make_recipe(steps=30, batch_size=2, micro_batch_size=None, checkpoint_every=5, keep=99)
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
     program = Path(sys.executable).with_name("ropewalk")
     with socket.socket() as probe:
