@@ -360,8 +360,8 @@ def test_more_processes_train_what_one_trains(processes, recipes, train_in):  # 
     deep = {name for name, layout in layouts.items() if "pipeline" in layout}
     families = {name: "deep" if name in deep else "llama" for name in layouts}
     calls = {
-        # verified: each step is computed twice, and what replicas hold is compared
-        name: recipes(families[name], layout, train={"verify_every": 2} if name in deep else {})
+        # verified: a step is computed twice, and what replicas hold is compared
+        name: recipes(families[name], layout, train={"verify_every": 4} if name in deep else {})
         for name, layout in layouts.items()
     }
     runs = train_in(processes, {name: ("train", [recipe, [], False]) for name, recipe in calls.items()})
