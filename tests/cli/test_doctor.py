@@ -6,6 +6,8 @@ import pytest
 
 import ropewalk.doctor as doctor
 from ropewalk.cli import main
+from ropewalk.cli.doctor import _rate
+from ropewalk.plan.calibration import NEVER
 
 
 @pytest.fixture
@@ -90,3 +92,9 @@ def test_advice_names_what_is_wrong(no_compile, monkeypatch):
 def test_compiling_is_tried_for_real():
     launch = doctor._compile("cpu")
     assert launch.ok or launch.reason
+
+
+def test_a_rate_that_no_machine_has_is_not_printed_as_one():
+    """A fit that gives a part no time says so."""
+    assert _rate(2.5e12, "GFLOP/s") == "2,500.0 GFLOP/s"
+    assert _rate(NEVER, "GB/s") == _rate(NEVER / 1e3, "GB/s") == "not told apart"
