@@ -55,13 +55,9 @@ def budget(
             )
         flops = flops_for_money(money, price, peak, mfu)
     assert flops is not None
-    positive(
-        **{
-            name: value
-            for name, value in {"--data": data, "--parameters": parameters}.items()
-            if value is not None
-        }
-    )
+    for option, value in {"--data": data, "--parameters": parameters}.items():
+        if value is not None:
+            positive(**{option: value})
     found = [allocate(flops, name) for name in (*LAWS, *RULES)]
     lines = [f"{flops:.3g} FLOPs", *map(str, found), str(deepseek(flops))]
     answer: dict[str, Any] = {"flops": flops, "allocations": found, "deepseek": deepseek(flops)}
