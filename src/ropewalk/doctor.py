@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ropewalk import make_callable
+from ropewalk.ops.native import unavailable
 from ropewalk.ops.product import product
 from ropewalk.recipe.machine import Machine
 from ropewalk.track import environment
@@ -257,6 +258,8 @@ def _advice(report: Report) -> Iterator[str]:
         if not device.compiles.ok:
             need = "a C++ compiler (g++) and Python's headers" if device.name == "cpu" else "triton"
             yield f"{device.name}: torch.compile does not work (it needs {need}); leave train.compile off"
+    if reason := unavailable():
+        yield f"cpu: torch's kernels do what Ropewalk's own would do faster: {reason}"
     if shutil.which("nvidia-smi") and not torch.cuda.is_available():
         yield "the NVIDIA driver is here, but this torch cannot use it: install a CUDA build of torch"
     claimed = Machine.here()

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ropewalk.ops.attention_cpu import cpu_attention, takes
 from ropewalk.ops.attention_kernels import SHORT, CPUCausal, Prefix, packed_attention
 from ropewalk.ops.attention_layout import AttentionLayout, causal_band
 from ropewalk.ops.product import float32_is_faster
@@ -40,11 +41,15 @@ def attention(
     stand before every document: query i of a document has index P + i, and a window counts from there.
     Padding gives zeros.
 
-    Memory grows linearly with the length of a document. Kernels: see `_is_packed` and `_documents`.
+    Memory grows linearly with the length of a document. Kernels: see `attention_cpu`, `_is_packed` and
+    `_documents`.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if using_references():
         return attention_reference(q, k, v, layout.segments(len(q), q.device), window, softcap, scale, prefix)
+    if softcap is None and prefix is None and takes(q, scale):
+        fq, fk, fv = (t.flatten(0, 1) for t in (q, k, v))
+        return cpu_attention(fq, fk, fv, layout.longest_first, window, scale).view(q.shape)
     if _is_packed(q, layout, window, softcap, prefix):
         packing = layout.packing(0 if prefix is None else len(prefix[0]), q.device)
         fq, fk, fv = (t.flatten(0, 1) for t in (q, k, v))

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -73,6 +74,16 @@ class AttentionLayout:
                 yield row, start, start + run.length
                 at += run.length
             at += run.tokens if run.padding else 0
+
+    @cached_property
+    def longest_first(self) -> list[int]:
+        """First token and length of each document, one after the other, in the flattened tokens."""
+        found, at = [], 0
+        for run in self.runs:
+            starts = range(at, at + run.tokens, run.length)
+            found += [] if run.padding else [(start, run.length) for start in starts]
+            at += run.tokens
+        return [number for pair in sorted(found, key=lambda pair: -pair[1]) for number in pair]
 
     def segments(self, batch: int, device: torch.device) -> Tensor:
         """`[B, S]`: the number of each token's document, counted through the batch; -1 is padding."""

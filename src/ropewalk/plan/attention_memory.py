@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from functools import lru_cache
 
+from ropewalk.ops.attention_cpu import parts, possible
 from ropewalk.ops.product import float32_is_faster
 from ropewalk.plan.layer_memory import Layers
 from ropewalk.plan.tape import Tape, Value
@@ -27,8 +28,11 @@ class AttentionLayers(Layers):
         )
 
     def attend(self, q: Value, k: Value, v: Value) -> Value:
-        """Documents of many lengths are computed one by one on a CPU, and joined."""
+        """All documents at once, but on a CPU without a kernel for that: one by one there, and joined."""
         shape = self.shape
+        bare = not shape.softcap and not shape.prefix and shape.context == 1
+        if shape.device == "cpu" and shape.bytes == 2 and bare and possible():
+            return self.packed(q, k, v)
         out = self.documents(q, k, v)
         if shape.device == "cuda" or shape.context > 1 or shape.document >= shape.tokens:
             return out
@@ -66,6 +70,20 @@ class AttentionLayers(Layers):
             trained=trained,
             temporary=temporary,
             back=back,
+            product=True,
+        )
+
+    def packed(self, q: Value, k: Value, v: Value) -> Value:
+        """`ops.attention_cpu`: gradients of keys and values are in float32 first, a part for some heads."""
+        shape = self.shape
+        share = parts(max(1, self.count // shape.document), shape.heads, shape.kv_heads)
+        return self.tape.operation(
+            [q, k, v],
+            q.room.size,
+            saves=[q, k, v],
+            saves_out=True,
+            extra=4 * self.count * shape.heads,
+            back=2 * (k.room.size + v.room.size) * (share + (share > 1)),
             product=True,
         )
 

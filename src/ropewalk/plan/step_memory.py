@@ -10,6 +10,7 @@ from functools import cached_property
 from itertools import accumulate
 
 from ropewalk.ops.head import _CHUNK_BYTES, _CPU_BLOCK, _DEVICE_CHUNK_BYTES
+from ropewalk.ops.native import library
 from ropewalk.ops.product import float32_is_faster
 from ropewalk.plan.block_memory import BlockMemory, Mode, block_memory, block_shape, modes_of
 from ropewalk.plan.layer_memory import Shape, scratch_bytes
@@ -202,9 +203,10 @@ class _Step:
         scored = self._scored()
         rows, vocabulary = self._chunk()
         chunk = rows * vocabulary * self.bytes
-        if work.device == "cpu" or work.layout.tensor > 1:
+        capped, divided = config.final_logit_softcapping is not None, work.layout.tensor > 1
+        if divided or (work.device == "cpu" and (capped or library() is None)):
             block = min(rows, max(1, (_CPU_BLOCK if work.device == "cpu" else 1 << 24) // vocabulary))
-            copies = 3 if config.final_logit_softcapping is not None else 2 if self.bytes == 2 else 1
+            copies = 3 if capped else 2 if self.bytes == 2 else 1
             chunk += copies * 4 * block * vocabulary
         if scored < self.tokens:
             chunk += rows * config.hidden_size * self.bytes + 16 * scored

@@ -26,7 +26,7 @@ Mode = Literal["none", "full", "selective"]
 
 _KEPT = frozenset(
     """
-    ropewalk.product.default
+    ropewalk.product.default ropewalk.attention.default
     aten.mm.default aten.addmm.default aten.addmm_.default aten.bmm.default aten.baddbmm.default
     aten._scaled_dot_product_flash_attention.default aten._scaled_dot_product_efficient_attention.default
     aten._scaled_dot_product_cudnn_attention.default

@@ -1,0 +1,160 @@
+"""Causal attention of packed documents on a CPU with AMX: `cpu/attention.cpp` as operations of torch."""
+
+import ctypes
+import functools
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ropewalk.ops.native import library
+
+_ALL = 1 << 40
+"""A window that no document reaches."""
+
+
+class _Rows(ctypes.Structure):
+    _fields_ = (("data", ctypes.c_void_p), ("token", ctypes.c_int64), ("head", ctypes.c_int64))
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__(x.data_ptr(), x.stride(0), x.stride(1))
+
+
+class _Problem(ctypes.Structure):
+    _fields_ = (
+        ("documents", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in "count tokens heads kv_heads dim parts window".split()),
+        ("scale", ctypes.c_float),
+        ("threads", ctypes.c_int),
+    )
+
+
+@functools.cache
+def possible() -> bool:
+    """Whether this machine has the kernel: AMX that the system lets us use, and a compiler."""
+    kernels = library()
+    if kernels is None or not hasattr(kernels, "attention_possible"):
+        return False
+    kernels.attention_possible.restype = ctypes.c_bool
+    for name in ("attention_forward", "attention_backward"):
+        getattr(kernels, name).restype = ctypes.c_bool
+    return bool(kernels.attention_possible())
+
+
+def takes(q: Tensor, scale: float) -> bool:
+    """Whether the kernel computes these queries; what else attention may be told is for the caller to see."""
+    return q.device.type == "cpu" and q.dtype is torch.bfloat16 and scale > 0 and possible()
+
+
+def parts(documents: int, heads: int, kv_heads: int) -> int:
+    """Where documents are few, each of a key-value head's query heads is a thread's work of its own."""
+    return heads // kv_heads if documents * kv_heads < 2 * torch.get_num_threads() else 1
+
+
+def cpu_attention(
+    q: Tensor, k: Tensor, v: Tensor, documents: list[int], window: int | None, scale: float
+) -> Tensor:
+    """q `[T, heads, D]`, k and v `[T, kv_heads, D]`, bfloat16 -> as q; zeros where no document is.
+
+    `documents` are pairs of first token and length, the longest first.
+    """
+    return torch.ops.ropewalk.attention(q, k, v, documents, window or _ALL, scale)[0]
+
+
+@torch.library.custom_op("ropewalk::attention", mutates_args=())
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, documents: list[int], window: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    q, k, v = (_in_rows(x) for x in (q, k, v))
+    out, sums = _new(documents, q.shape, q.dtype), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+    rows = [_Rows(x) for x in (q, k, v, out)]
+    _run(
+        "attention_forward", *rows, ctypes.c_void_p(sums.data_ptr()), _problem(q, k, documents, window, scale)
+    )
+    return out, sums
+
+
+@_forward.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, documents: list[int], window: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+
+
+@torch.library.custom_op("ropewalk::attention_backward", mutates_args=())
+def _backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    sums: Tensor,
+    documents: list[int],
+    window: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad, q, k, v = (_in_rows(x) for x in (grad, q, k, v))
+    problem = _problem(q, k, documents, window, scale)
+    dq = _new(documents, q.shape, q.dtype)
+    dk, dv = (_new(documents, (problem.parts, *k.shape), torch.float32) for _ in range(2))
+    rows = [_Rows(x) for x in (grad, q, k, v, out)]
+    sums_at, dk_at, dv_at = (ctypes.c_void_p(x.data_ptr()) for x in (sums, dk, dv))
+    _run("attention_backward", *rows, sums_at, _Rows(dq), dk_at, dv_at, problem)
+    dk, dv = (x[0] if problem.parts == 1 else x.sum(0) for x in (dk, dv))
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
+@_backward.register_fake
+def _(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    sums: Tensor,
+    documents: list[int],
+    window: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:3], *output)
+    ctx.options = inputs[3:]
+
+
+def _slopes(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    dq, dk, dv = torch.ops.ropewalk.attention_backward(grad, *ctx.saved_tensors, *ctx.options)
+    return dq, dk, dv, None, None, None
+
+
+_forward.register_autograd(_slopes, setup_context=_keep)
+
+
+def _problem(q: Tensor, k: Tensor, documents: list[int], window: int, scale: float) -> _Problem:
+    count, (tokens, heads, dim), kv_heads = len(documents) // 2, q.shape, k.shape[1]
+    table = (ctypes.c_int64 * len(documents))(*documents)
+    sizes = count, tokens, heads, kv_heads, dim, parts(count, heads, kv_heads), window
+    problem = _Problem(ctypes.addressof(table), *sizes, scale, torch.get_num_threads())
+    problem.table = table  # as long as the pointer to it
+    return problem
+
+
+def _run(name: str, *arguments: Any) -> None:
+    kernels, problem = library(), arguments[-1]
+    assert possible()
+    if problem.count and not getattr(kernels, name)(*arguments):
+        raise MemoryError(f"{name}: no memory for {problem.threads} threads")
+
+
+def _in_rows(x: Tensor) -> Tensor:
+    return x if x.stride(2) == 1 else x.contiguous()
+
+
+def _new(documents: list[int], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Room for a result: zeros where documents leave tokens out."""
+    whole = sum(documents[1::2]) * math.prod(shape[-2:]) * (shape[0] if len(shape) == 4 else 1)
+    make = torch.empty if whole == math.prod(shape) else torch.zeros
+    return make(shape, dtype=dtype)
