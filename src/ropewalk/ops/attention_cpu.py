@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ropewalk.ops.native import library
+from ropewalk.ops.native import library, run
 
 _ALL = 1 << 40
 """A window that no document reaches."""
@@ -26,7 +26,6 @@ class _Problem(ctypes.Structure):
         ("documents", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in "count tokens heads kv_heads dim parts window".split()),
         ("scale", ctypes.c_float),
-        ("threads", ctypes.c_int),
     )
 
 
@@ -99,8 +98,7 @@ def _backward(
     dq = _new(documents, q.shape, q.dtype)
     dk, dv = (_new(documents, (problem.parts, *k.shape), torch.float32) for _ in range(2))
     rows = [_Rows(x) for x in (grad, q, k, v, out)]
-    sums_at, dk_at, dv_at = (ctypes.c_void_p(x.data_ptr()) for x in (sums, dk, dv))
-    _run("attention_backward", *rows, sums_at, _Rows(dq), dk_at, dv_at, problem)
+    _run("attention_backward", *rows, sums, _Rows(dq), dk, dv, problem)
     dk, dv = (x[0] if problem.parts == 1 else x.sum(0) for x in (dk, dv))
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
@@ -137,16 +135,15 @@ def _problem(q: Tensor, k: Tensor, documents: list[int], window: int, scale: flo
     count, (tokens, heads, dim), kv_heads = len(documents) // 2, q.shape, k.shape[1]
     table = (ctypes.c_int64 * len(documents))(*documents)
     sizes = count, tokens, heads, kv_heads, dim, parts(count, heads, kv_heads), window
-    problem = _Problem(ctypes.addressof(table), *sizes, scale, torch.get_num_threads())
+    problem = _Problem(ctypes.addressof(table), *sizes, scale)
     problem.table = table  # as long as the pointer to it
     return problem
 
 
 def _run(name: str, *arguments: Any) -> None:
-    kernels, problem = library(), arguments[-1]
     assert possible()
-    if problem.count and not getattr(kernels, name)(*arguments):
-        raise MemoryError(f"{name}: no memory for {problem.threads} threads")
+    if arguments[-1].count and not run(name, *arguments):
+        raise MemoryError(f"{name}: no memory for what its threads need")
 
 
 def _in_rows(x: Tensor) -> Tensor:

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ropewalk.errors import UserError
-from ropewalk.ops.cross_entropy_cpu import runs_natively
+from ropewalk.ops.cross_entropy_cpu import native_rows
 from ropewalk.ops.head import VocabularyPart, by_blocks, capped, head_loss, plain_logits, uncap_, wide
+from ropewalk.ops.native import takes
 from ropewalk.ops.reference import using_references
 
 IGNORED = -100
@@ -111,8 +112,8 @@ def cross_entropy_rows(
         from ropewalk.ops.cross_entropy_kernel import run_kernel
 
         return run_kernel(logits, targets, softcap, z_loss, slopes, factors)
-    if softcap is None and runs_natively(logits):
-        return torch.ops.ropewalk.cross_entropy_(logits, targets, z_loss, slopes, factors)
+    if softcap is None and takes(logits):
+        return native_rows(logits, targets, z_loss, slopes, factors)
 
     def block(some: slice, logits: Tensor, wanted: bool) -> Tensor:
         few = None if factors is None else factors[some]

@@ -13,12 +13,47 @@ import platform
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from ropewalk.errors import RopewalkError
 from ropewalk.files import atomic_file, cache_directory
 
-_SOURCES = tuple(sorted((Path(__file__).parent / "cpu").glob("*.cpp")))
+_FILES = tuple(sorted((Path(__file__).parent / "cpu").iterdir()))
 _OPTIONS = "-std=c++17 -O3 -march=native -mprefer-vector-width=512 -fno-math-errno -fno-trapping-math".split()
+
+
+_NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float"}
+
+
+def takes(x: Tensor) -> bool:
+    """Whether there are kernels for tensors such as this one. Not in compiled code, which has its own."""
+    known = x.device.type == "cpu" and x.dtype in _NAMES
+    return known and not torch.compiler.is_compiling() and library() is not None
+
+
+def run(name: str, *arguments: Any) -> Any:
+    """Calls a kernel. Tensors are given by address, contiguous ones; torch's number of threads comes last."""
+    kernels = library()
+    assert kernels is not None
+    return getattr(kernels, name)(*map(_converted, arguments), torch.get_num_threads())
+
+
+def run_on(x: Tensor, name: str, *arguments: Any) -> None:
+    """`run`, of the kernel for numbers of x's type, whose first argument x is."""
+    run(f"{name}_{_NAMES[x.dtype]}", x, *arguments)
+
+
+def _converted(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        assert value.is_contiguous()
+        return ctypes.c_void_p(value.data_ptr())
+    if value is None:
+        return ctypes.c_void_p(None)
+    types = {bool: ctypes.c_bool, int: ctypes.c_int64, float: ctypes.c_float}
+    return types[type(value)](value) if type(value) in types else value
 
 
 @functools.cache
@@ -48,13 +83,14 @@ def _found() -> tuple[ctypes.CDLL | None, str | None]:
 def _compiled(compiler: str) -> Path:
     """Where the library lies, named after all that it depends on: machines may share the cache."""
     flags = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
-    known = [flags, compiler, *_OPTIONS, *(source.read_text() for source in _SOURCES)]
+    known = [flags, compiler, *_OPTIONS, *(file.read_text() for file in _FILES)]
     name = hashlib.sha256("\n".join(known).encode()).hexdigest()[:16]
     path = cache_directory() / "kernels" / f"{name}.so"
     if not path.exists():
         with atomic_file(path) as temporary:
             command = [compiler, *_OPTIONS, "-fopenmp", "-shared", "-fPIC", "-o", str(temporary)]
-            done = subprocess.run([*command, *map(str, _SOURCES)], capture_output=True, text=True)
+            sources = [str(file) for file in _FILES if file.suffix == ".cpp"]
+            done = subprocess.run([*command, *sources], capture_output=True, text=True)
             if done.returncode:
                 raise RopewalkError(f"{compiler} failed: {done.stderr.strip()[:500]}")
     return path

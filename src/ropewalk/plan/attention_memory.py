@@ -19,6 +19,8 @@ class AttentionLayers(Layers):
         """Tables are there anyway. Four half products and two sums before the result, and after it."""
         share = self.shape.rotated
         size = x.room.size
+        if self.native:
+            return self.tape.operation([x], size, weight=True)
         return self.tape.operation(
             [x],
             size,

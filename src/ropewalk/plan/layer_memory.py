@@ -7,7 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from ropewalk.ops.native import library
 from ropewalk.ops.nf4_codes import _DEVICE_CHUNK
+from ropewalk.ops.norm import _PARTS
 from ropewalk.ops.product import _LEAST, _PANEL, float32_is_faster
 from ropewalk.plan.tape import Arrival, Tape, Value
 
@@ -74,6 +76,7 @@ class Layers:
         self.apart = self.count // shape.tensor
         """tokens between them"""
         self.outside = self.apart * shape.hidden * shape.bytes
+        self.native = shape.device == "cpu" and library() is not None
         self.widens = shape.device == "cpu" and shape.bytes == 2 and float32_is_faster()
 
     def norm(self, x: Value, name: str, count: int) -> Value:
@@ -87,6 +90,9 @@ class Layers:
             return self.tape.operation(
                 [x], size, saves=[x], extra=2 * shape.bytes * count, trained=made, weight=True
             )
+        if self.native:
+            sums = 4 * _PARTS * width if weight else 0
+            return self.tape.operation([x], size, saves=[x], extra=4 * count, trained=made, back=sums)
         if shape.device == "cpu":
             return self.tape.operation(
                 [x], size, saves=[x], extra=4 * count, trained=made, temporary=wide, back=wide

@@ -27,7 +27,6 @@ struct Problem {
   int64_t parts;   // of a key-value head's query heads; each is one thread's
   int64_t window;  // keys that a query sees, itself included
   float scale;
-  int threads;
 };
 
 #ifdef __AMX_BF16__
@@ -385,9 +384,9 @@ struct Backward {
 
 // All items of a pass, over the threads. Whether there was memory for it.
 template <typename Pass>
-bool run(Pass pass, const Problem &p) {
+bool run(Pass pass, const Problem &p, int most_threads) {
   const int64_t items = p.count * p.kv_heads * p.parts, room = up(pass.room(), 4096);
-  const int threads = int(std::min<int64_t>(p.threads, items));
+  const int threads = int(std::min<int64_t>(most_threads, items));
   char *memory = static_cast<char *>(std::aligned_alloc(4096, room * threads));
   if (!memory) return false;
 #pragma omp parallel num_threads(threads)
@@ -410,14 +409,14 @@ extern "C" bool attention_possible() {
 }
 
 // `sums` [heads, tokens] becomes the logarithm of each query's sum of exponentials.
-extern "C" bool attention_forward(Rows q, Rows k, Rows v, Rows out, float *sums, Problem p) {
-  return run(Forward{p, q, k, v, out, sums, up(p.dim, 32), up(p.documents[1], BLOCK)}, p);
+extern "C" bool attention_forward(Rows q, Rows k, Rows v, Rows out, float *sums, Problem p, int threads) {
+  return run(Forward{p, q, k, v, out, sums, up(p.dim, 32), up(p.documents[1], BLOCK)}, p, threads);
 }
 
 // `grad` is the slope of `out`; dk and dv [parts, tokens, kv_heads, dim] are to be summed over the parts.
 extern "C" bool attention_backward(Rows grad, Rows q, Rows k, Rows v, Rows out, const float *sums, Rows dq,
-                                   float *dk, float *dv, Problem p) {
+                                   float *dk, float *dv, Problem p, int threads) {
   const int64_t wide = up(p.dim, 32), longest = up(p.documents[1], BLOCK);
-  return run(Backward{p, grad, q, k, v, out, sums, dq, dk, dv, wide, longest}, p);
+  return run(Backward{p, grad, q, k, v, out, sums, dq, dk, dv, wide, longest}, p, threads);
 }
 #endif
