@@ -13,6 +13,7 @@ from ropewalk.cli import main
 from ropewalk.errors import UserError
 from ropewalk.plan import accuracy, outcomes
 from ropewalk.plan.calibration import Calibration, Rates, calibration
+from ropewalk.plan.entry import as_overrides
 from ropewalk.plan.hardware import cpu_kind
 from ropewalk.recipe import Machine, load_recipe, resolve
 from ropewalk.track import RunDirectory
@@ -52,6 +53,18 @@ def test_a_plan_for_scripts(recipe_file: Path, capsys: pytest.CaptureFixture[str
     assert plan["run"]["memory"]["total_bytes"] <= sum(plan["run"]["memory"]["terms"].values())
     assert plan == json.loads(json.dumps(rw.plan.as_json(rw.plan(recipe_file, on="4xA100"))))
     assert json.loads(said(capsys, recipe_file, "--on", "4xA100", "--by", "cost", "--json"))["ranked"]
+
+
+def test_what_changes_the_result_is_searched_where_it_is_asked_for(recipe_file: Path) -> None:
+    """Never otherwise; and the overrides that are printed are the run that was meant."""
+    kinds = {(one.work.precision, one.work.method) for one in rw.plan(recipe_file, on="4xH100").ranked}
+    assert len(kinds) == 1
+    on = "1xH100"
+    ranked = rw.plan(recipe_file, on=on, vary=("precision", "adaptation")).ranked
+    assert len({(one.work.precision, one.work.method, one.work.quantize) for one in ranked}) == 5
+    assert [one.step_seconds for one in ranked] == sorted(one.step_seconds for one in ranked)
+    for one in ranked:
+        assert rw.plan(recipe_file, as_overrides(one.work), on).run.step_seconds == one.step_seconds
 
 
 def test_what_does_not_fit_says_by_how_much_and_what_would_help(
@@ -115,6 +128,7 @@ def test_two_plots(recipe_file: Path, capsys: pytest.CaptureFixture[str], tmp_pa
         (["RECIPE", "--on", "8xH101"], "did you mean H100"),
         (["RECIPE", "--on", "3xH100"], "choose a multiple of 3"),
         (["RECIPE", "--by", "speed"], "--by speed"),
+        (["RECIPE", "--vary", "speed"], "--vary speed"),
         (["RECIPE", "--plot", "plan.pdf"], "a plot is a .png or .svg"),
         (["RECIPE", "train.step=3"], "did you mean train.steps"),
         (["nothing.yaml"], "nothing.yaml"),

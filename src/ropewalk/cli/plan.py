@@ -53,6 +53,10 @@ def recipe(
     on: On = None,
     network: Network = None,
     by: Annotated[str, typer.Option(help="Rank layouts by time, cost or goodput.")] = "time",
+    vary: Annotated[
+        list[str] | None,
+        typer.Option(help="Search this too: precision, adaptation. What is trained is then another thing."),
+    ] = None,
     plot: Annotated[
         Path | None, typer.Option(help="Write two plots, memory and time, to this .png or .svg.")
     ] = None,
@@ -77,7 +81,10 @@ def recipe(
         raise UserError("plan: give a recipe, or --accuracy and a folder of runs")
     if by not in ("time", "cost", "goodput"):
         raise UserError(f"--by {by}: one of time, cost, goodput")
-    made = plan(recipe, overrides or (), on, network, by)  # type: ignore[arg-type]  # checked above
+    for one in vary or ():
+        if one not in ("precision", "adaptation"):
+            raise UserError(f"--vary {one}: one of precision, adaptation")
+    made = plan(recipe, overrides or (), on, network, by, vary or ())  # type: ignore[arg-type]  # checked above
     traced = _traced(made) if trace else None
     if plot is not None:
         from ropewalk.plan.plots import draw
@@ -137,8 +144,8 @@ def _lines(made: "Plan") -> list[str]:
     if made.ranked:
         lines += ["", "best layouts for the same step:"]
         lines += [f"  {i}. {_why(one, made.run)}" for i, one in enumerate(made.ranked, 1)]
-    elif run.cluster.devices > 1:
-        lines += ["", "no layout of this step fits on this cluster"]
+    else:
+        lines += ["", f"no layout of this step fits on {run.cluster}"]
     return lines
 
 
@@ -162,8 +169,11 @@ def _layout(run: "Estimate") -> str:
     said = [f"{n} {getattr(layout, n)}{more.get(n, '')}" for n in named if getattr(layout, n) > 1]
     spread = " x ".join(said) or "one device"
     saver = "" if work.checkpointing == "none" else f", checkpointing {work.checkpointing}"
+    method = "" if work.method == "full" else f", {work.method}"
+    if work.quantize != "none":
+        method += f" on {work.quantize}"
     passes = f"{work.accumulation} micro-batch{'es' * (work.accumulation > 1)} of {work.micro_batch_size}"
-    return f"{spread}; {passes} x {work.sequence_length:,} tokens, {work.precision}{saver}"
+    return f"{spread}; {passes} x {work.sequence_length:,} tokens, {work.precision}{method}{saver}"
 
 
 def _why(one: "Estimate", asked: "Estimate") -> str:

@@ -5,7 +5,7 @@ import json
 import math
 import os
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any
@@ -17,7 +17,7 @@ from ropewalk.plan.calibration import calibration, corrected
 from ropewalk.plan.estimates import Estimate, point
 from ropewalk.plan.hardware import Cluster, cluster
 from ropewalk.plan.here import default_processes, here, plain
-from ropewalk.plan.search import By, Fix, fixes, search
+from ropewalk.plan.search import By, Fix, Vary, fixes, search
 from ropewalk.plan.sizes import parameters
 from ropewalk.plan.work import Rows, Work, work_of
 from ropewalk.recipe import Machine, Recipe, load_recipe, resolve
@@ -63,11 +63,14 @@ def plan(
     on: str | Path | Cluster | None = None,
     network: str | None = None,
     by: By = "time",
+    vary: Collection[Vary] = (),
 ) -> Plan:
     """What a recipe's run takes on this machine, or on a cluster (`8xH100`, a file); better layouts; fixes.
 
-    Nothing is started and no weights are read. UserError for what the recipe has wrong, for a cluster that is
-    not known, and for a layout that the model cannot be divided in.
+    vary: the layouts are searched in other precisions ("precision"), or with adapters and without
+    ("adaptation"), too: what is trained is then not the same. Nothing is started and no weights are read.
+    UserError for what the recipe has wrong, for a cluster that is not known, and for a layout that the model
+    cannot be divided in.
     """
     where = None if on is None else cluster(on, network)
     machine = Machine.here() if where is None else _machine(where)
@@ -87,7 +90,7 @@ def plan(
         run,
         _steps(whole, work, rows),
         folder,
-        search(work, where, by, accept=_trainable(recipe, overrides, machine)) if where.devices > 1 else [],
+        search(work, where, by, accept=_trainable(recipe, overrides, machine), vary=vary),
         [] if run.fits else fixes(work, where),
     )
 
@@ -102,7 +105,7 @@ def propose(recipe: Recipe, processes: int) -> list[str]:
     work = work_of(whole, config_of(whole), processes)
     where = _running(work, plain(processes, work.device))
     found = search(work, where, count=1, accept=_trainable(recipe, (), machine))
-    return as_overrides(found[0].work) if found else []
+    return spread(found[0].work) if found else []
 
 
 def _trainable(
@@ -123,9 +126,21 @@ def _trainable(
 
 
 def as_overrides(work: Work) -> list[str]:
+    """What the recipe says of how a step is spread, and of all that a search may vary, as overrides."""
+    kind = (
+        f"train.precision={work.precision}",
+        f"adapt.method={work.method}",
+        f"adapt.quantize={work.quantize}",
+    )
+    return [*spread(work), *kind]
+
+
+def spread(work: Work) -> list[str]:
     """What the recipe says of how a step is spread, as overrides."""
     layout = work.layout
-    degrees = {name: getattr(layout, name) for name in (*DEGREES, "expert", "stage")}
+    degrees = {name: getattr(layout, name) for name in (*DEGREES, "expert")}
+    if layout.parts > 1:
+        degrees["stage"] = layout.stage
     if layout.pipeline > 1:
         degrees |= {"pipeline_schedule": layout.pipeline_schedule, "pipeline_stages": layout.stages_each}
     return [
@@ -293,11 +308,12 @@ def as_json(made: Plan) -> dict[str, Any]:
 
 def estimate_json(one: Estimate) -> dict[str, Any]:
     """An estimate as plain values."""
+    names = "micro_batch_size accumulation checkpointing precision method quantize".split()
     return {
         "cluster": str(one.cluster),
         "devices": one.cluster.devices,
         "layout": asdict(one.layout),
-        **{name: getattr(one.work, name) for name in ("micro_batch_size", "accumulation", "checkpointing")},
+        **{name: getattr(one.work, name) for name in names},
         "step_seconds": one.step_seconds,
         "phases": one.time.phases,
         **{name: getattr(one, name) for name in ("tokens_per_second", "mfu", "mfu_causal", "hfu", "fits")},

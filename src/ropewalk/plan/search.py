@@ -1,6 +1,6 @@
 """All layouts of a run on a cluster: those that fit, ranked; and what would make one fit that does not."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, Literal
@@ -16,6 +16,8 @@ from ropewalk.plan.step_time import BlockTime, StepTime, blocks_of, step_time
 from ropewalk.plan.work import Work
 
 By = Literal["time", "cost", "goodput"]
+Vary = Literal["precision", "adaptation"]
+"""What changes the result of a training, and is searched only where it is asked for."""
 MICRO = (1, 2, 4, 8, 16)
 SLACK = 1.1
 """What the sketch may be wrong by."""
@@ -117,16 +119,28 @@ def variants(work: Work, where: Cluster) -> Iterator[Work]:
                 )
 
 
+def alternatives(work: Work, where: Cluster, vary: Collection[Vary]) -> list[Work]:
+    """The run as it is, and in other precisions that the device has, and with more or less of it trained."""
+    kinds: list[dict[str, Any]] = [{}]
+    if "precision" in vary:
+        kinds = [{"precision": p} for p in ("float8", "bfloat16", "float32") if p in where.accelerator.peak]
+    if "adaptation" in vary:
+        trained = [("full", "none"), ("lora", "none"), ("lora", "int8"), ("lora", "nf4")]
+        kinds = [{**kind, "method": m, "quantize": q} for kind in kinds for m, q in trained]
+    return list(dict.fromkeys([work, *(replace(work, **kind) for kind in kinds)]))
+
+
 def search(
     work: Work,
     where: Cluster,
     by: By = "time",
     count: int = 5,
     accept: Callable[[Work], bool] = lambda work: True,
+    vary: Collection[Vary] = (),
 ) -> list[Estimate]:
     """The best ways to do the same step, best first; at most `count`, none where nothing fits.
 
-    The optimizer's states are in the hosts' memory only where nothing fits without.
+    The optimizer's states are in the hosts' memory only where nothing fits without. vary: see `alternatives`.
     accept: says no to what must not be. by: time; cost, for which fewer devices count too; or goodput, the
     tokens of a day in which some fail. What cannot fit is left out by a sketch, the time of blocks computed
     once for each (tensor, context, expert, micro-batch, saver), and what is left counted exactly, the
@@ -134,13 +148,16 @@ def search(
     given.
     """
     clusters = [where] if by == "time" else [where.of(n) for n in _fewer(where)]
+    works = alternatives(work, where, vary)
     ranked = sorted(
-        (one for some in clusters for one in _roughly(work, some)), key=lambda found: _price(found, by)
+        (found for one in works for some in clusters for found in _roughly(one, some)),
+        key=lambda found: _price(found, by),
     )
     best: dict[Any, Estimate] = {}
     for one, some, time in ranked:
         layout = one.layout
-        key = (some.devices, layout.tensor, layout.context, layout.pipeline, layout.expert)
+        kind = (one.precision, one.method, one.quantize)
+        key = (some.devices, layout.tensor, layout.context, layout.pipeline, layout.expert, kind)
         if key in best:
             continue
         found = Estimate(one, some, time, memory_of(one, some))
@@ -149,7 +166,7 @@ def search(
             if len(best) == count:
                 break
     if not best and not work.offload and work.device == "cuda":
-        return search(replace(work, offload=True), where, by, count, accept)
+        return search(replace(work, offload=True), where, by, count, accept, vary)
     return list(best.values())
 
 
