@@ -2,7 +2,7 @@
 
 import ctypes
 import functools
-import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -66,11 +66,10 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, documents: list[int], window: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     q, k, v = (_in_rows(x) for x in (q, k, v))
-    out, sums = _new(documents, q.shape, q.dtype), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+    out = _maker(documents, q)(q.shape)
+    sums = q.new_empty(q.shape[1], len(q), dtype=torch.float32)
     rows = [_Rows(x) for x in (q, k, v, out)]
-    _run(
-        "attention_forward", *rows, ctypes.c_void_p(sums.data_ptr()), _problem(q, k, documents, window, scale)
-    )
+    _run("attention_forward", *rows, sums, _problem(q, k, documents, window, scale))
     return out, sums
 
 
@@ -95,8 +94,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad, q, k, v = (_in_rows(x) for x in (grad, q, k, v))
     problem = _problem(q, k, documents, window, scale)
-    dq = _new(documents, q.shape, q.dtype)
-    dk, dv = (_new(documents, (problem.parts, *k.shape), torch.float32) for _ in range(2))
+    make, sizes = _maker(documents, q), (problem.parts, *k.shape)
+    dq, dk, dv = make(q.shape), make(sizes, dtype=torch.float32), make(sizes, dtype=torch.float32)
     rows = [_Rows(x) for x in (grad, q, k, v, out)]
     _run("attention_backward", *rows, sums, _Rows(dq), dk, dv, problem)
     dk, dv = (x[0] if problem.parts == 1 else x.sum(0) for x in (dk, dv))
@@ -150,8 +149,6 @@ def _in_rows(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 else x.contiguous()
 
 
-def _new(documents: list[int], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Room for a result: zeros where documents leave tokens out."""
-    whole = sum(documents[1::2]) * math.prod(shape[-2:]) * (shape[0] if len(shape) == 4 else 1)
-    make = torch.empty if whole == math.prod(shape) else torch.zeros
-    return make(shape, dtype=dtype)
+def _maker(documents: list[int], q: Tensor) -> Callable[..., Tensor]:
+    """What makes room for results: with zeros where documents leave tokens out."""
+    return q.new_empty if sum(documents[1::2]) == len(q) else q.new_zeros
