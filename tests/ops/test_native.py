@@ -79,7 +79,10 @@ def test_is_compiled_once_and_done_without_where_it_cannot_be(tmp_path):
     assert run(tmp_path / "cache", compiler) == first
     assert made.stat().st_mtime_ns == stamp
 
-    for wrong, reason in (("/nowhere/g++", "there is no C++ compiler"), ("false", "failed")):
+    for wrong, reason in (
+        ("/nowhere/g++ -O1", "there is no C++ compiler (/nowhere/g++)"),
+        ("false", "failed"),
+    ):
         found = run(tmp_path / "other", wrong)
         assert found[0] == "False"
         assert reason in " ".join(found)

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -21,10 +22,8 @@ from torch import Tensor
 from ropewalk.errors import RopewalkError
 from ropewalk.files import atomic_file, cache_directory
 
-_FILES = tuple(sorted((Path(__file__).parent / "cpu").iterdir()))
+_FILES = tuple(sorted((Path(__file__).parent / "cpu").glob("*.[ch]*")))
 _OPTIONS = "-std=c++17 -O3 -march=native -mprefer-vector-width=512 -fno-math-errno -fno-trapping-math".split()
-
-
 _NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float"}
 
 
@@ -69,28 +68,28 @@ def unavailable() -> str | None:
 
 @functools.cache
 def _found() -> tuple[ctypes.CDLL | None, str | None]:
-    compiler = shutil.which(os.environ.get("CXX") or "g++")
+    compiler = shlex.split(os.environ.get("CXX") or "g++")
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         return None, "they are written for Linux on x86-64"
-    if compiler is None:
-        return None, "there is no C++ compiler (g++)"
+    if shutil.which(compiler[0]) is None:
+        return None, f"there is no C++ compiler ({compiler[0]})"
     try:
         return ctypes.CDLL(str(_compiled(compiler))), None
     except (OSError, RopewalkError) as error:
         return None, str(error)
 
 
-def _compiled(compiler: str) -> Path:
+def _compiled(compiler: list[str]) -> Path:
     """Where the library lies, named after all that it depends on: machines may share the cache."""
     flags = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
-    known = [flags, compiler, *_OPTIONS, *(file.read_text() for file in _FILES)]
+    known = [flags, *compiler, *_OPTIONS, *(file.read_text() for file in _FILES)]
     name = hashlib.sha256("\n".join(known).encode()).hexdigest()[:16]
     path = cache_directory() / "kernels" / f"{name}.so"
     if not path.exists():
         with atomic_file(path) as temporary:
-            command = [compiler, *_OPTIONS, "-fopenmp", "-shared", "-fPIC", "-o", str(temporary)]
+            command = [*compiler, *_OPTIONS, "-fopenmp", "-shared", "-fPIC", "-o", str(temporary)]
             sources = [str(file) for file in _FILES if file.suffix == ".cpp"]
             done = subprocess.run([*command, *sources], capture_output=True, text=True)
             if done.returncode:
-                raise RopewalkError(f"{compiler} failed: {done.stderr.strip()[:500]}")
+                raise RopewalkError(f"{compiler[0]} failed: {done.stderr.strip()[:500]}")
     return path
