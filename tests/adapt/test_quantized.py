@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ropewalk.adapt import AdapterConfig, adapter_parameters, apply_adapter, merge, quantize_base, unmerged
+from ropewalk.errors import UserError
 from ropewalk.model import save_model
 from ropewalk.ops import QUANTIZED, QuantizedTensor
 
@@ -115,3 +116,8 @@ def test_generation_one_row_at_a_time(llama, kind):
     quantized, plain = pair(llama, kind, "lora", "bfloat16")
     token = llama.tokens()[:1, :1]
     torch.testing.assert_close(logits(quantized, token), logits(plain, token), rtol=0.02, atol=0.05)
+
+
+def test_a_kind_that_there_is_not_is_said():
+    with pytest.raises(UserError, match="kind nf8: one of nf4, int8"):
+        quantize_base(torch.nn.Module(), kind="nf8")

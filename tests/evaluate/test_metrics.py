@@ -64,3 +64,8 @@ def test_without_sacrebleu_chrf_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "sacrebleu.metrics", None)
     with pytest.raises(UserError, match=r"ropewalk\[eval\]"):
         chrf("a", "b")
+
+
+def test_a_metric_that_there_is_not_is_said_before_the_work():
+    with pytest.raises(UserError, match="metric bleu: one of exact_match"):
+        score_row(["exact_match", "bleu"], "", "")

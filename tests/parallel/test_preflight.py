@@ -150,3 +150,8 @@ def test_a_read_only_folder_names_its_processes() -> None:
     why = "cannot write there (Read-only file system)"
     (said,) = problems(facts("node1", 0) + facts("node2", 1, 2, unwritable=why), "/runs")
     assert said.startswith(f"/runs: processes 1-2 on node2: {why}; set runs to")
+
+
+def test_a_slip_of_the_pen_does_not_start_a_thousand_processes() -> None:
+    with pytest.raises(UserError, match=r"parallel: 1000 processes on this machine of \d+ cores"):
+        launch(["-c", "raise SystemExit(7)"], 1000)

@@ -192,6 +192,8 @@ def quantize_base(
     `names`: only these layers. Routers of experts stay as they are: they are small, and a rounded one sends
     tokens elsewhere. Magnitudes of DoRA are not touched: quantize before they are made, or train on.
     """
+    if kind not in QUANTIZED:
+        raise UserError(f"kind {kind}: one of {', '.join(QUANTIZED)}")
     quantized = []
     for name, module in model.blocks.named_modules(prefix="blocks"):
         name = name.removesuffix(".base")

@@ -70,7 +70,10 @@ _METRICS: dict[str, Callable[[str, str], float]] = {
 
 
 def score_row(metrics: Sequence[str], answer: str, reference: str) -> dict[str, float]:
-    """Each of `metrics` for one answer."""
+    """Each of `metrics` for one answer. UserError for one that there is not."""
+    for name in metrics:
+        if name not in _METRICS:
+            raise UserError(f"metric {name}: one of {', '.join(_METRICS)}")
     return {name: _METRICS[name](answer, reference) for name in metrics}
 
 

@@ -10,23 +10,33 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+from ropewalk.errors import UserError
+
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 GRACE = 10.0
 """Seconds that the others have to end when one has failed."""
+FEW, PER_CORE = 16, 4
+"""Processes that any machine may be given, and for each of its cores: more are a slip of the pen."""
 
 
 def launch(arguments: list[str], processes: int, variables: Mapping[str, str] | None = None) -> int:
     """Runs `python ARGUMENTS` in so many processes with torchrun's variables: their exit status.
 
     That of the first to fail (less than 0: the signal that ended it), or 0. Signals go on to all;
-    when one fails, the others are ended.
+    when one fails, the others are ended. UserError for more processes than a machine is meant to run.
     """
+    cores = len(os.sched_getaffinity(0))
+    if processes > max(FEW, PER_CORE * cores):
+        raise UserError(
+            f"parallel: {processes} processes on this machine of {cores} cores; at most "
+            f"{max(FEW, PER_CORE * cores)} are started here, more by torchrun on several machines"
+        )
     shared = dict(variables or {}) | {
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(_free_port()),
-        "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // processes)),
+        "OMP_NUM_THREADS": str(max(1, cores // processes)),
     }
     command = [sys.executable, *arguments]
     running = [
