@@ -3,6 +3,7 @@
 import ast
 import re
 import subprocess
+import tomllib
 from collections import defaultdict
 from pathlib import Path
 
@@ -174,6 +175,15 @@ def test_nothing_is_tied_to_one_machine():
         for what, pattern in FORBIDDEN.items():
             found += [f"{path.relative_to(ROOT)}: {what}: {m.group()}" for m in re.finditer(pattern, text)]
     assert found == []
+
+
+def test_whatever_is_no_python_is_packaged_too():
+    """An editable installation has all files; one from a wheel has those that are named."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    patterns = settings["tool"]["setuptools"]["package-data"]["ropewalk"]
+    packaged = {path for pattern in patterns for path in PACKAGE.glob(pattern)}
+    ours = {path for path in tracked_files() if PACKAGE in path.parents and path.suffix != ".py"}
+    assert ours <= packaged
 
 
 def test_no_unsafe_loading_of_files_from_elsewhere():
