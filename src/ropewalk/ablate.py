@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from ropewalk import make_callable
 from ropewalk.data import Loader, Prepared, TokenShards, prepare
@@ -30,7 +29,7 @@ from ropewalk.files import atomic_write, sha256
 from ropewalk.model import load_model, load_tokenizer
 from ropewalk.parallel import started
 from ropewalk.recipe import Recipe, load_recipe, resolve, to_yaml
-from ropewalk.stage import Stage
+from ropewalk.stage import Stage, Stages
 from ropewalk.track import RunDirectory
 from ropewalk.train import resume, train
 from ropewalk.train.build import DTYPES
@@ -77,7 +76,7 @@ def ablate(
         raise UserError("ablate starts the processes of its runs itself: call it without torchrun")
     recipe = _with_model(load_recipe(recipe, overrides), model_config)
     _check(recipe, seeds, evaluate)
-    stages = _Stages(progress, 1 + 4 * seeds)
+    stages = Stages(1 + 4 * seeds, progress)
     with stages.next("prepare the data") as stage:
         pairs = [_pair(recipe, without, recipe.seed + i, evaluate, stage) for i in range(seeds)]
     names = sides_of(without)
@@ -335,18 +334,6 @@ def _kept(found: Ablation, recipe: Recipe) -> Ablation:
     atomic_write(path, found.markdown(recipe.name))
     atomic_write(path.with_suffix(".json"), json.dumps(found.as_dict(), indent=1, ensure_ascii=False) + "\n")
     return replace(found, report=path)
-
-
-class _Stages:
-    """Numbered headings."""
-
-    def __init__(self, progress: bool, count: int) -> None:
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=not progress)
-        self.count, self.done = count, 0
-
-    def next(self, name: str) -> Stage:
-        self.done += 1
-        return Stage(f"{self.done}/{self.count} {name}", self.console)
 
 
 make_callable(__name__)  # rw.ablate is this module and the function

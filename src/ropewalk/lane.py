@@ -4,20 +4,17 @@ In: a recipe. Out: a run directory whose report.md compares base and tuned, and 
 May import: recipe and every stage room.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
 
 from ropewalk.data import prepare
 from ropewalk.errors import UserError
 from ropewalk.evaluate import Evaluation, TaskResult, check_files, evaluate
 from ropewalk.parallel import started
 from ropewalk.recipe import Recipe, load_recipe, resolve
-from ropewalk.stage import Stage
+from ropewalk.stage import Stages
 from ropewalk.track import RunDirectory
 from ropewalk.train import train
 
@@ -87,9 +84,7 @@ def run(
     wanted = recipe.evaluate
     check_files(wanted.perplexity, [*wanted.tasks, *wanted.base])
     measures = bool(wanted.perplexity or wanted.tasks or wanted.prompts)
-    stages = _Stages(
-        Console(stderr=True, highlight=False, soft_wrap=True, quiet=not progress), recipe, measures
-    )
+    stages = Stages(2 + measures + (measures and recipe.model.source is not None), progress)
 
     with stages.next("prepare") as stage:
         prepare(recipe, progress=stage.progress)
@@ -110,21 +105,6 @@ def run(
     text = (trained.run / "report.md").read_text(encoding="utf-8")
     directory.write_text("report.md", text.rstrip() + "\n\n" + markdown(result))
     return result
-
-
-class _Stages:
-    """Numbered headings, and the seconds that each stage took."""
-
-    def __init__(self, console: Console, recipe: Recipe, measures: bool) -> None:
-        self.console = console
-        self.count = 2 + measures + (measures and recipe.model.source is not None)
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def next(self, name: str) -> Iterator[Stage]:
-        with Stage(f"{len(self.seconds) + 1}/{self.count} {name}", self.console) as stage:
-            yield stage
-        self.seconds[name] = stage.seconds
 
 
 # --- base against tuned ----------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """Headings with elapsed seconds for long commands, and a line that says how far they are. All on stderr."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 from rich.console import Console
@@ -53,3 +55,18 @@ class Stage:
         elif now - self._said >= EVERY:
             self._said = now
             self.console.print(text, markup=False)
+
+
+class Stages:
+    """Numbered headings, and the seconds that each stage took."""
+
+    def __init__(self, count: int, progress: bool = True) -> None:
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=not progress)
+        self.count = count
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def next(self, name: str) -> Iterator[Stage]:
+        with Stage(f"{len(self.seconds) + 1}/{self.count} {name}", self.console) as stage:
+            yield stage
+        self.seconds[name] = stage.seconds

@@ -80,7 +80,7 @@ def test_equals_the_explicit_formula(packed, window, softcap):
 @pytest.mark.parametrize("window", [None, 6])
 @pytest.mark.parametrize("length", [33, 300])
 def test_bfloat16_is_as_close_as_its_rounding(length, window):
-    """Both the short documents, whose gradient is computed in float32, and the long ones."""
+    """Short documents and long ones."""
     inputs = qkv(1, length, 9, 3, 64, torch.bfloat16)
     segments = segments_of([[length // 3, length // 3]], length)
     out = attention(*inputs, layout=AttentionLayout.from_segments(segments), window=window)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ropewalk.ops.attention_cpu import cpu_attention, takes
-from ropewalk.ops.attention_kernels import SHORT, CPUCausal, Prefix, packed_attention
+from ropewalk.ops.attention_kernels import CPUCausal, Prefix, packed_attention
 from ropewalk.ops.attention_layout import AttentionLayout, causal_band
 from ropewalk.ops.product import float32_is_faster
 from ropewalk.ops.reference import using_references
@@ -108,7 +108,7 @@ def _documents(
     window = None if window is None or window >= before + length else window
     if window is None and softcap is None:
         on_cpu = q.device.type == "cpu"
-        cast = q.dtype == torch.bfloat16 and (length <= SHORT or float32_is_faster())
+        cast = q.dtype == torch.bfloat16 and float32_is_faster()
         if on_cpu and ((cast and torch.is_grad_enabled()) or prefix is not None):
             return CPUCausal.apply(q, k, v, *(prefix or (None, None)), scale).transpose(1, 2)
         if prefix is None:

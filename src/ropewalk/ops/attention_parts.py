@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ropewalk.ops.attention_kernels import SHORT
 from ropewalk.ops.attention_layout import AttentionLayout
 from ropewalk.ops.product import float32_is_faster
 
@@ -210,7 +209,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of a tile's q, k and v, from the result over all keys and its sums."""
     if scores.softcap is None and q.device.type == "cpu":
-        if q.dtype == torch.bfloat16 and (q.shape[2] <= SHORT or float32_is_faster()):
+        if q.dtype == torch.bfloat16 and float32_is_faster():
             grad, q, k, v, out = (t.float() for t in (grad, q, k, v, out))
         causal, mask = _mask(q, k, distance, scores.window)
         differentiate = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward

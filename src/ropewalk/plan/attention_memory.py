@@ -9,7 +9,6 @@ from ropewalk.plan.layer_memory import Layers
 from ropewalk.plan.tape import Tape, Value
 
 _QUERY_BLOCK = 1024  # of ops.attention
-_SHORT = 256  # of ops.attention_kernels
 
 
 class AttentionLayers(Layers):
@@ -57,7 +56,7 @@ class AttentionLayers(Layers):
         if shape.device == "cpu":
             if shape.prefix:
                 temporary = 2 * size + sums
-            if shape.bytes == 2 and (length <= _SHORT or float32_is_faster()):
+            if shape.bytes == 2 and float32_is_faster():
                 back = max(14 * numbers + 12 * others, 16 * numbers + 8 * others)
         elif shape.bytes == 4 and shape.heads != shape.kv_heads:
             return self.written_out(q, k, v, length, window)  # no kernel takes grouped queries in float32
