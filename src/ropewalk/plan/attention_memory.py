@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ropewalk.ops.attention_cpu import parts, possible
+from ropewalk.ops.attention_kernels import SHORT
 from ropewalk.ops.product import float32_is_faster
 from ropewalk.plan.layer_memory import Layers
 from ropewalk.plan.tape import Tape, Value
@@ -56,7 +57,7 @@ class AttentionLayers(Layers):
         if shape.device == "cpu":
             if shape.prefix:
                 temporary = 2 * size + sums
-            if shape.bytes == 2 and float32_is_faster():
+            if shape.bytes == 2 and (float32_is_faster() or (shape.prefix and length <= SHORT)):
                 back = max(14 * numbers + 12 * others, 16 * numbers + 8 * others)
         elif shape.bytes == 4 and shape.heads != shape.kv_heads:
             return self.written_out(q, k, v, length, window)  # no kernel takes grouped queries in float32
