@@ -18,12 +18,13 @@ def inputs(length, heads=4, kv_heads=2, dim=64, seed=0):
     return [torch.randn(size, generator=generator).bfloat16().requires_grad_() for size in sizes]
 
 
-def results(documents, q, k, v, grad, window=None, scale=None):
+def results(documents, q, k, v, grad, window=None, scale=None, softcap=None):
     """The result and its three gradients; a negative document is padding."""
     segments = torch.cat([torch.full((abs(n),), i if n > 0 else -1) for i, n in enumerate(documents)])[None]
-    out = attention(q, k, v, layout=AttentionLayout.from_segments(segments), window=window, scale=scale)
+    layout = AttentionLayout.from_segments(segments)
+    out = attention(q, k, v, layout=layout, window=window, scale=scale, softcap=softcap)
     exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    expected = attention_reference(*exact, segments, window, scale=scale)
+    expected = attention_reference(*exact, segments, window, softcap, scale)
     found = out, *torch.autograd.grad(out, (q, k, v), grad)
     return found, (expected, *torch.autograd.grad(expected, exact, grad.double())), segments
 
@@ -34,13 +35,14 @@ def results(documents, q, k, v, grad, window=None, scale=None):
     dim=st.sampled_from([8, 20, 32, 64, 80, 128, 160]),
     window=st.one_of(st.none(), st.integers(2, 200)),
     scale=st.one_of(st.none(), st.floats(0.01, 0.4)),
+    softcap=st.sampled_from([None, None, 2.0, 50.0]),
 )
 @settings(max_examples=60, deadline=None)
-def test_equals_the_explicit_formula(documents, heads, dim, window, scale):
+def test_equals_the_explicit_formula(documents, heads, dim, window, scale, softcap):
     """Any lengths, heads, dimensions and windows; padding gives zeros and takes none."""
     documents = [*documents, 37]
     q, k, v, grad = inputs(sum(map(abs, documents)), *heads, dim)
-    found, expected, segments = results(documents, q, k, v, grad, window, scale)
+    found, expected, segments = results(documents, q, k, v, grad, window, scale, softcap)
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == torch.bfloat16
         assert (a[segments < 0] == 0).all()
@@ -131,7 +133,7 @@ def test_compiles_into_one_graph():
     documents = layout.longest_first
 
     def both(q, k, v):
-        return torch.ops.ropewalk.attention(q[0], k[0], v[0], documents, 1 << 40, 0.125)[0] * 2
+        return torch.ops.ropewalk.attention(q[0], k[0], v[0], documents, 1 << 40, 0.0, 0.125)[0] * 2
 
     outs = [run(q, k, v) for run in (both, torch.compile(both, fullgraph=True, backend="aot_eager"))]
     assert torch.equal(*outs)

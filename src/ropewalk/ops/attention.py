@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ropewalk.ops.attention_cpu import cpu_attention, takes
+from ropewalk.ops.attention_cpu import ALL, cpu_attention, takes
 from ropewalk.ops.attention_kernels import CPUCausal, Prefix, packed_attention
 from ropewalk.ops.attention_layout import AttentionLayout, causal_band
 from ropewalk.ops.product import float32_is_faster
@@ -47,9 +47,10 @@ def attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if using_references():
         return attention_reference(q, k, v, layout.segments(len(q), q.device), window, softcap, scale, prefix)
-    if softcap is None and prefix is None and takes(q, scale):
+    if prefix is None and takes(q, scale):
         fq, fk, fv = (t.flatten(0, 1) for t in (q, k, v))
-        return cpu_attention(fq, fk, fv, layout.longest_first, window, scale).view(q.shape)
+        rules = layout.longest_first, window or ALL, softcap or 0.0, scale
+        return cpu_attention(fq, fk, fv, *rules)[0].view(q.shape)
     if _is_packed(q, layout, window, softcap, prefix):
         packing = layout.packing(0 if prefix is None else len(prefix[0]), q.device)
         fq, fk, fv = (t.flatten(0, 1) for t in (q, k, v))

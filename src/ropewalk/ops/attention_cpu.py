@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ropewalk.ops.native import library, run
 
-_ALL = 1 << 40
+ALL = 1 << 40
 """A window that no document reaches."""
 
 
@@ -25,7 +25,7 @@ class _Problem(ctypes.Structure):
     _fields_ = (
         ("documents", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in "count tokens heads kv_heads dim parts window".split()),
-        ("scale", ctypes.c_float),
+        *((name, ctypes.c_float) for name in ("scale", "softcap")),
     )
 
 
@@ -51,31 +51,27 @@ def parts(documents: int, heads: int, kv_heads: int) -> int:
     return heads // kv_heads if documents * kv_heads < 2 * torch.get_num_threads() else 1
 
 
-def cpu_attention(
-    q: Tensor, k: Tensor, v: Tensor, documents: list[int], window: int | None, scale: float
-) -> Tensor:
-    """q `[T, heads, D]`, k and v `[T, kv_heads, D]`, bfloat16 -> as q; zeros where no document is.
-
-    `documents` are pairs of first token and length, the longest first.
-    """
-    return torch.ops.ropewalk.attention(q, k, v, documents, window or _ALL, scale)[0]
-
-
 @torch.library.custom_op("ropewalk::attention", mutates_args=())
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, documents: list[int], window: int, scale: float
+def cpu_attention(
+    q: Tensor, k: Tensor, v: Tensor, documents: list[int], window: int, softcap: float, scale: float
 ) -> tuple[Tensor, Tensor]:
+    """q `[T, heads, D]`, k and v `[T, kv_heads, D]`, bfloat16 -> as q, zeros where no document is; and the
+    logarithms of the sums of exponentials, `[heads, T]` float32.
+
+    `documents` are pairs of first token and length, the longest first; `window` as for `attention`, or ALL;
+    `softcap` too, or 0.
+    """
     q, k, v = (_in_rows(x) for x in (q, k, v))
     out = _maker(documents, q)(q.shape)
     sums = q.new_empty(q.shape[1], len(q), dtype=torch.float32)
     rows = [_Rows(x) for x in (q, k, v, out)]
-    _run("attention_forward", *rows, sums, _problem(q, k, documents, window, scale))
+    _run("attention_forward", *rows, sums, _problem(q, k, documents, window, softcap, scale))
     return out, sums
 
 
-@_forward.register_fake
+@cpu_attention.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, documents: list[int], window: int, scale: float
+    q: Tensor, k: Tensor, v: Tensor, documents: list[int], window: int, softcap: float, scale: float
 ) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
 
@@ -90,10 +86,11 @@ def _backward(
     sums: Tensor,
     documents: list[int],
     window: int,
+    softcap: float,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad, q, k, v = (_in_rows(x) for x in (grad, q, k, v))
-    problem = _problem(q, k, documents, window, scale)
+    problem = _problem(q, k, documents, window, softcap, scale)
     make, sizes = _maker(documents, q), (problem.parts, *k.shape)
     dq, dk, dv = make(q.shape), make(sizes, dtype=torch.float32), make(sizes, dtype=torch.float32)
     rows = [_Rows(x) for x in (grad, q, k, v, out)]
@@ -112,6 +109,7 @@ def _(
     sums: Tensor,
     documents: list[int],
     window: int,
+    softcap: float,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
@@ -124,17 +122,19 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _slopes(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     dq, dk, dv = torch.ops.ropewalk.attention_backward(grad, *ctx.saved_tensors, *ctx.options)
-    return dq, dk, dv, None, None, None
+    return dq, dk, dv, None, None, None, None
 
 
-_forward.register_autograd(_slopes, setup_context=_keep)
+cpu_attention.register_autograd(_slopes, setup_context=_keep)
 
 
-def _problem(q: Tensor, k: Tensor, documents: list[int], window: int, scale: float) -> _Problem:
+def _problem(
+    q: Tensor, k: Tensor, documents: list[int], window: int, softcap: float, scale: float
+) -> _Problem:
     count, (tokens, heads, dim), kv_heads = len(documents) // 2, q.shape, k.shape[1]
     table = (ctypes.c_int64 * len(documents))(*documents)
     sizes = count, tokens, heads, kv_heads, dim, parts(count, heads, kv_heads), window
-    problem = _Problem(ctypes.addressof(table), *sizes, scale)
+    problem = _Problem(ctypes.addressof(table), *sizes, scale, softcap)
     problem.table = table  # as long as the pointer to it
     return problem
 

@@ -32,8 +32,8 @@ class AttentionLayers(Layers):
     def attend(self, q: Value, k: Value, v: Value) -> Value:
         """All documents at once, but on a CPU without a kernel for that: one by one there, and joined."""
         shape = self.shape
-        bare = not shape.softcap and not shape.prefix and shape.context == 1
-        if shape.device == "cpu" and shape.bytes == 2 and bare and possible():
+        alone = not shape.prefix and shape.context == 1
+        if shape.device == "cpu" and shape.bytes == 2 and alone and possible():
             return self.packed(q, k, v)
         out = self.documents(q, k, v)
         if shape.device == "cuda" or shape.context > 1 or shape.document >= shape.tokens:

@@ -26,7 +26,7 @@ struct Problem {
   int64_t heads, kv_heads, dim;
   int64_t parts;   // of a key-value head's query heads; each is one thread's
   int64_t window;  // keys that a query sees, itself included
-  float scale;
+  float scale, softcap;  // softcap 0: none
 };
 
 #ifdef __AMX_BF16__
@@ -112,6 +112,20 @@ __m512 power(__m512 x) {
     result = _mm512_fmadd_ps(result, rest, _mm512_set1_ps(next));
   return _mm512_scalef_ps(result, whole);
 }
+
+// Scores of `count` pairs: times scale, and softcap * tanh(score / softcap) where there is one.
+void scale_scores(float *scores, int64_t count, const Problem &p) {
+  if (!p.softcap) return;  // the scale is part of what turns them into powers of 2
+  const __m512 inner = _mm512_set1_ps(2 * LOG2E * p.scale / p.softcap), one = _mm512_set1_ps(1);
+  for (int64_t i = 0; i < count; i += 16) {
+    const __m512 e = power(_mm512_mul_ps(_mm512_load_ps(scores + i), inner));
+    const __m512 tanh = _mm512_sub_ps(one, _mm512_div_ps(_mm512_set1_ps(2), _mm512_add_ps(e, one)));
+    _mm512_store_ps(scores + i, _mm512_mul_ps(tanh, _mm512_set1_ps(p.softcap)));
+  }
+}
+
+// What a score is multiplied by to be a power of 2.
+float factor_of(const Problem &p) { return p.softcap ? LOG2E : p.scale * LOG2E; }
 
 __m256i narrow(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
 
@@ -222,7 +236,7 @@ struct Forward {
     uint32_t *queries = room.take<uint32_t>(BLOCK * wide / 2), *weights = room.take<uint32_t>(BLOCK * BLOCK / 2);
     float *scores = room.take<float>(BLOCK * BLOCK), *result = room.take<float>(BLOCK * wide);
     float *high = room.take<float>(BLOCK), *total = room.take<float>(BLOCK);
-    const float factor = p.scale * LOG2E;
+    const float factor = factor_of(p);
 
     copy(k.at(it.first, it.kv), k.token, it.length, p.dim, up(it.length, 32), wide, keys);
     for (int64_t j = 0; j < it.length; j += BLOCK) {
@@ -242,6 +256,7 @@ struct Forward {
           const int64_t m = up(std::min(BLOCK, it.length - j), 32);
           const bool edge = j == i || i + n - j > p.window;
           product<false>(keys + j * wide, wide, queries, n, scores, n, m, n, wide);
+          scale_scores(scores, m * n, p);
           for (int64_t x = 0; x < n; x += 16) {
             const __m512 before = _mm512_load_ps(high + x);
             __m512 top = _mm512_set1_ps(-1e30f);
@@ -303,7 +318,7 @@ struct Backward {
     uint32_t *slopes_down = room.take<uint32_t>(BLOCK * BLOCK / 2);
     float *query_slopes = room.take<float>(BLOCK * wide);
     float *total = room.take<float>(BLOCK), *mean = room.take<float>(BLOCK);
-    const float factor = p.scale * LOG2E;
+    const float factor = factor_of(p);
 
     const int64_t padded = up(it.length, 32);
     copy(k.at(it.first, it.kv), k.token, it.length, p.dim, padded, wide, keys);
@@ -332,6 +347,7 @@ struct Backward {
           const int64_t m = up(std::min(BLOCK, it.length - j), 32);
           const bool edge = j == i || i + n - j > p.window;
           product<false>(keys + j * wide, wide, q_across, n, scores, n, m, n, wide);
+          scale_scores(scores, m * n, p);
           product<false>(values + j * wide, wide, g_across, n, changes, n, m, n, wide);
           for (int64_t x = 0; x < n; x += 16) {
             const __m512 sum = _mm512_load_ps(total + x), less = _mm512_load_ps(mean + x);
@@ -343,8 +359,13 @@ struct Backward {
                 a = _mm512_maskz_mov_ps(seen(i + x, j + y, p.window), a);
                 b = _mm512_maskz_mov_ps(seen(i + x, j + y + 1, p.window), b);
               }
-              const __m256i s = narrow(_mm512_mul_ps(a, _mm512_sub_ps(_mm512_load_ps(changes + even), less)));
-              const __m256i t = narrow(_mm512_mul_ps(b, _mm512_sub_ps(_mm512_load_ps(changes + odd), less)));
+              __m512 da = _mm512_mul_ps(a, _mm512_sub_ps(_mm512_load_ps(changes + even), less));
+              __m512 db = _mm512_mul_ps(b, _mm512_sub_ps(_mm512_load_ps(changes + odd), less));
+              if (p.softcap) {
+                da = _mm512_mul_ps(da, tanh_slope(scores + even));
+                db = _mm512_mul_ps(db, tanh_slope(scores + odd));
+              }
+              const __m256i s = narrow(da), t = narrow(db);
               _mm256_store_si256((__m256i *)(weights + even), narrow(a));
               _mm256_store_si256((__m256i *)(weights + odd), narrow(b));
               _mm256_store_si256((__m256i *)(slopes + even), s);
@@ -366,6 +387,12 @@ struct Backward {
         dv[at + d] = value_slopes[x * wide + d];
       }
     }
+  }
+
+  // 1 - tanh ** 2 of 16 capped scores
+  __m512 tanh_slope(const float *capped) const {
+    const __m512 tanh = _mm512_div_ps(_mm512_load_ps(capped), _mm512_set1_ps(p.softcap));
+    return _mm512_fnmadd_ps(tanh, tanh, _mm512_set1_ps(1));
   }
 
   float dot(const bfloat16 *a, const bfloat16 *b) const {
