@@ -83,8 +83,8 @@ def test_accumulated_steps_equal_one_large_batch(make_recipe: Make) -> None:
     for result in results[1:]:
         assert result.losses == pytest.approx(results[0].losses, rel=1e-5)
         for name, tensor in state_of(result).items():
-            if name.startswith("master."):
-                torch.testing.assert_close(tensor, whole[name], atol=2e-5, rtol=1e-4)
+            if name.startswith("master."):  # of the whole: AdamW makes much of a single gradient near zero
+                assert (tensor - whole[name]).norm() <= 1e-5 * whole[name].norm()
 
 
 def test_packed_equals_unpacked(make_recipe: Make, tiny_llama_dir: Path) -> None:
