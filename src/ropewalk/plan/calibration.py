@@ -25,6 +25,8 @@ from ropewalk.plan.work import Work
 
 NEVER = 1e30
 """A rate at which something takes no time."""
+NEAR = 1.2
+"""Times the least error: fits that are as good."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def calibration(device: str) -> Calibration | None:
 def probes(device: str, precision: str) -> Iterator[Work]:
     """Shapes small enough for half a second each, and different in what they spend it on."""
     large = device == "cuda"
-    kinds = ((1, 256, "full"), (1, 2048, "full"), (2, 512, "lora"), (2, 512, "full"), (1, 1024, "lora"))
+    kinds = ((1, 256, "full"), (1, 3072, "full"), (2, 512, "lora"), (2, 512, "full"), (1, 1024, "lora"))
     sizes = ((384, 1024, 6, 2, 8192), (768, 2048, 12, 4, 16384))
     for (rows, sequence, method), (hidden, inner, heads, kv, vocabulary) in product(kinds, sizes):
         config = ModelConfig(
@@ -142,20 +144,21 @@ def _bare(precision: str, products: float, memory: float, attention: float, laun
 
 
 def fit_rates(table: np.ndarray, seconds: np.ndarray) -> tuple[np.ndarray, float]:
-    """Least squares of relative errors with no coefficient below 0: of all subsets of columns the best."""
+    """Least squares of relative errors with no coefficient below 0. Of the subsets of columns that are nearly
+    as good as the best, one with most: what is left out would cost nothing on other shapes, too."""
     scaled = table / seconds[:, None]
-    best = np.zeros(table.shape[1]), math.inf
+    found = [(math.inf, 0, np.zeros(table.shape[1]))]
     for size in range(1, table.shape[1] + 1):
         for columns in itertools.combinations(range(table.shape[1]), size):
             some, *_ = np.linalg.lstsq(scaled[:, columns], np.ones(len(seconds)), rcond=None)
             if (some < 0).any():
                 continue
-            left = float(np.abs(scaled[:, columns] @ some - 1).mean())
-            if left < best[1]:
-                whole = np.zeros(table.shape[1])
-                whole[list(columns)] = some
-                best = whole, left
-    return best
+            whole = np.zeros(table.shape[1])
+            whole[list(columns)] = some
+            found.append((float(np.abs(scaled @ whole - 1).mean()), size, whole))
+    least = min(error for error, _, _ in found)
+    error, _, whole = min((one for one in found if one[0] <= NEAR * least), key=lambda one: (-one[1], one[0]))
+    return whole, error
 
 
 def corrected(before: Calibration, precision: str, measured: float, predicted: float) -> Calibration:
