@@ -14,6 +14,7 @@ from ropewalk.model.virtual import KeyValues
 from ropewalk.ops.attention import AttentionLayout, attention, attention_cached, cached_mask
 from ropewalk.ops.gated import gated_silu
 from ropewalk.ops.linear import Linear
+from ropewalk.ops.native import takes
 from ropewalk.ops.norm import rms_norm
 from ropewalk.ops.rope import apply_rope
 
@@ -162,6 +163,6 @@ class MLP(nn.Module):
         """x `[..., hidden_size]` -> the same shape."""
         if self.gate_proj is None:
             return self.down_proj(self.activation(self.up_proj(x)))
-        if self.activation is F.silu:
+        if self.activation is F.silu and takes(x):
             return self.down_proj(gated_silu(self.gate_proj(x), self.up_proj(x)))
         return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))

@@ -11,7 +11,6 @@ from ropewalk.ops.reference import using_references
 
 
 def gated_silu_reference(gate: Tensor, up: Tensor) -> Tensor:
-    """As it is written; both of one shape and dtype."""
     return F.silu(gate) * up
 
 

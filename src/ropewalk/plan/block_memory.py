@@ -154,9 +154,9 @@ class Block(AttentionLayers):
             del up
             return self.linear(bent, f"{name}.down_proj", inner, shape.hidden, count)
         gate = self.linear(x, f"{name}.gate_proj", shape.hidden, inner, count)
-        up = self.linear(x, f"{name}.up_proj", shape.hidden, inner, count)
         if not (self.native and shape.act in ("silu", "swish")):
             gate = self.bend(gate)
+        up = self.linear(x, f"{name}.up_proj", shape.hidden, inner, count)
         made = self.tape.operation([gate, up], up.room.size, saves=[gate, up])
         del gate, up
         return self.linear(made, f"{name}.down_proj", inner, shape.hidden, count)
