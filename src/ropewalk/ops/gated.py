@@ -18,18 +18,7 @@ def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
     """The same, rounded once. On a CPU in one pass over memory each way, and silu's result is not kept."""
     if using_references() or not takes(gate):
         return gated_silu_reference(gate, up)
-    return _GatedSilu.apply(gate, up) if torch.is_grad_enabled() else _forward(gate, up)
-
-
-class _GatedSilu(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        return _forward(gate, up)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        return _backward(grad, *ctx.saved_tensors)
+    return _forward(gate, up)
 
 
 @torch.library.custom_op("ropewalk::gated_silu", mutates_args=())
@@ -56,3 +45,14 @@ def _backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
 @_backward.register_fake
 def _(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(gate), torch.empty_like(up)
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _slopes(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    return _backward(grad, *ctx.saved_tensors)
+
+
+_forward.register_autograd(_slopes, setup_context=_keep)

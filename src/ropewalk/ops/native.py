@@ -1,6 +1,6 @@
 """The kernels for CPUs that are written in C++ (`cpu/`): compiled at first use for the processor at hand.
 
-They take a second to compile and are kept in the cache. Their threads are torch's, which has loaded OpenMP
+They take seconds to compile and are kept in the cache. Their threads are torch's, which has loaded OpenMP
 before and made its names known to all libraries. Without a compiler, or where it fails, everything goes
 through torch's own kernels; `unavailable` says why.
 """
@@ -22,7 +22,6 @@ from torch import Tensor
 from ropewalk.errors import RopewalkError
 from ropewalk.files import atomic_file, cache_directory
 
-_FILES = tuple(sorted((Path(__file__).parent / "cpu").glob("*.[ch]*")))
 _OPTIONS = "-std=c++17 -O3 -march=native -mprefer-vector-width=512 -fno-math-errno -fno-trapping-math".split()
 _NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float"}
 
@@ -55,7 +54,6 @@ def _converted(value: Any) -> Any:
     return types[type(value)](value) if type(value) in types else value
 
 
-@functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernels; None where there are none."""
     return _found()[0]
@@ -82,13 +80,14 @@ def _found() -> tuple[ctypes.CDLL | None, str | None]:
 def _compiled(compiler: list[str]) -> Path:
     """Where the library lies, named after all that it depends on: machines may share the cache."""
     flags = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
-    known = [flags, *compiler, *_OPTIONS, *(file.read_text() for file in _FILES)]
+    files = sorted((Path(__file__).parent / "cpu").glob("*.[ch]*"))
+    known = [flags, *compiler, *_OPTIONS, *(file.read_text() for file in files)]
     name = hashlib.sha256("\n".join(known).encode()).hexdigest()[:16]
     path = cache_directory() / "kernels" / f"{name}.so"
     if not path.exists():
         with atomic_file(path) as temporary:
             command = [*compiler, *_OPTIONS, "-fopenmp", "-shared", "-fPIC", "-o", str(temporary)]
-            sources = [str(file) for file in _FILES if file.suffix == ".cpp"]
+            sources = [str(file) for file in files if file.suffix == ".cpp"]
             done = subprocess.run([*command, *sources], capture_output=True, text=True)
             if done.returncode:
                 raise RopewalkError(f"{compiler[0]} failed: {done.stderr.strip()[:500]}")
