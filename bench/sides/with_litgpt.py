@@ -100,10 +100,11 @@ def write_checkpoint(job: dict[str, Any]) -> None:
     config = config_of(job)
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
+    drawn = torch.empty(1 << 22).normal_(std=0.02).bfloat16()  # repeated, as in work.py
     weights = {
         name: torch.ones(shape, dtype=torch.bfloat16)
         if len(shape) == 1
-        else torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02)
+        else drawn.repeat(-(-shape.numel() // len(drawn)))[: shape.numel()].view(shape)
         for name, shape in shapes.items()
     }
     torch.save(weights, folder / "lit_model.pth")

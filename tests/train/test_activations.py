@@ -122,8 +122,12 @@ def test_less_is_kept(model):
     assert 0.4 * everything < kept_bytes(model) < 0.6 * everything
 
 
-def test_offloaded_inputs_give_the_same_gradients(model):
-    """The path of a GPU, with host memory on both ends: no streams, the same copies and hand-overs."""
+@pytest.mark.parametrize("frozen", [False, True])
+def test_offloaded_inputs_give_the_same_gradients(model, frozen):
+    """The path of a GPU, with host memory on both ends: no streams, the same copies and hand-overs. As with
+    LoRA the first block's input, and norms, may need no gradient."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not frozen or "proj" in name)
     plain = gradients(model)
     offload = Offload(torch.device("cpu"))
     model.run_block = offload.run

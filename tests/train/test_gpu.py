@@ -45,6 +45,9 @@ ADAPTED = {
         adapt={"method": "lora", "quantize": "int8"}, checkpointing="full", **HALF
     ),
     "qlora in bfloat16": dict(adapt={"method": "lora", "quantize": "nf4"}, checkpointing="full", **HALF),
+    "qlora, activations offloaded": dict(
+        adapt={"method": "lora", "quantize": "nf4"}, checkpointing="full", activation_offload=True, **HALF
+    ),
     "prefix in bfloat16": dict(adapt={"method": "prefix"}, **HALF),
 }
 

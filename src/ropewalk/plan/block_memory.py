@@ -154,8 +154,8 @@ class Block(AttentionLayers):
             del up
             return self.linear(bent, f"{name}.down_proj", inner, shape.hidden, count)
         gate = self.linear(x, f"{name}.gate_proj", shape.hidden, inner, count)
-        if not (self.native and shape.act in ("silu", "swish")):
-            gate = self.bend(gate)
+        if not shape.compiled and not (self.native and shape.act in ("silu", "swish")):
+            gate = self.bend(gate)  # a compiler makes it again where it is needed
         up = self.linear(x, f"{name}.up_proj", shape.hidden, inner, count)
         made = self.tape.operation([gate, up], up.room.size, saves=[gate, up])
         del gate, up
@@ -213,6 +213,7 @@ def block_shape(work: Work, layer: int, block: tuple[Parameter, ...], needs: boo
         context=layout.context,
         bytes=work.parameter_bytes,
         device=work.device,
+        compiled=work.compile,
         hidden=config.hidden_size,
         inner=config.moe_intermediate_size if moe else config.intermediate_size // layout.tensor,
         heads=config.num_attention_heads // layout.tensor,
@@ -248,11 +249,9 @@ _ADAPTERS = (".lora_a", ".vector", ".down")
 def modes_of(work: Work, shapes: list[Shape]) -> tuple[Mode, ...]:
     """What `train.activations.save_activations` chooses for each block."""
     count = len(shapes)
-    if work.compile and work.checkpointing == "none":
-        modes: list[Mode] = ["selective"] * count  # a compiler keeps about as much: results of products
-        return tuple(modes)
     if work.checkpointing_budget is None:
-        every, modes = work.checkpointing_every, ["none"] * count
+        every = work.checkpointing_every
+        modes: list[Mode] = ["none"] * count
         modes[every - 1 :: every] = [work.checkpointing] * (count // every)
         return tuple(modes)
     return cast(tuple[Mode, ...], _within(work.checkpointing_budget, count, kept_share(shapes[0])))

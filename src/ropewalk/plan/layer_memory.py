@@ -30,6 +30,7 @@ class Shape:
     bytes: int
     """of a number"""
     device: Literal["cpu", "cuda"]
+    compiled: bool
     hidden: int
     inner: int
     heads: int

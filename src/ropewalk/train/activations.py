@@ -203,6 +203,8 @@ class _HostCopy:
         self.owner = owner
         self.hidden: Tensor | None = hidden
         self.fetched: tuple[Tensor, Any] | None = None
+        self.needs = hidden.requires_grad
+        """as it was: of what needs no gradient a block keeps less, and must when it runs again"""
         value = hidden.detach()
         self.room = owner.room(value.nbytes)
         self.host = self.room[: value.nbytes].view(value.dtype).view(value.shape)
@@ -239,4 +241,4 @@ class _HostCopy:
             stream = torch.cuda.current_stream(self.owner.device)
             stream.wait_event(event)
             value.record_stream(stream)
-        return value.requires_grad_()
+        return value.requires_grad_(self.needs)
