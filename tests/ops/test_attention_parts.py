@@ -1,5 +1,6 @@
 """Attention put together from parts of the keys is attention over all, and needs no masks of whole rows."""
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -120,6 +121,44 @@ def compare(device: str, dtype: torch.dtype, scores: Scores, allowed: float, dim
     found = attend(q, k, v, grad, segments, scores, 2)
     for mine, theirs in zip(found, (wanted.detach(), *(t.grad for t in whole)), strict=True):
         assert (mine.double() - theirs).norm() < allowed * theirs.norm()
+
+
+def flash_sees(rows: int, columns: int, causal: bool, left: int, right: int) -> torch.Tensor:
+    """`[rows, columns]`: the rule of the flash kernel (its `mask.h` and `set_params_fprop`), in which a bound
+    that is left out is not infinite, but as many keys as there are."""
+    left, right = (-1 if bound >= columns else bound for bound in (left, right))
+    if causal and rows > 1:
+        right = 0
+    if left < 0 and right < 0:
+        return torch.ones(rows, columns, dtype=torch.bool)
+    left, right = (columns if bound < 0 else bound for bound in (left, right))
+    aligned = torch.arange(rows)[:, None] + columns - rows
+    at = torch.arange(columns)
+    return (at >= aligned - left) & (at <= aligned + right)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_what_the_flash_kernel_is_told_is_the_tile(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its rule, on the CPU: of each tile that it is given it sees what is to be seen."""
+    monkeypatch.setattr(attention_parts, "_is_flash", lambda _: True)
+    generator = torch.Generator().manual_seed(seed)
+    length, degree, window = 512, 2, (None, 40, 130)[seed % 3]
+    layout = AttentionLayout.from_segments(segments_of(generator, 3, length, (60, 600)[seed // 6]))
+    scores, given = Scores(0.3, window), 0
+    for index, source in product(range(degree), repeat=2):
+        spans = pieces(length, degree, index), pieces(length, degree, source)
+        for tile in tiles(layout, length, *spans, window, None):
+            rows, columns = tile.queries.stop - tile.queries.start, tile.keys.stop - tile.keys.start
+            q, k = torch.empty(1, 1, rows, 8), torch.empty(1, 1, columns, 8)
+            if attention_parts._flash_takes(q, k, tile.distance, scores):
+                given += 1
+                causal, options = attention_parts._flash_options(
+                    q.transpose(1, 2), k.transpose(1, 2), tile.distance, scores
+                )
+                bounds = int(options["window_size_left"]), int(options["window_size_right"])
+                seen = attention_parts._seen(q, k, tile.distance, window)
+                assert torch.equal(flash_sees(rows, columns, causal, *bounds), seen)
+    assert given
 
 
 FORMS = [Scores(0.3), Scores(0.3, 40), Scores(0.3, None, 3.0), Scores(0.3, 40, 3.0)]

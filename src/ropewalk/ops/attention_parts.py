@@ -185,7 +185,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, distance: int, scores: Scores) -> 
         attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         out, logsumexp = attend(q, k, v, 0.0, causal, attn_mask=mask, scale=scores.scale)
         return out, logsumexp
-    if scores.softcap is None and _is_flash(q):
+    if _flash_takes(q, k, distance, scores):
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         causal, options = _flash_options(q, k, distance, scores)
         flash = torch.ops.aten._flash_attention_forward
@@ -217,7 +217,7 @@ def _backward(
             grad, q, k, v, out, logsumexp, 0.0, causal, attn_mask=mask, scale=scores.scale
         )
         return dq, dk, dv
-    if scores.softcap is None and _is_flash(q):
+    if _flash_takes(q, k, distance, scores):
         grad, q, k, v, out = (t.transpose(1, 2).contiguous() for t in (grad, q, k, v, out))
         causal, options = _flash_options(q, k, distance, scores)
         unused = torch.zeros(2, dtype=torch.uint64, device=q.device), q.new_empty(0)  # of dropout
@@ -272,9 +272,19 @@ def _folded(x: Tensor, k: Tensor) -> Tensor:
 
 
 def _is_flash(q: Tensor) -> bool:
-    """Whether CUDA's flash kernel takes it. (Reasoned from how torch calls it: no GPU has run this yet.)"""
+    """Whether CUDA's flash kernel takes such numbers."""
     half = q.dtype in (torch.bfloat16, torch.float16)
     return q.is_cuda and half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+
+
+def _flash_takes(q: Tensor, k: Tensor, distance: int, scores: Scores) -> bool:
+    """Whether it takes this tile; q and k `[n, heads, L, D]`.
+
+    With a window it lets no query see more than K keys beyond the one it is aligned with, even where nothing
+    is to bound them: the first of many queries would not see few keys before them all.
+    """
+    few = scores.window is not None and distance >= k.shape[2] - 1 and q.shape[2] > k.shape[2] + 1
+    return scores.softcap is None and _is_flash(q) and not few
 
 
 def _flash_options(

@@ -59,8 +59,14 @@ BOUNDS = {
 
 
 def bounds_of(model: Transformer) -> Bounds:
-    """By the model's dtype. Where a router rounds differently, a token goes to another expert: no error."""
+    """By the model's dtype. Where a router rounds differently, a token goes to another expert: no error.
+
+    float8's products round inputs to 3 bits of mantissa, and so enlarge a difference in the last bit: 16
+    layers, compiled and not, were seen to give gradients 30% apart with losses that agree in 4 digits.
+    """
     bounds = BOUNDS[model.embed.weight.dtype]
+    if any(type(module).__name__ == "Float8Linear" for module in model.blocks.modules()):
+        bounds = replace(bounds, gradient=0.6, one=1.2)
     if model.config.moe_layers and model.embed.weight.dtype == torch.bfloat16:
         return replace(bounds, loss=0.1, gradient=0.75, one=float("inf"))
     return bounds
