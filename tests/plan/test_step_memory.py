@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from ropewalk.data import prepare
 from ropewalk.model import ModelConfig, Transformer, config_from_fields
@@ -21,6 +22,7 @@ from ropewalk.plan.weights import parameters
 from ropewalk.plan.work import Work, work_of
 from ropewalk.recipe import load_recipe, resolve
 from ropewalk.train import activations
+from ropewalk.train.compiling import compile_blocks
 from ropewalk.train.job import Job, open_job
 from ropewalk.train.loop import ahead, train_step
 
@@ -192,6 +194,31 @@ def test_fake_tensors_take_what_real_ones_do(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+@pytest.mark.parametrize("fields", [{}, {"method": "lora"}], ids=str)
+def test_compiled_blocks_keep_what_is_counted(fields: dict[str, Any]) -> None:
+    """No dispatcher sees what a compiled block makes, but what it keeps goes through autograd's hooks."""
+    one = work(compile=True, **fields)
+    model = model_of(one)
+    compile_blocks(model)
+    tokens = torch.randint(0, 1024, (one.micro_batch_size, one.sequence_length))
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    seen: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        place = tensor.untyped_storage().data_ptr()
+        if place not in weights:
+            seen[place] = tensor
+        return tensor
+
+    model(tokens).sum().backward()  # compiles
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden = model(tokens)
+    kept = sum(tensor.untyped_storage().nbytes() for tensor in seen.values())
+    assert hidden.requires_grad
+    assert kept == pytest.approx(step_memory(one).terms["activations"], rel=NEAR)
+
+
 def test_long_rows_go_through_the_mlps_in_tiles() -> None:
     config = replace(LLAMA, hidden_size=64, intermediate_size=176, head_dim=16, num_hidden_layers=2)
     one = work(config, sequence_length=49152, micro_batch_size=1, checkpointing="full")

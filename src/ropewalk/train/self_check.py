@@ -142,7 +142,7 @@ def check_compiled(model: Transformer, batch: Batch, *, chunk: int, compare: boo
         compiled = _measure(model, [batch], chunk)
         seconds = 2 * between - began - time.perf_counter()
     if compare:
-        with _ready(model):
+        with _ready(model), _recomputed(model, nullcontext):
             eager = _measure(model, [batch], chunk)
         _compare(compiled, eager, "the blocks before compilation", bounds_of(model))
     return max(0.0, seconds)
@@ -290,19 +290,26 @@ def _ready(model: Transformer, compiled: bool = False) -> Iterator[None]:
 
 @contextmanager
 def _plainly(model: Transformer) -> Iterator[None]:
-    """The operations' references. Blocks are recomputed: plain products with a 4-bit weight keep it in 16."""
+    """The operations' references."""
+    with references(), _recomputed(model, references):
+        yield
+
+
+@contextmanager
+def _recomputed(model: Transformer, way: Callable[[], Any]) -> Iterator[None]:
+    """Blocks are recomputed, each time in this context: plain products with a 4-bit weight keep it in 16, and
+    blocks as written keep more than compiled ones, for which there may be no room."""
 
     def run(block: nn.Module, hidden: Tensor, context: Any) -> Any:
-        def plain(hidden: Tensor) -> Any:
-            with references():  # once more, because a GPU's backward pass has its own thread
+        def again(hidden: Tensor) -> Any:
+            with way():  # once more, because a GPU's backward pass has its own thread
                 return block(hidden, context)
 
-        return checkpoint(plain, hidden, use_reentrant=False)
+        return checkpoint(again, hidden, use_reentrant=False)
 
     before, model.run_block = model.run_block, run
     try:
-        with references():
-            yield
+        yield
     finally:
         model.run_block = before
 
