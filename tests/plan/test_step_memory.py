@@ -195,12 +195,13 @@ def test_fake_tensors_take_what_real_ones_do(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.slow
-@pytest.mark.parametrize("fields", [{}, {"method": "lora"}], ids=str)
+@pytest.mark.parametrize("fields", [{}, {"method": "lora"}, {"checkpointing": "selective"}], ids=str)
 def test_compiled_blocks_keep_what_is_counted(fields: dict[str, Any]) -> None:
     """No dispatcher sees what a compiled block makes, but what it keeps goes through autograd's hooks."""
     one = work(compile=True, **fields)
     model = model_of(one)
-    compile_blocks(model)
+    model.run_block = None
+    compile_blocks(model, sparing=one.checkpointing == "selective")
     tokens = torch.randint(0, 1024, (one.micro_batch_size, one.sequence_length))
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     seen: dict[int, Tensor] = {}

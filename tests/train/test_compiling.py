@@ -16,12 +16,13 @@ def tiny():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", ["none", "selective"])
 def test_a_compiled_run_learns_as_a_plain_one_and_says_what_compiling_took(
-    make_recipe, tmp_path, monkeypatch
+    make_recipe, tmp_path, monkeypatch, checkpointing
 ):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
     plain = rw.train(make_recipe(steps=3), progress=False)
-    compiled = rw.train(make_recipe(steps=3, compile=True), progress=False)
+    compiled = rw.train(make_recipe(steps=3, compile=True, checkpointing=checkpointing), progress=False)
     assert compiled.losses == pytest.approx(plain.losses, rel=1e-4)
     lines = (compiled.run / "metrics-train.jsonl").read_text().splitlines()
     assert any('"kind": "compile"' in line or '"kind":"compile"' in line for line in lines)

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from ropewalk.data import Batch
-from ropewalk.plan.calibration import NEVER, Calibration, Rates, features, fit_rates, probes
+from ropewalk.plan.calibration import NEVER, Calibration, Rates, features, fit_rates, least_costs, probes
 from ropewalk.plan.hardware import cpu_kind
+from ropewalk.plan.here import gpu
 from ropewalk.plan.step_time import STATE_BYTES, trained_here
 from ropewalk.plan.trace import model_of
 from ropewalk.plan.work import Work
@@ -52,19 +53,24 @@ def _rates(device: torch.device, precision: str) -> Rates:
     for work in list(probes(device.type, precision)) * ROUNDS:
         if time.perf_counter() - began > LONGEST and len(fastest) >= FEWEST:
             break
-        passes, update = measured_step(work, device)
+        try:
+            passes, update = measured_step(work, device)
+        except torch.OutOfMemoryError:  # a small GPU: the others will do
+            continue
         before = fastest.get(work, (passes, update))
         fastest[work] = min(before[0], passes), min(before[1], update)
     seconds = [passes for passes, _ in fastest.values()]
     updates = [updated_bytes(work) / update for work, (_, update) in fastest.items() if work.method == "full"]
-    table = np.array([features(work) for work in fastest])
-    found, error = fit_rates(table, np.array(seconds))
-    per_flop, per_byte, per_attended, launch = found
+    table, least = np.array([features(work) for work in fastest]), np.zeros(4)
+    if device.type == "cuda":
+        table[:, 3] = 0.0  # launches go on beside the kernels
+        least = least_costs(gpu(), precision)
+    (per_flop, per_byte, per_attended, launch), error = fit_rates(table, np.array(seconds), least)
     tiny = 1 / NEVER
     return Rates(
-        products=1 / max(per_flop, tiny),
-        memory=1 / max(per_byte, tiny),
-        attention=1 / max(per_attended, tiny),
+        products=float(1 / max(per_flop, tiny)),
+        memory=float(1 / max(per_byte, tiny)),
+        attention=float(1 / max(per_attended, tiny)),
         launch=float(launch),
         update=statistics.median(updates),
         error=error,

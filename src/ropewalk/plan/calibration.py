@@ -7,7 +7,6 @@ whatever this machine, this torch and this project's operations make of them. Wh
 
 import itertools
 import json
-import math
 import socket
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -83,26 +82,38 @@ def calibration(device: str) -> Calibration | None:
 
 
 def probes(device: str, precision: str) -> Iterator[Work]:
-    """Shapes small enough for half a second each, and different in what they spend it on."""
+    """Shapes small enough for half a second each, and different in what they spend it on.
+
+    On a GPU so large that it, and not the launching of kernels beside it, is what takes the time.
+    """
     large = device == "cuda"
     kinds = ((1, 256, "full"), (1, 3072, "full"), (2, 512, "lora"), (2, 512, "full"), (1, 1024, "lora"))
-    sizes = ((384, 1024, 6, 2, 8192), (768, 2048, 12, 4, 16384))
+    sizes: tuple[tuple[int, ...], ...] = ((384, 1024, 6, 2, 8192), (768, 2048, 12, 4, 16384))
+    if large:
+        kinds = (
+            (2, 2048, "full"),
+            (1, 8192, "full"),
+            (4, 2048, "lora"),
+            (4, 1024, "full"),
+            (1, 8192, "lora"),
+        )
+        sizes = ((3072, 8192, 24, 8, 32768), (4096, 14336, 32, 8, 32768))
     for (rows, sequence, method), (hidden, inner, heads, kv, vocabulary) in product(kinds, sizes):
         config = ModelConfig(
             family="llama",
-            vocab_size=vocabulary * (2 if large else 1),
-            hidden_size=hidden * (4 if large else 1),
-            intermediate_size=inner * (4 if large else 1),
+            vocab_size=vocabulary,
+            hidden_size=hidden,
+            intermediate_size=inner,
             num_hidden_layers=2,
-            num_attention_heads=heads * (2 if large else 1),
+            num_attention_heads=heads,
             num_key_value_heads=kv,
-            head_dim=64 * (2 if large else 1),
+            head_dim=hidden // heads,
             max_position_embeddings=16384,
         )
         yield Work(
             config,
-            sequence_length=sequence * (2 if large else 1),
-            micro_batch_size=rows * (2 if large else 1),
+            sequence_length=sequence,
+            micro_batch_size=rows,
             precision=precision,  # type: ignore[arg-type]
             method=method,  # type: ignore[arg-type]
             device="cuda" if large else "cpu",
@@ -143,21 +154,32 @@ def _bare(precision: str, products: float, memory: float, attention: float, laun
     )
 
 
-def fit_rates(table: np.ndarray, seconds: np.ndarray) -> tuple[np.ndarray, float]:
-    """Least squares of relative errors with no coefficient below 0. Of the subsets of columns that are nearly
-    as good as the best, one with most: what is left out would cost nothing on other shapes, too."""
+def least_costs(device: Accelerator, precision: str) -> np.ndarray:
+    """Seconds of a FLOP, a byte, a FLOP of attention and a launch at the peaks of the data sheet."""
+    peak = device.peak_of(precision)
+    return np.array([1 / peak, 1 / device.memory_bandwidth, 1 / peak, 0.0])
+
+
+def fit_rates(table: np.ndarray, seconds: np.ndarray, least: np.ndarray) -> tuple[np.ndarray, float]:
+    """Least squares of relative errors with no coefficient below `least`, what the data sheet's rates allow.
+
+    Of the subsets of columns that are nearly as good as the best, one with most is taken: what is left out
+    would cost nothing on other shapes, too.
+    """
     scaled = table / seconds[:, None]
-    found = [(math.inf, 0, np.zeros(table.shape[1]))]
+    if ((rest := 1 - scaled @ least) < 0).any():  # faster than its data sheet: another device
+        least, rest = np.zeros_like(least), np.ones(len(seconds))
+    found = [(float(np.abs(rest).mean()), 0, least)]
     for size in range(1, table.shape[1] + 1):
         for columns in itertools.combinations(range(table.shape[1]), size):
-            some, *_ = np.linalg.lstsq(scaled[:, columns], np.ones(len(seconds)), rcond=None)
+            some, *_ = np.linalg.lstsq(scaled[:, columns], rest)
             if (some < 0).any():
                 continue
-            whole = np.zeros(table.shape[1])
-            whole[list(columns)] = some
+            whole = least.copy()
+            whole[list(columns)] += some
             found.append((float(np.abs(scaled @ whole - 1).mean()), size, whole))
-    least = min(error for error, _, _ in found)
-    error, _, whole = min((one for one in found if one[0] <= NEAR * least), key=lambda one: (-one[1], one[0]))
+    best = min(error for error, _, _ in found)
+    error, _, whole = min((one for one in found if one[0] <= NEAR * best), key=lambda one: (-one[1], one[0]))
     return whole, error
 
 

@@ -19,7 +19,6 @@ PRECISIONS = {
     "bf16": "bfloat16",
     "fp16": "float16",
     "fp32": "float32",
-    "tf32": "float32",
     "fp8": "float8",
     "amp_bf16": "bfloat16",
     "amp_fp8": "float8",

@@ -27,13 +27,13 @@ def plain(processes: int, device: str) -> Cluster:
     """So many devices of the kind that is here, by what they are: the same in every process of a run."""
     if device == "cuda":
         per_node = int(os.environ.get("LOCAL_WORLD_SIZE", torch.cuda.device_count()))
-        return Cluster(_gpu(), processes, per_node)
+        return Cluster(gpu(), processes, per_node)
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
     return Cluster(replace(accelerator(cpu_kind()), memory=pages / per_node), processes, per_node)
 
 
-def _gpu() -> Accelerator:
+def gpu() -> Accelerator:
     """The first GPU; one that is not in the table has the A100's rates until it is calibrated."""
     name = torch.cuda.get_device_name(0)
     try:
@@ -45,7 +45,7 @@ def _gpu() -> Accelerator:
 
 def _gpus(processes: int, precision: str) -> Cluster:
     name, count = torch.cuda.get_device_name(0), torch.cuda.device_count()
-    kind = calibrated(_gpu(), calibration(name), precision)
+    kind = calibrated(gpu(), calibration(name), precision)
     label = f"this machine ({count} x {name})"
     return Cluster(kind, processes, count, label=label, host_memory=float(free_memory()))
 

@@ -214,9 +214,10 @@ def _of_activations(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if train.activation_offload and train.checkpointing != "full":
         why = "it moves the inputs of blocks that are recomputed whole"
         yield "train.activation_offload", f"{why}; set train.checkpointing: full"
-    if train.compile and (train.checkpointing == "selective" or train.checkpointing_budget is not None):
-        why = "selective checkpointing chooses among single operations, which a compiled block has not"
-        yield "train.compile", f"{why} (a compiled block recomputes cheap ones anyway); use full or none"
+    some = train.checkpointing == "selective" and train.checkpointing_every > 1
+    if train.compile and (some or train.checkpointing_budget is not None):
+        why = "compiled blocks are one graph, which keeps the same in each of them"
+        yield "train.compile", f"{why}; use train.checkpointing: none, selective or full for all"
     if train.cuda_graphs and not (train.compile and train.device == "cuda"):
         yield (
             "train.cuda_graphs",

@@ -106,16 +106,17 @@ def build(recipe: Recipe, device: torch.device, checkpoint: Path | None = None) 
     model.train()
     if train.precision == "float8":
         use_float8(model)
+    sparing = train.compile and train.checkpointing == "selective"  # the compiler does it, inside its graph
     save_activations(
         model,
-        train.checkpointing,
+        "none" if sparing else train.checkpointing,
         every=train.checkpointing_every,
         budget=train.checkpointing_budget,
         offload=train.activation_offload,
         randomness=adapt.dropout > 0,
     )
     if train.compile:
-        compile_blocks(model, graphs=train.cuda_graphs)
+        compile_blocks(model, graphs=train.cuda_graphs, sparing=sparing)
     source = recipe.model.source if recipe.model.source is not None else "from scratch"
     return Built(
         model,

@@ -15,16 +15,22 @@ FLOAT8_LEAST = 4096 * 1024
 """Weights with fewer values stay in bfloat16: what casting costs, the product does not give back."""
 
 
-def compile_blocks(model: Transformer, graphs: bool = False) -> None:
+def compile_blocks(model: Transformer, graphs: bool = False, sparing: bool = False) -> None:
     """torch.compile on each block, in place: all are one graph, which so is compiled once, not per layer.
 
     What was compiled is kept on disk and found by the next process. `graphs`: replayed as CUDA graphs, for
-    which the shapes of a run are static enough. Raises UserError where there is no compiler to do it.
+    which the shapes of a run are static enough. `sparing`: cheap results are made again even where a product's
+    gradient reads them; else those are kept. Raises UserError where there is no compiler to do it.
     """
     on_cpu = model.embed.weight.device.type == "cpu"
     if on_cpu and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
         raise UserError("train.compile: there is no C++ compiler here; install g++, or leave it out")
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_directory() / "compiled"))
+    from torch._functorch import config as partitioner
+
+    if partitioner.ban_recompute_materialized_backward == sparing:
+        torch.compiler.reset()  # what another run of this process has compiled keeps the other
+        partitioner.ban_recompute_materialized_backward = not sparing
     options = {"triton.cudagraphs": True} if graphs else None
     for block in model.blocks.children():
         block.compile(options=options)
