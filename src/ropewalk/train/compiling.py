@@ -19,8 +19,8 @@ def compile_blocks(model: Transformer, graphs: bool = False, sparing: bool = Fal
     """torch.compile on each block, in place: all are one graph, which so is compiled once, not per layer.
 
     What was compiled is kept on disk and found by the next process. `graphs`: replayed as CUDA graphs, for
-    which the shapes of a run are static enough. `sparing`: cheap results are made again even where a product's
-    gradient reads them; else those are kept. Raises UserError where there is no compiler to do it.
+    which the shapes of a run are static enough. `sparing`: cheap results are made again even where a
+    product's gradient reads them; else those are kept. UserError where there is no compiler to do it.
     """
     on_cpu = model.embed.weight.device.type == "cpu"
     if on_cpu and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
