@@ -185,8 +185,8 @@ CUDA: dict[str, Case] = {
         2e-5,
         micro_batch_size=1,
         steps=5,
-        # Peers hold weights, gradients and both moments in bfloat16: 8 bytes a weight. Here gradients are added
-        # up in float32, so that moments have 8 bits; and what is cheap is made again, inside the compiled blocks.
+        # Peers hold weights, gradients and both moments in bfloat16: 8 bytes a weight. Here gradients are
+        # added up in float32, so that moments have 8 bits; and compiled blocks make again what is cheap.
         recipe={
             "train.compile": True,
             "train.checkpointing": "selective",

@@ -49,7 +49,7 @@ def test_parameters_are_counted() -> None:
 
 def test_flops_are_the_papers() -> None:
     """Model and hardware FLOPs of a GPT step by 2205.05198's equations; causal pairs are half of all."""
-    from ropewalk.plan.published import megatron_flops
+    from .published_formulas import megatron_flops
 
     work = Work(gpt(12288, 96, 96, 51200, 2048), Layout(shard=1), sequence_length=2048, accumulation=64)
     sizes = 64, 2048, 96, 12288, 51200

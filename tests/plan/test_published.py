@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from ropewalk.plan.published import (
+from ropewalk.plan.step_time import step_time
+
+from .published_formulas import (
     activation_bytes,
     bubble_fraction,
     first_stage_bytes,
@@ -14,8 +16,6 @@ from ropewalk.plan.published import (
     nf4_bytes,
     zero_bytes,
 )
-from ropewalk.plan.step_time import step_time
-
 from .published_runs import published, rows
 
 GiB = 2**30
