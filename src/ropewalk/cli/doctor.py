@@ -54,10 +54,12 @@ def _calibrate(json: bool) -> None:
         print(
             f"{precision}: products {_rate(rates.products, 'GFLOP/s')}, "
             f"attention {_rate(rates.attention, 'GFLOP/s')}, memory {_rate(rates.memory, 'GB/s')}, "
-            f"updates {_rate(rates.update, 'GB/s')}; "
+            f"updates {_rate(rates.update, 'GB/s')}, NF4 {rates.unpack['nf4'] / 1e9:.1f} G numbers/s; "
             f"these account for the passes to {100 * rates.error:.0f}%"
         )
     print(f"disk: {found.disk / 1e6:,.0f} MB/s; kept in {path}")
+    if max(rates.error for rates in found.rates.values()) > 0.2:
+        print("the machine was doing something else, too: measure again when it is quiet")
 
 
 def _rate(value: float, unit: str) -> str:

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 
 from ropewalk.data import Batch
+from ropewalk.ops import QUANTIZED, QuantizedTensor
+from ropewalk.ops.quantized import dense
 from ropewalk.plan.calibration import NEVER, Calibration, Rates, features, fit_rates, least_costs, probes
 from ropewalk.plan.hardware import cpu_kind
 from ropewalk.plan.here import gpu
@@ -74,7 +76,25 @@ def _rates(device: torch.device, precision: str) -> Rates:
         launch=float(launch),
         update=statistics.median(updates),
         error=error,
+        unpack={kind: _unpacked(form, device, precision) for kind, form in QUANTIZED.items()},
     )
+
+
+def _unpacked(form: type[QuantizedTensor], device: torch.device, precision: str) -> float:
+    """Numbers/s that are dequantized of a matrix in this form, into the buffer that all share."""
+    weight = form.quantize(torch.randn(2048, 4096, dtype=getattr(torch, precision), device=device))
+    times = []
+    for _ in range(5):
+        began = time.perf_counter()
+        dense(weight)
+        _wait(device)
+        times.append(time.perf_counter() - began)
+    return weight.numel() / min(times)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def updated_bytes(work: Work) -> float:
@@ -95,20 +115,16 @@ def measured_step(work: Work, device: torch.device) -> tuple[float, float]:
     positions = torch.arange(work.sequence_length).expand(work.micro_batch_size, -1)
     batch = Batch(tokens, tokens.roll(-1, 1), positions, torch.zeros_like(tokens))
 
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
     passes: list[float] = []
     updates: list[float] = []
     for _ in range(3):
         start = time.perf_counter()
         (loss_sum(model, batch, work.loss_chunk) / tokens.numel()).backward()
-        wait()
+        _wait(device)
         middle = time.perf_counter()
         optimizer.gradient_norm()
         optimizer.step(1e-5)
-        wait()
+        _wait(device)
         passes.append(middle - start)
         updates.append(time.perf_counter() - middle)
     return min(passes[1:]), min(updates[1:])
@@ -144,8 +160,7 @@ def _collective(device: torch.device) -> tuple[int, float, float] | None:
             dist.barrier()
             began = time.perf_counter()
             dist.all_reduce(values)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            _wait(device)
             times.append(time.perf_counter() - began)
         return statistics.median(times)
 

@@ -40,6 +40,8 @@ class Rates:
     """bytes/s of the optimizer"""
     error: float
     """mean difference of the fitted passes, relative"""
+    unpack: dict[str, float] = field(default_factory=dict)
+    """numbers/s that are dequantized, by kind"""
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,8 @@ class Accelerator:
     """shares that this project's compiled blocks reach, where they were measured"""
     update: float | None = None
     """bytes/s of the optimizer's updates, where they were measured"""
+    unpack: Mapping[str, float] | None = None
+    """numbers/s that are dequantized, by kind, where it was measured"""
     torus: tuple[int, ...] = ()
     per_core: bool = False
     price: float | None = None

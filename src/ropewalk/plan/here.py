@@ -69,6 +69,7 @@ def calibrated(device: Accelerator, found: Calibration | None, precision: str) -
         attention_backward=rates.attention / peak / slower,
         launch=rates.launch * slower,
         update=rates.update / slower,
+        unpack={kind: rate / slower for kind, rate in rates.unpack.items()},
         link=link,
         latency=latency,
         calibrated=True,

@@ -94,8 +94,7 @@ def block_time(work: Work, kernels: Kernels, cluster: Cluster, moe: bool, window
         low = sum(kernels.product(m, r, k, c) + kernels.product(m, n, r, c) for m, n, k, c in products)
         forward, to_inputs, to_weights = forward + low, to_inputs + low, low
     if work.quantize != "none":
-        # half a byte or one is read, two are written
-        unpacked = kernels.copied((CODE_BYTES[work.quantize] + 2) * weights_of(products))
+        unpacked = _unpacked(work.quantize, weights_of(products), kernels)
         forward, to_inputs = forward + unpacked, to_inputs + unpacked
     gates = 2 if config.mlp_gated else 1
     rows, _, wide, count = products[-1]
@@ -113,6 +112,12 @@ def block_time(work: Work, kernels: Kernels, cluster: Cluster, moe: bool, window
     return BlockTime(
         forward + apart + core, to_inputs + apart_back + core_back, to_weights, 0.0, sent, sent_back
     )
+
+
+def _unpacked(kind: str, weights: float, kernels: Kernels) -> float:
+    """Seconds of dequantizing: as measured, or what is read and written (half a byte or one, and two)."""
+    rate = (kernels.device.unpack or {}).get(kind)
+    return weights / rate if rate else kernels.copied((CODE_BYTES[kind] + 2) * weights)
 
 
 def _recomputed(work: Work, kernels: Kernels, block: BlockTime, moe: bool, window: int | None) -> BlockTime:
