@@ -54,6 +54,10 @@ class LowBitState:
             nearest = nearest[0::2] * 16 + nearest[1::2]
         codes.copy_(nearest)
 
+    def parts(self) -> tuple[Tensor, ...]:
+        """What a kernel needs to read and write it: codes, scales, and the three columns of its table."""
+        return self.codes, self.scale, *_table(self.bits, self.signed, self.codes.device)
+
     def _run(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         block, each = BLOCK[self.bits], 8 // self.bits
         return self.codes[start // each : stop // each], self.scale[start // block : stop // block]
@@ -114,10 +118,14 @@ def stochastic_round(values: Tensor, target: Tensor, seed: tuple[int, ...]) -> N
     16 random bits are added below the last one kept, and carry into it the more often the larger the part cut
     off (arXiv 2010.06192); what bfloat16 can hold stays as it is. The same `seed` draws the same bits.
     """
-    digest = hashlib.blake2b(repr(seed).encode(), digest_size=8).digest()
-    generator = torch.Generator(values.device).manual_seed(int.from_bytes(digest, "little"))
+    generator = torch.Generator(values.device).manual_seed(draw_seed(seed))
     words = torch.empty((len(values) + 3) // 4, dtype=torch.int64, device=values.device)
     words.random_(-(2**63), None, generator=generator)  # all 64 bits: four draws each
     bits = words.view(torch.int16)[: len(values)].int().bitwise_and_(0xFFFF)
     bits += values.view(torch.int32)
     target.view(torch.int16).copy_(bits >> 16)
+
+
+def draw_seed(seed: tuple[int, ...]) -> int:
+    """64 bits made of some numbers: other ones for neighbouring numbers."""
+    return int.from_bytes(hashlib.blake2b(repr(seed).encode(), digest_size=8).digest(), "little")

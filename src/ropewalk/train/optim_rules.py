@@ -1,9 +1,11 @@
 """The update rules: AdamW, Lion, Muon and Adafactor over slots whose gradients are there.
 
 Each makes a slot's state at its first update, and takes it on. AdamW calls torch's fused kernel, not
-torch.optim.AdamW, which imports torch.compile's machinery: 2.5 s and 73 MB.
+torch.optim.AdamW, which imports torch.compile's machinery: 2.5 s and 73 MB. On a GPU it has a kernel of its
+own for what torch's cannot take as it is.
 """
 
+import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -61,7 +63,26 @@ def adamw(slots: list[Slot], update: Update) -> None:
             maximize=False,
         )
 
-    _elementwise(slots, update, ("exp_avg", "exp_avg_sq"), kernel)
+    for slot in filter(_has_kernel, slots):
+        from ropewalk.train.optim_kernel import update_slot
+
+        slot.count += 1
+        update_slot(slot, update)
+        slot.gradient = None
+    rest = [slot for slot in slots if not _has_kernel(slot)]
+    _elementwise(rest, update, ("exp_avg", "exp_avg_sq"), kernel)
+
+
+_KERNEL_DEVICES = {"cuda"} if importlib.util.find_spec("triton") else set()
+"""device types where AdamW has a kernel for what otherwise is done in pieces; tests add the CPU"""
+
+
+def _has_kernel(slot: Slot) -> bool:
+    """For float32 and bfloat16 weights, and states in 32 and 8 bits; an offloaded slot is on the host."""
+    here = slot.host is None and slot.weight.device.type in _KERNEL_DEVICES
+    fits = slot.weight.dtype in (torch.float32, torch.bfloat16) and slot.parameter.numel() > 0
+    four = any(isinstance(state, LowBitState) and state.bits == 4 for state in slot.state.values())
+    return here and fits and not four and not slot.is_plain()
 
 
 def lion(slots: list[Slot], update: Update) -> None:
