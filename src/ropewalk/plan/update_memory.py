@@ -100,11 +100,12 @@ def _elementwise(work: Work, slots: list[Slot], each: int) -> int:
     total = sum(slot.numbers * slot.count for slot in slots)
     if plain:
         return 4 * total if work.optimizer == "lion" else 0
-    if slots[0].rule == "adamw" and work.device == "cuda" and work.state_bits != 4:
-        return 0  # `train.optim_kernel` makes nothing beside what is kept
     piece = min(CHUNK[work.device], total)
     rounds = work.precision != "float32" and not work.masters
     low = work.state_bits < 32
+    by_kernel = slots[0].rule == "adamw" and work.device == "cuda" and work.state_bits != 4
+    if by_kernel and (rounds or low):
+        return 0  # `train.optim_kernel` makes nothing beside what is kept
     copies = 4 * rounds, 4 * (each == 2), 4 * low * _MOMENTS[slots[0].rule]
     # the next pieces' are made while there are still the last ones'; codes and rounding are made one by one
     besides = max(*copies, 4 * (work.optimizer == "lion")) * piece

@@ -78,11 +78,12 @@ _KERNEL_DEVICES = {"cuda"} if importlib.util.find_spec("triton") else set()
 
 
 def _has_kernel(slot: Slot) -> bool:
-    """For float32 and bfloat16 weights, and states in 32 and 8 bits; an offloaded slot is on the host."""
-    here = slot.host is None and slot.weight.device.type in _KERNEL_DEVICES
+    """For what would take a dozen passes: bfloat16 weights, and states in 8 bits. (Not on the host.)"""
+    low = [state for state in slot.state.values() if isinstance(state, LowBitState)]
+    worth = slot.weight.dtype == torch.bfloat16 or bool(low)
     fits = slot.weight.dtype in (torch.float32, torch.bfloat16) and slot.parameter.numel() > 0
-    four = any(isinstance(state, LowBitState) and state.bits == 4 for state in slot.state.values())
-    return here and fits and not four and not slot.is_plain()
+    here = slot.host is None and slot.weight.device.type in _KERNEL_DEVICES
+    return here and fits and worth and all(state.bits == 8 for state in low)
 
 
 def lion(slots: list[Slot], update: Update) -> None:
