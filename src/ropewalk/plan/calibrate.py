@@ -35,6 +35,8 @@ def calibrate(device: torch.device, say: Callable[[str], None] = lambda text: No
     """About half a minute of passes on `device`. Not saved; see `Calibration.save`."""
     rates = {}
     for precision in ("bfloat16", "float32"):
+        if device.type == "cuda" and precision not in gpu().peak:
+            continue
         say(f"training passes in {precision}")
         rates[precision] = _rates(device, precision)
     say("writing to the disk")
