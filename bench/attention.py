@@ -12,6 +12,7 @@ not the reference's. "pick" is what Ropewalk does by itself; "best" the fastest 
 import argparse
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -177,10 +178,12 @@ def _band(length: int, window: int, device: torch.device) -> Tensor:
 def main() -> None:
     options = _options()
     torch.set_num_threads(options.threads)
+    warnings.simplefilter("ignore")  # torch says of each kernel why it does not take a shape
     rows = []
     for shape in QUICK if options.quick else SHAPES[options.device]:
         print(f"{shape.name} ...", flush=True)
         rows.append(compare(shape, torch.device(options.device), options.runs))
+        write(rows, options)
     lines = []
     for row in rows:
         others = {name: s for name, s in row["seconds"].items() if name != "pick"}
@@ -188,6 +191,10 @@ def main() -> None:
         cells = [f"{1e3 * row['seconds']['pick']:.1f}", f"{1e3 * others[best]:.1f}", best]
         lines.append([row["shape"]["name"], *cells, f"{others[best] / row['seconds']['pick']:.2f}"])
     print(table(["documents", "pick ms", "best ms", "best", "best / pick"], lines))
+
+
+def write(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
+    """What there is so far: compiling takes minutes on a GPU."""
     if not options.quick or options.out:
         out = options.out or BENCH / "results" / f"attention-{options.device}.json"
         settings = {"threads": options.threads, "runs": options.runs, "torch": torch.__version__}
