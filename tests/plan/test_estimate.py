@@ -13,9 +13,11 @@ from ropewalk.layout import Layout
 from ropewalk.plan import Cluster, Estimate, Work, cluster, estimate, search
 from ropewalk.plan.estimates import point
 from ropewalk.plan.hardware import accelerator, accelerators
+from ropewalk.plan.kernels import Kernels
 from ropewalk.plan.memory import memory_of
 from ropewalk.plan.search import fixes
 from ropewalk.plan.sizes import config_from, parameters, step_flops
+from ropewalk.plan.step_time import head_time, step_time
 
 from .published_runs import gpt, pipelined, rows
 
@@ -305,6 +307,32 @@ def test_more_of_anything_takes_more() -> None:
     adapted = point(dataclasses.replace(base, method="lora"), where)
     assert adapted.memory.total_bytes < one.memory.total_bytes
     assert adapted.step_seconds < one.step_seconds
+
+
+def test_what_is_frozen_or_has_no_adapter_takes_no_time() -> None:
+    """All but the last of 32 blocks frozen: a 32nd of the blocks' gradients, and none below. Adapters by
+    name: on all linear layers as `all-linear`, on two of them less."""
+    model = config_from(LLAMA_8B)
+    where = Cluster(accelerator("h100"), 1, 1)
+
+    def phases(**fields: Any) -> dict[str, float]:
+        return step_time(Work(model, sequence_length=4096, **fields), where).phases
+
+    last = ("embed.*", "head.*", *(f"blocks.{layer}.*" for layer in range(31)))
+    everything, little = phases(), phases(freeze=last)
+    head = head_time(Work(model, sequence_length=4096, freeze=last), Kernels(where.accelerator, "bfloat16"))
+    whole = head_time(Work(model, sequence_length=4096), Kernels(where.accelerator, "bfloat16"))
+    blocks = everything["backward"] - whole.backward
+    assert little["forward"] == everything["forward"]
+    assert little["backward"] - head.backward == pytest.approx(blocks / 32, rel=1e-3)
+    assert little["optimizer"] < everything["optimizer"] / 30
+    names = tuple(f"{n}_proj" for n in ("q", "k", "v", "o", "gate", "up", "down"))
+    linear, named, two = (
+        phases(method="lora", **some) for some in ({}, {"targets": names}, {"targets": ("q_proj", "v_proj")})
+    )
+    assert named["forward"] == pytest.approx(linear["forward"], rel=1e-6)
+    assert everything["forward"] < two["forward"] < linear["forward"]
+    assert two["optimizer"] < linear["optimizer"] / 3
 
 
 def test_a_pipeline_holds_what_is_under_way() -> None:

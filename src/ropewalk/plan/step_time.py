@@ -5,12 +5,14 @@ written out, elementwise traffic, what is recomputed, collectives, and the sched
 the collectives can hide behind products is stated where each is counted; the rest is on the clock.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from ropewalk.plan.blocks import Product, attended, block_products, layer_kinds, weights_of
 from ropewalk.plan.hardware import Cluster
 from ropewalk.plan.kernels import Kernels
 from ropewalk.plan.pipeline_schedule import step_seconds
+from ropewalk.plan.weights import LOW_RANK, Parameter, parameters
 from ropewalk.plan.wires import collective
 from ropewalk.plan.work import Work
 
@@ -79,6 +81,41 @@ def products_of(work: Work, moe: bool) -> list[Product]:
     return block_products(config, moe, work.own_tokens, layout.tensor, here)
 
 
+@dataclass(frozen=True)
+class Trained:
+    """What of a model the backward pass has to do with, where some of it is frozen or has no adapter."""
+
+    share: float = 1.0
+    """of the weights of blocks, or of the adapters that all linear layers would have"""
+    reached: float = 1.0
+    """of the blocks: below the first that is trained nothing is differentiated"""
+    head: bool = True
+
+
+@lru_cache(maxsize=1024)
+def trained(work: Work) -> Trained:
+    """By the recipe's `adapt.freeze` and `adapt.targets`."""
+    if not work.freeze and work.targets == "all-linear":
+        return Trained()
+    found = parameters(work)
+    whole = parameters(replace(work, targets="all-linear", freeze=()))
+    mine, most = (
+        sum(p.size * p.count for block in kind.blocks for p in block if p.trained) for kind in (found, whole)
+    )
+
+    def outside(name: str) -> bool:
+        return any(p.trained and p.name.startswith(name) for p in found.outside)
+
+    first = next((i for i, block in enumerate(found.blocks) if _any_trained(block)), len(found.blocks))
+    first = 0 if outside("embed") else first
+    head = outside("embed") if work.config.tie_word_embeddings else outside("head")
+    return Trained(mine / most if most else 0.0, 1 - first / len(found.blocks), head)
+
+
+def _any_trained(block: tuple[Parameter, ...]) -> bool:
+    return any(p.trained for p in block)
+
+
 def block_time(work: Work, kernels: Kernels, cluster: Cluster, moe: bool, window: int | None) -> BlockTime:
     """One block that is not recomputed. Products are divided by the tensor degree, tokens by the context
     degree."""
@@ -88,10 +125,11 @@ def block_time(work: Work, kernels: Kernels, cluster: Cluster, moe: bool, window
     to_inputs = sum(kernels.product(m, k, n, c) for m, n, k, c in products)
     to_weights = 0.0
     if work.method == "full":
-        to_weights = sum(kernels.product(k, n, m, c) for m, n, k, c in products)
-    elif work.method in ("lora", "dora"):
+        to_weights = trained(work).share * sum(kernels.product(k, n, m, c) for m, n, k, c in products)
+    elif work.method in LOW_RANK:
         r = work.rank
         low = sum(kernels.product(m, r, k, c) + kernels.product(m, n, r, c) for m, n, k, c in products)
+        low *= trained(work).share
         forward, to_inputs, to_weights = forward + low, to_inputs + low, low
     if work.quantize != "none":
         unpacked = _unpacked(work.quantize, weights_of(products), kernels)
@@ -109,9 +147,8 @@ def block_time(work: Work, kernels: Kernels, cluster: Cluster, moe: bool, window
     apart_back = kernels.moved(12 * near, 4) + kernels.moved((1 + 2 * gates) * active) + rotary
     core, core_back = _attention(work, kernels, window)
     sent, sent_back = _exchanges(work, cluster, kernels.width, moe)
-    return BlockTime(
-        forward + apart + core, to_inputs + apart_back + core_back, to_weights, 0.0, sent, sent_back
-    )
+    back = trained(work).reached * (to_inputs + apart_back + core_back)
+    return BlockTime(forward + apart + core, back, to_weights, 0.0, sent, sent_back)
 
 
 def _unpacked(kind: str, weights: float, kernels: Kernels) -> float:
@@ -176,7 +213,8 @@ def head_time(work: Work, kernels: Kernels) -> BlockTime:
     vocabulary, h = work.config.vocab_size / work.layout.tensor, work.config.hidden_size
     tokens = work.own_tokens * work.scored
     product, back = kernels.product(tokens, vocabulary, h), kernels.product(tokens, h, vocabulary)
-    to_weight = kernels.product(h, vocabulary, tokens) if work.method == "full" else 0.0
+    whole = work.method == "full" and trained(work).head
+    to_weight = kernels.product(h, vocabulary, tokens) if whole else 0.0
     return BlockTime(product + kernels.moved(4 * tokens * vocabulary, 3), back, to_weight)
 
 
@@ -217,6 +255,8 @@ def weights_here(work: Work) -> float:
 
 def trained_here(work: Work) -> float:
     """Those of them that get gradients; adapters as they are added."""
+    if work.freeze or work.targets != "all-linear":
+        return sum(p.size * p.count for p in parameters(work) if p.trained) / work.layout.pipeline
     if work.method == "full":
         return weights_here(work)
     if work.method not in ("lora", "dora"):
