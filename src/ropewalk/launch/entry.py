@@ -140,16 +140,23 @@ def _recipe_file(source: str) -> Path:
 
 def _run(script: str) -> int:
     """The script's exit status; a signal that ends it goes on to torchrun, which is waited for."""
-    process = subprocess.Popen(["bash", "-c", script], start_new_session=True)
+    started: list[subprocess.Popen[bytes]] = []
+    early: list[int] = []
 
     def pass_on(number: int, _: object) -> None:
-        process.send_signal(PASSED[signal.Signals(number)])
+        for process in started:
+            process.send_signal(PASSED[signal.Signals(number)])
+        if not started:  # it is just being started
+            early.append(number)
 
     before = {}
     if threading.current_thread() is threading.main_thread():
         before = {number: signal.signal(number, pass_on) for number in PASSED}
     try:
-        status = process.wait()
+        started.append(subprocess.Popen(["bash", "-c", script], start_new_session=True))
+        for number in early:
+            pass_on(number, None)
+        status = started[0].wait()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
