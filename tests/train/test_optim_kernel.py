@@ -274,6 +274,7 @@ def test_it_takes_what_is_done_in_pieces_otherwise(
     slot.state = optim_rules.first_state("adamw", slot, optimizer.config.state_bits)
     assert not optim_rules._has_kernel(slot)
     monkeypatch.setattr(optim_rules, "_KERNEL_DEVICES", {"cpu"})
+    monkeypatch.setattr(optim_rules, "has_triton", lambda: True)
     assert optim_rules._has_kernel(slot) == expected
 
 

@@ -108,7 +108,7 @@ def cross_entropy_rows(
     factors: Tensor | None = None,
 ) -> Tensor:
     """Losses [c] of rows; `logits` [c, V] becomes their gradient where `slopes`, times `factors` [c]."""
-    if logits.is_cuda and logits.dtype != torch.float64 and _has_triton():
+    if logits.is_cuda and logits.dtype != torch.float64 and has_triton():
         from ropewalk.ops.cross_entropy_kernel import run_kernel
 
         return run_kernel(logits, targets, softcap, z_loss, slopes, factors)
@@ -123,7 +123,7 @@ def cross_entropy_rows(
 
 
 @functools.cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 

@@ -12,7 +12,7 @@ from ropewalk.plan.blocks import Product, attended, block_products, layer_kinds,
 from ropewalk.plan.hardware import Cluster
 from ropewalk.plan.kernels import Kernels
 from ropewalk.plan.pipeline_schedule import step_seconds
-from ropewalk.plan.weights import LOW_RANK, Parameter, parameters
+from ropewalk.plan.weights import LOW_RANK, parameters
 from ropewalk.plan.wires import collective
 from ropewalk.plan.work import Work
 
@@ -90,30 +90,30 @@ class Trained:
     reached: float = 1.0
     """of the blocks: below the first that is trained nothing is differentiated"""
     head: bool = True
+    numbers: float = 0.0
+    """of all that is trained, one process of a tensor group; counted where something is left out"""
+
+
+def trained(work: Work) -> Trained:
+    """By the recipe's `adapt.freeze` and `adapt.targets`."""
+    return _partly(work) if work.freeze or work.targets != "all-linear" else Trained()
 
 
 @lru_cache(maxsize=1024)
-def trained(work: Work) -> Trained:
-    """By the recipe's `adapt.freeze` and `adapt.targets`."""
-    if not work.freeze and work.targets == "all-linear":
-        return Trained()
+def _partly(work: Work) -> Trained:
     found = parameters(work)
     whole = parameters(replace(work, targets="all-linear", freeze=()))
     mine, most = (
         sum(p.size * p.count for block in kind.blocks for p in block if p.trained) for kind in (found, whole)
     )
-
-    def outside(name: str) -> bool:
-        return any(p.trained and p.name.startswith(name) for p in found.outside)
-
-    first = next((i for i, block in enumerate(found.blocks) if _any_trained(block)), len(found.blocks))
-    first = 0 if outside("embed") else first
-    head = outside("embed") if work.config.tie_word_embeddings else outside("head")
-    return Trained(mine / most if most else 0.0, 1 - first / len(found.blocks), head)
-
-
-def _any_trained(block: tuple[Parameter, ...]) -> bool:
-    return any(p.trained for p in block)
+    ends = [p for p in found.outside if p.trained]
+    embeds = any(p.name.startswith("embed") for p in ends)
+    tied = work.config.tie_word_embeddings
+    head = embeds if tied else any(p.name.startswith("head") for p in ends)
+    layers = [i for i, block in enumerate(found.blocks) if any(p.trained for p in block)]
+    first = 0 if embeds else min(layers, default=len(found.blocks))
+    numbers = mine + sum(p.size * p.count for p in ends)
+    return Trained(mine / most if most else 0.0, 1 - first / len(found.blocks), head, numbers)
 
 
 def block_time(work: Work, kernels: Kernels, cluster: Cluster, moe: bool, window: int | None) -> BlockTime:
@@ -256,10 +256,10 @@ def weights_here(work: Work) -> float:
 def trained_here(work: Work) -> float:
     """Those of them that get gradients; adapters as they are added."""
     if work.freeze or work.targets != "all-linear":
-        return sum(p.size * p.count for p in parameters(work) if p.trained) / work.layout.pipeline
+        return trained(work).numbers / work.layout.pipeline
     if work.method == "full":
         return weights_here(work)
-    if work.method not in ("lora", "dora"):
+    if work.method not in LOW_RANK:
         return 0.001 * weights_here(work)
     config, layout = work.config, work.layout
     low = sum(

@@ -5,7 +5,6 @@ torch.optim.AdamW, which imports torch.compile's machinery: 2.5 s and 73 MB. On 
 own for what torch's cannot take as it is.
 """
 
-import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ropewalk.ops.linear_cross_entropy import has_triton
 from ropewalk.train.optim_lowbit import LowBitState
 from ropewalk.train.optim_slot import Slot, batches, full, pieces
 
@@ -63,17 +63,20 @@ def adamw(slots: list[Slot], update: Update) -> None:
             maximize=False,
         )
 
-    for slot in filter(_has_kernel, slots):
+    rest = []
+    for slot in slots:
+        if not _has_kernel(slot):
+            rest.append(slot)
+            continue
         from ropewalk.train.optim_kernel import update_slot
 
         slot.count += 1
         update_slot(slot, update)
         slot.gradient = None
-    rest = [slot for slot in slots if not _has_kernel(slot)]
     _elementwise(rest, update, ("exp_avg", "exp_avg_sq"), kernel)
 
 
-_KERNEL_DEVICES = {"cuda"} if importlib.util.find_spec("triton") else set()
+_KERNEL_DEVICES = {"cuda"}
 """device types where AdamW has a kernel for what otherwise is done in pieces; tests add the CPU"""
 
 
@@ -83,7 +86,7 @@ def _has_kernel(slot: Slot) -> bool:
     worth = slot.weight.dtype == torch.bfloat16 or bool(low)
     fits = slot.weight.dtype in (torch.float32, torch.bfloat16) and slot.parameter.numel() > 0
     here = slot.host is None and slot.weight.device.type in _KERNEL_DEVICES
-    return here and fits and worth and all(state.bits == 8 for state in low)
+    return here and fits and worth and all(state.bits == 8 for state in low) and has_triton()
 
 
 def lion(slots: list[Slot], update: Update) -> None:
