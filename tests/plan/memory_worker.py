@@ -94,6 +94,7 @@ class Resizing(Tracker):
 
 def seen(work: Work, world: World) -> Traced:
     """The second step of this process."""
+    torch.manual_seed(0)  # which tokens an expert gets is decided by weights
     model = model_of(work)
     shard(model, world)
     job = _job(work, model, world)
