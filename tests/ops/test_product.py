@@ -50,6 +50,20 @@ def test_a_product_is_the_exact_one_rounded_once(shape: tuple[int, int, int], tr
     assert off(out, 2 * exact) < 2 * rounding
 
 
+@pytest.mark.parametrize("rows", [256, 257, 600])
+def test_a_long_sum_is_done_for_some_rows_at_a_time(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a head's gradient is, on processors that multiply bfloat16: the parts are the whole."""
+    monkeypatch.setattr("ropewalk.ops.product._faster", False)
+    a, b = drawn(rows, 8192), drawn(8192, 48, seed=1)
+    exact = a.double() @ b.double()
+    rounding = off(exact.bfloat16(), exact)
+    out = torch.full((rows, 48), float("nan"), dtype=torch.bfloat16)
+    assert multiply(a, b, out) is out
+    assert off(out, exact) < 1.02 * rounding
+    multiply(a, b, out, add=True)
+    assert off(out, 2 * exact) < 2 * rounding
+
+
 def test_gradients_are_those_of_the_plain_product() -> None:
     x, weight, bias, slope = (
         drawn(200, 96),

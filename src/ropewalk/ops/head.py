@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ropewalk.ops.product import multiply, product
+from ropewalk.ops.product import multiply
 
 _CHUNK_BYTES = 256 << 20
 _DEVICE_CHUNK_BYTES = 1 << 30  # elsewhere: the weight's gradient is read and written once a chunk
@@ -130,7 +130,7 @@ class HeadGradients:
             if isinstance(where, slice):
                 multiply(slopes, self._weight, self.hidden[where])
             else:
-                self.hidden.index_copy_(0, where, product(slopes, self._weight))
+                self.hidden.index_copy_(0, where, multiply(slopes, self._weight, torch.empty_like(rows)))
         if self.weight is not None:
             multiply(slopes.t(), rows, self.weight, add=not self._first)
         if self.bias is not None:
