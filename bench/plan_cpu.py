@@ -2,9 +2,10 @@
 
     python bench/plan_cpu.py --out plan.json
 
-Each shape is a model of random weights and a batch of random tokens; four rounds, each of a calibration (kept
-nowhere) and a few steps (forward, backward, norm, update) of each shape. The least that was foreseen and the
-fastest that was measured are compared: what else the machine does slows down both. Memory: see the tests.
+Each shape is a model of random weights and a batch of random tokens. A calibration (kept nowhere; two
+minutes in a precision, for machines with neighbours), then six rounds of a few steps (forward, backward,
+norm, update) of each shape: the fastest counts, in both, since what else the machine does only adds to
+them. Memory: see the tests.
 """
 
 import argparse
@@ -56,8 +57,8 @@ WORKS = [
 ]
 
 
-ROUNDS = 4
-"""How often each is measured: what disturbs one round is gone in the next."""
+PATIENCE, ROUNDS = 120.0, 6
+"""Seconds that a calibration may take in a precision, and how often each shape is measured."""
 
 
 def works() -> Iterator[Work]:
@@ -80,20 +81,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     cpu = torch.device("cpu")
+    found = calibrate(cpu, print, PATIENCE)
+    plain = cluster(f"{torch.get_num_threads()}x{found.device}")
     fastest: dict[Work, float] = {}
-    least: dict[Work, float] = {}
-    rates = []
-    for _ in range(ROUNDS):
-        found = calibrate(cpu, print)
-        rates.append(str(found.rates))
-        plain = cluster(f"{torch.get_num_threads()}x{found.device}")
-        for work in works():
-            where = Cluster(calibrated(plain.accelerator, found, work.precision), 1, 1)
-            least[work] = min(point(work, where).step_seconds, least.get(work, math.inf))
-            fastest[work] = min(sum(measured_step(work, cpu)), fastest.get(work, math.inf))
+    for work in [*works()] * ROUNDS:
+        fastest[work] = min(sum(measured_step(work, cpu)), fastest.get(work, math.inf))
     results = []
     for work, measured in fastest.items():
-        foreseen = least[work]
+        where = Cluster(calibrated(plain.accelerator, found, work.precision), 1, 1)
+        foreseen = point(work, where).step_seconds
         method = "qlora" if work.quantize == "nf4" else work.method
         size = f"{work.config.hidden_size}x{work.config.num_hidden_layers}"
         rows = f"{work.micro_batch_size}x{work.sequence_length}"
@@ -106,7 +102,7 @@ def main() -> None:
     mean = sum(errors) / len(errors)
     print(f"mean absolute error {100 * mean:.1f}%; within 15%: {near} of {len(errors)}")
     if options.out:
-        text = {"date": time.strftime("%Y-%m-%d"), "rates": rates, "results": results}
+        text = {"date": time.strftime("%Y-%m-%d"), "rates": str(found.rates), "results": results}
         options.out.write_text(json.dumps(text, indent=1))
 
 

@@ -1,13 +1,14 @@
 """doctor launches what it reports on."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 import ropewalk.doctor as doctor
 from ropewalk.cli import main
 from ropewalk.cli.doctor import _rate
-from ropewalk.plan.calibration import NEVER
+from ropewalk.plan.calibration import NEVER, calibration
 
 
 @pytest.fixture
@@ -98,3 +99,16 @@ def test_a_rate_that_no_machine_has_is_not_printed_as_one():
     """A fit that gives a part no time says so."""
     assert _rate(2.5e12, "GFLOP/s") == "2,500.0 GFLOP/s"
     assert _rate(NEVER, "GB/s") == _rate(NEVER / 1e3, "GB/s") == "not told apart"
+
+
+@pytest.mark.slow
+def test_a_calibration_is_printed_and_kept(tmp_path, monkeypatch, capsys):
+    """As short as can be: the planner takes it from then on."""
+    monkeypatch.setenv("ROPEWALK_CACHE", str(tmp_path))
+    assert main(["doctor", "--calibrate", "--seconds", "0", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert Path(said["path"]).is_relative_to(tmp_path)
+    kept = calibration(said["calibration"]["device"])
+    assert kept is not None
+    assert kept.rates["bfloat16"].products > 1e9
+    assert set(kept.rates) == {"bfloat16", "float32"}

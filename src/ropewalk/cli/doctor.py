@@ -15,6 +15,9 @@ def command(
         bool,
         typer.Option("--calibrate", help="Measure for half a minute what `ropewalk plan` needs; kept."),
     ] = False,
+    seconds: Annotated[
+        float, typer.Option(min=0, help="Calibrate for so long in each of two precisions.")
+    ] = 15.0,
     json: Json = False,
 ) -> None:
     """Find out by trying what this machine can really do.
@@ -27,7 +30,7 @@ def command(
     from ropewalk.doctor import doctor
 
     if calibrate:
-        _calibrate(json)
+        _calibrate(json, seconds)
         return
 
     report = doctor()
@@ -39,13 +42,18 @@ def command(
         raise typer.Exit(1)
 
 
-def _calibrate(json: bool) -> None:
+def _calibrate(json: bool, seconds: float) -> None:
     import torch
 
     from ropewalk.plan import calibrate
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found = calibrate(device, lambda text: None if json else print(f"measuring: {text}", flush=True))
+
+    def say(text: str) -> None:
+        if not json:
+            print(f"measuring: {text}", flush=True)
+
+    found = calibrate(device, say, seconds)
     path = found.save()
     if json:
         print_json({"calibration": found, "path": path})
@@ -58,8 +66,8 @@ def _calibrate(json: bool) -> None:
             f"these account for the passes to {100 * rates.error:.0f}%"
         )
     print(f"disk: {found.disk / 1e6:,.0f} MB/s; kept in {path}")
-    if max(rates.error for rates in found.rates.values()) > 0.2:
-        print("the machine was doing something else, too: measure again when it is quiet")
+    if max(rates.error for rates in found.rates.values()) > 0.1:
+        print("the machine did something else, too: measure when it is quiet, or longer (--seconds 120)")
 
 
 def _rate(value: float, unit: str) -> str:

@@ -1,6 +1,7 @@
 """What the machine at hand reaches: real training passes are timed, and the planner's rates fitted to
 them."""
 
+import itertools
 import os
 import socket
 import statistics
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 
 from ropewalk.data import Batch
+from ropewalk.errors import UserError
 from ropewalk.ops import QUANTIZED, QuantizedTensor
 from ropewalk.ops.quantized import dense
 from ropewalk.plan.calibration import NEVER, Calibration, Rates, features, fit_rates, least_costs, probes
@@ -23,22 +25,23 @@ from ropewalk.plan.work import Work
 from ropewalk.train.objective import loss_sum
 from ropewalk.train.optim import Optimizer, OptimizerConfig
 
-LONGEST, FEWEST, ROUNDS = 15.0, 6, 3
-"""Seconds after which no further shape is tried in a precision, if there have been so many: a busy machine
-takes a multiple of its time, and half a minute is what a user was promised. And how often each is tried:
-what disturbs one round is gone in the next."""
+PATIENCE, FEWEST = 15.0, 6
+"""Seconds for which the shapes are tried in turn in a precision, and how many of them in any case: what
+disturbs one turn may be gone in the next, and half a minute is what a user was promised."""
 LARGEST = 1 << 28
 """Bytes that are written to find out how fast the disk is."""
 
 
-def calibrate(device: torch.device, say: Callable[[str], None] = lambda text: None) -> Calibration:
-    """About half a minute of passes on `device`. Not saved; see `Calibration.save`."""
+def calibrate(
+    device: torch.device, say: Callable[[str], None] = lambda text: None, patience: float = PATIENCE
+) -> Calibration:
+    """Passes on `device`, for `patience` seconds in each precision. Not saved; see `Calibration.save`."""
     rates = {}
     for precision in ("bfloat16", "float32"):
         if device.type == "cuda" and precision not in gpu().peak:
             continue
         say(f"training passes in {precision}")
-        rates[precision] = _rates(device, precision)
+        rates[precision] = _rates(device, precision, patience)
     say("writing to the disk")
     return Calibration(
         socket.gethostname(),
@@ -51,11 +54,11 @@ def calibrate(device: torch.device, say: Callable[[str], None] = lambda text: No
     )
 
 
-def _rates(device: torch.device, precision: str) -> Rates:
+def _rates(device: torch.device, precision: str, patience: float) -> Rates:
     fastest: dict[Work, tuple[float, float]] = {}
     began = time.perf_counter()
-    for work in list(probes(device.type, precision)) * ROUNDS:
-        if time.perf_counter() - began > LONGEST and len(fastest) >= FEWEST:
+    for tried, work in enumerate(itertools.cycle(probes(device.type, precision))):
+        if time.perf_counter() - began > patience and tried >= FEWEST:
             break
         try:
             passes, update = measured_step(work, device)
@@ -63,18 +66,20 @@ def _rates(device: torch.device, precision: str) -> Rates:
             continue
         before = fastest.get(work, (passes, update))
         fastest[work] = min(before[0], passes), min(before[1], update)
+    if len(fastest) < FEWEST - 2:
+        raise UserError(f"{device}: too little of its memory is free for it to be measured")
     seconds = [passes for passes, _ in fastest.values()]
     updates = [updated_bytes(work) / update for work, (_, update) in fastest.items() if work.method == "full"]
     table, least = np.array([features(work) for work in fastest]), np.zeros(4)
     if device.type == "cuda":
         table[:, 3] = 0.0  # launches go on beside the kernels
         least = least_costs(gpu(), precision)
-    (per_flop, per_byte, per_attended, launch), error = fit_rates(table, np.array(seconds), least)
+    (per_flop, per_byte, on_top, launch), error = fit_rates(table, np.array(seconds), least)
     tiny = 1 / NEVER
     return Rates(
         products=float(1 / max(per_flop, tiny)),
         memory=float(1 / max(per_byte, tiny)),
-        attention=float(1 / max(per_attended, tiny)),
+        attention=float(1 / max(per_flop + on_top, tiny)),
         launch=float(launch),
         update=statistics.median(updates),
         error=error,

@@ -165,8 +165,9 @@ def _recomputed(work: Work, kernels: Kernels, block: BlockTime, moe: bool, windo
     if work.checkpointing == "selective" and not work.fused_attention:
         return block + BlockTime(recomputed=share * _attention(work, kernels, window)[0])
     if work.checkpointing == "selective":
-        kept = _attention(work, kernels, window)[0]
-        kept += sum(kernels.product(*one) for one in products_of(work, moe))
+        products = products_of(work, moe)
+        kept = _attention(work, kernels, window)[0] + sum(kernels.product(*one) for one in products)
+        kept -= (len(products) + 1) * kernels.device.launch  # each is asked for, and given what was kept
         return block + BlockTime(recomputed=share * max(0.0, block.forward - kept))
     return block
 
