@@ -10,14 +10,7 @@ from ropewalk.clean.quality import ends_with_ellipsis, sentence_ends
 from ropewalk.clean.step import Step, Texts, spans_of
 from ropewalk.clean.words import Words
 
-POLICY = (
-    "terms of use",
-    "privacy policy",
-    "cookie policy",
-    "uses cookies",
-    "use of cookies",
-    "use cookies",
-)
+POLICY = ("terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies")
 ENDS = ".?!\"'”’"
 FEWEST_WORDS, LONGEST_WORD = 3, 1000
 KINDS = ("long_word", "no_end_mark", "few_words", "javascript", "policy")

@@ -36,10 +36,7 @@ GOPHER = (
     Rule("gopher_ellipses", "ellipsis_ratio <= 0.1", "more than one ellipsis for 10 words", _GOPHER),
     Rule("gopher_bullets", "bullet_lines <= 0.9", "over 90% of the lines begin with a bullet", _GOPHER),
     Rule(
-        "gopher_ellipsis_lines",
-        "ellipsis_lines <= 0.3",
-        "over 30% of the lines end in an ellipsis",
-        _GOPHER,
+        "gopher_ellipsis_lines", "ellipsis_lines <= 0.3", "over 30% of the lines end in an ellipsis", _GOPHER
     ),
     Rule("gopher_letters", "letter_words >= 0.8", "under 80% of the words have a letter", _GOPHER),
     Rule("gopher_stop_words", "stop_words >= 2", "under two of the commonest English words", _GOPHER),

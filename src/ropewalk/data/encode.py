@@ -34,12 +34,7 @@ _SCHEMA = pa.schema(
     }
 )
 """ids: 4 bytes a token, scored: one; lists would have a length and a level for each token to encode."""
-_WRITTEN: dict[str, Any] = {
-    **PART,
-    "compression": "lz4",
-    "use_dictionary": False,
-    "write_statistics": False,
-}
+_WRITTEN: dict[str, Any] = {**PART, "compression": "lz4", "use_dictionary": False, "write_statistics": False}
 LAYOUT = 2
 """Counted up when the files are laid out in another way."""
 

@@ -49,11 +49,7 @@ class Mixture:
     """
 
     def __init__(
-        self,
-        shards: TokenShards,
-        seed: int,
-        weights: Mapping[str, float] | None,
-        temperature: float,
+        self, shards: TokenShards, seed: int, weights: Mapping[str, float] | None, temperature: float
     ) -> None:
         self._shards = shards
         self.parts: tuple[Part, ...] = ()

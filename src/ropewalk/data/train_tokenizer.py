@@ -98,14 +98,7 @@ def train_tokenizer(
         raise UserError(f"{directory}: already exists; nothing was overwritten (--overwrite replaces it)")
     counts = [Learned(source.name) for source in sources]
     backend = _learn(_texts(sources, counts, progress), vocab_size, digits, names)
-    found = TrainedTokenizer(
-        directory,
-        backend.get_vocab_size(),
-        vocab_size,
-        digits,
-        names,
-        tuple(counts),
-    )
+    found = TrainedTokenizer(directory, backend.get_vocab_size(), vocab_size, digits, names, tuple(counts))
     with atomic_directory(directory, overwrite=overwrite) as folder:
         _write(backend, folder, template)
         account = {**asdict(found), "directory": None}

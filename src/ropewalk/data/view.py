@@ -157,11 +157,7 @@ class View:
         if len(table) != self.begins[-1]:
             raise UserError(f"{self.folder / LEDGER}: does not fit; run ropewalk prepare --overwrite")
         split = table["split"].cast(pa.string()).to_numpy(zero_copy_only=False)
-        return {
-            "split": split,
-            "piece": table["piece"].to_numpy(),
-            "pieces": table["pieces"].to_numpy(),
-        }
+        return {"split": split, "piece": table["piece"].to_numpy(), "pieces": table["pieces"].to_numpy()}
 
     @cached_property
     def tokens(self) -> np.ndarray:

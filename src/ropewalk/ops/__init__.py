@@ -11,12 +11,7 @@ from ropewalk.ops.head import VocabularyPart
 from ropewalk.ops.int8 import Int8Tensor
 from ropewalk.ops.linear import Linear
 from ropewalk.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
-from ropewalk.ops.linear_kl import (
-    linear_kl,
-    linear_kl_reference,
-    linear_kl_top_k,
-    linear_kl_top_k_reference,
-)
+from ropewalk.ops.linear_kl import linear_kl, linear_kl_reference, linear_kl_top_k, linear_kl_top_k_reference
 from ropewalk.ops.linear_logprobs import linear_logprobs, linear_logprobs_reference
 from ropewalk.ops.lora import lora_linear, lora_linear_reference
 from ropewalk.ops.nf4 import NF4Tensor

@@ -22,11 +22,7 @@ class AttentionLayers(Layers):
         if self.native:
             return self.tape.operation([x], size, weight=True)
         return self.tape.operation(
-            [x],
-            size,
-            weight=True,
-            temporary=int(size * share),
-            back=int(size * max(0.0, 2 * share - 1)),
+            [x], size, weight=True, temporary=int(size * share), back=int(size * max(0.0, 2 * share - 1))
         )
 
     def attend(self, q: Value, k: Value, v: Value) -> Value:

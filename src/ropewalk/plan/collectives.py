@@ -165,10 +165,7 @@ ALGORITHMS: Algorithms = {
     },
     "all_gather": {"ring": ring_all_gather, "doubling": doubling_all_gather},
     "reduce_scatter": {"ring": ring_all_gather, "halving": doubling_all_gather},
-    "broadcast": {
-        "chain": chain_broadcast,
-        "two_tree": two_tree_broadcast,
-    },
+    "broadcast": {"chain": chain_broadcast, "two_tree": two_tree_broadcast},
     "all_to_all": {"pairwise": ring_all_gather, "bruck": bruck_all_to_all},
 }
 """operation -> algorithm -> seconds. Recursive halving costs what recursive doubling does (for p not a power

@@ -48,11 +48,7 @@ class Paraphrases(Step):
     }
 
     def __init__(
-        self,
-        items: Sequence[EvaluationItem],
-        vectors: Vectors,
-        vectors_name: str,
-        similar: float = SIMILAR,
+        self, items: Sequence[EvaluationItem], vectors: Vectors, vectors_name: str, similar: float = SIMILAR
     ) -> None:
         self.similar = similar
         self._vectors = vectors
