@@ -52,13 +52,15 @@ def recipe_of(make_recipe: Any, shape: dict[str, Any], layout: dict[str, Any], *
 
 def test_what_a_step_sends_is_what_the_closed_forms_say(make_recipe, tmp_path):
     """Stage 1: 2 P, stage 2 with gradients of each micro-batch, stage 3: 3 P for each of them; four exchanges
-    in each block of shared products; hidden states and gradients from stage to stage: `plan.traffic`."""
+    in each block of shared products; keys and values of whole rows twice, and their gradients once; hidden
+    states and gradients from stage to stage: `plan.traffic`."""
     layouts = {
         "stage 1": {"shard": 2, "stage": 1},
         "stage 2": {"shard": 2, "stage": 2},
         "stage 3": {"shard": 2, "stage": 3},
         "replicated": {"replicate": 2, "shard": 1},
         "tensor": {"tensor": 2},
+        "context": {"context": 2, "shard": 1},
         "pipeline": {"pipeline": 2},
         "interleaved": {"pipeline": 2, "pipeline_schedule": "interleaved-1f1b"},
         "there and back": {"pipeline": 2, "pipeline_schedule": "zbv"},

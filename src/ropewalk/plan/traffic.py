@@ -12,7 +12,8 @@ GRADIENT = 4
 
 def traffic(work: Work) -> dict[str, float]:
     """Bytes of an optimizer step: `all-gather`, `reduce-scatter` and `all-reduce` of each process; `sent`
-    from stage to stage by all processes of a pipeline together. Every weight trained, none in a mixture."""
+    from stage to stage by all processes of a pipeline together. Every weight trained, none in a mixture;
+    `context_exchange: all_gather` where rows are divided."""
     layout, config, m = work.layout, work.config, work.accumulation
     width, layers = work.parameter_bytes, config.num_hidden_layers
     whole = parameters(config) / (layout.tensor * layout.pipeline)
@@ -31,6 +32,13 @@ def traffic(work: Work) -> dict[str, float]:
         share = 1 - 1 / layout.tensor
         found["all-gather"] += share * hidden * (4 * layers + 2)
         found["reduce-scatter"] += share * hidden * (4 * layers + 1)
+    if (
+        layout.context > 1
+    ):  # keys and values of whole rows, once more in the backward pass, and their gradients
+        heads = config.num_key_value_heads * config.head_dim / layout.tensor
+        rows = 2 * heads * m * work.micro_batch_size * work.sequence_length * layers
+        found["all-gather"] += 2 * (1 - 1 / layout.context) * width * rows
+        found["reduce-scatter"] += (1 - 1 / layout.context) * GRADIENT * rows
     if layout.pipeline > 1:
         hops = sum(layout.place(stage) != layout.place(stage + 1) for stage in range(layout.stages - 1))
         found["sent"] += 2 * hidden * hops
