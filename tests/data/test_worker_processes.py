@@ -44,6 +44,25 @@ except KeyboardInterrupt:
 """
 
 
+TWICE = """
+import os, signal, sys, time
+from pathlib import Path
+from ropewalk.data import parts
+remove = Path.unlink
+def disturbed(path, **options):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return remove(path, **options)
+class Twice:
+    path = Path(sys.argv[1])
+    def make(self, path):
+        path.write_text("half")
+        Path.unlink = disturbed
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+parts._work(Twice())
+"""
+
+
 class Killed:
     """A task whose process is killed, as a system without memory does it."""
 
@@ -59,6 +78,14 @@ class Killed:
 def test_a_killed_worker_is_one_message(tmp_path):
     with Makers(workers=2) as makers, pytest.raises(RopewalkError, match="a worker process was killed"):
         makers.make("x", [Killed(tmp_path / str(i)) for i in range(3)])
+
+
+def test_a_worker_stopped_twice_leaves_nothing_half_made(tmp_path):
+    """A pool ends all its processes again when one has ended, in the middle of their cleaning up."""
+    folder = tmp_path / "parts"
+    done = subprocess.run([sys.executable, "-c", TWICE, str(folder / "0")], stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1, done.stderr
+    assert list(folder.iterdir()) == []
 
 
 def alive(pid: int) -> bool:

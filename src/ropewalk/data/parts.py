@@ -135,13 +135,20 @@ def _begin() -> None:
 
 def _work(task: Task) -> None:
     """`run` in a worker process, which would take the next task after any exception."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the file it is writing is removed
+    signal.signal(signal.SIGTERM, _stop)
     try:
         run(task)
     except SystemExit:
         os._exit(1)
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _stop(*_: object) -> None:
+    """So that the file that is being written is removed: undisturbed, for a pool ends all its processes again
+    when one of them has ended."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(1)
 
 
 def _end_with_parent() -> None:
