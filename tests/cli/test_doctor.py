@@ -1,5 +1,7 @@
 """doctor launches what it reports on."""
 
+import dataclasses
+import importlib
 import json
 from pathlib import Path
 
@@ -8,7 +10,8 @@ import pytest
 import ropewalk.doctor as doctor
 from ropewalk.cli import main
 from ropewalk.cli.doctor import _rate
-from ropewalk.plan.calibration import NEVER, calibration
+from ropewalk.ops import native
+from ropewalk.plan.calibration import NEVER, calibration, probes
 
 
 @pytest.fixture
@@ -104,7 +107,16 @@ def test_a_rate_that_no_machine_has_is_not_printed_as_one():
 @pytest.mark.slow
 def test_a_calibration_is_printed_and_kept(tmp_path, monkeypatch, capsys):
     """As short as can be: the planner takes it from then on."""
+    native.library()  # not to be compiled for the new cache
     monkeypatch.setenv("ROPEWALK_CACHE", str(tmp_path))
+    module = importlib.import_module("ropewalk.plan.calibrate")
+    small = [work for work in probes("cpu", "bfloat16") if work.config.hidden_size == 384]
+    monkeypatch.setattr(
+        module,
+        "probes",
+        lambda _, precision: [dataclasses.replace(one, precision=precision) for one in small],
+    )
+    monkeypatch.setattr(module, "LARGEST", 1 << 22)
     assert main(["doctor", "--calibrate", "--seconds", "0", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert Path(said["path"]).is_relative_to(tmp_path)
