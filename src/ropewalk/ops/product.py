@@ -60,7 +60,12 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> Tensor:
     """`out = a @ b`, or `out += a @ b`; no gradient, and each panel's part of `out` is rounded."""
     if widens(a, b):
         return _write(a, b, out, None, add)
-    if a.dtype is torch.bfloat16 and a.device.type == "cpu" and a.shape[1] >= _LONG and a.shape[0] > _ROWS:
+    if (
+        a.dtype is torch.bfloat16
+        and a.device.type == "cpu"
+        and a.shape[1] >= max(_LONG, 4 * b.shape[1])
+        and a.shape[0] > _ROWS
+    ):
         for rows in range(0, a.shape[0], _ROWS):
             multiply(a[rows : rows + _ROWS], b, out[rows : rows + _ROWS], add)
         return out
