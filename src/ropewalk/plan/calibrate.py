@@ -66,11 +66,11 @@ def _rates(device: torch.device, precision: str, patience: float) -> Rates:
             continue
         before = fastest.get(work, (passes, update))
         fastest[work] = min(before[0], passes), min(before[1], update)
-    if len(fastest) < FEWEST - 2:
+    table, least = np.array([features(work) for work in fastest]), np.zeros(4)
+    if len(table) < len(least):  # fewer shapes than what is to be found out
         raise UserError(f"{device}: too little of its memory is free for it to be measured")
     seconds = [passes for passes, _ in fastest.values()]
     updates = [updated_bytes(work) / update for work, (_, update) in fastest.items() if work.method == "full"]
-    table, least = np.array([features(work) for work in fastest]), np.zeros(4)
     if device.type == "cuda":
         table[:, 3] = 0.0  # launches go on beside the kernels
         least = least_costs(gpu(), precision)

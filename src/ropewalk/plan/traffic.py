@@ -32,9 +32,7 @@ def traffic(work: Work) -> dict[str, float]:
         share = 1 - 1 / layout.tensor
         found["all-gather"] += share * hidden * (4 * layers + 2)
         found["reduce-scatter"] += share * hidden * (4 * layers + 1)
-    if (
-        layout.context > 1
-    ):  # keys and values of whole rows, once more in the backward pass, and their gradients
+    if layout.context > 1:  # keys and values of whole rows, forward and backward, and their gradients
         heads = config.num_key_value_heads * config.head_dim / layout.tensor
         rows = 2 * heads * m * work.micro_batch_size * work.sequence_length * layers
         found["all-gather"] += 2 * (1 - 1 / layout.context) * width * rows
