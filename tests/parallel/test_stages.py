@@ -1,5 +1,6 @@
 """Blocks are shared out evenly, and what a pipeline's schedule cannot do is known before it is built."""
 
+import itertools
 from dataclasses import replace
 from itertools import combinations
 from types import SimpleNamespace
@@ -16,7 +17,8 @@ from ropewalk.model.families_config import config_from_hf
 from ropewalk.parallel import pipeline_refusal, spans
 from ropewalk.parallel.pipeline import SCHEDULES
 from ropewalk.parallel.stages import keep_stages
-from ropewalk.train.pipelined import stages_of, without_values
+from ropewalk.train.flops import stages_of
+from ropewalk.train.pipelined import without_values
 
 SHAPE = {
     "model_type": "llama",
@@ -36,8 +38,10 @@ def pipeline(**fields):
 
 def test_no_other_division_has_a_cheaper_costliest_stage():
     draw = torch.Generator().manual_seed(0)
-    for count, stages in ((4, 2), (7, 3), (9, 4), (6, 6)):
-        costs = torch.randint(1, 20, (count,), generator=draw).tolist()
+    sizes = ((4, 2), (7, 3), (9, 4), (6, 6))
+    for (count, stages), equal in itertools.product(sizes, (False, True)):
+        costs = torch.randint(1, 20, (1 if equal else count,), generator=draw).tolist()
+        costs *= count if equal else 1
         head = float(torch.randint(0, 30, (1,), generator=draw))
 
         def most(ends, costs=costs, head=head):
@@ -53,11 +57,10 @@ def test_no_other_division_has_a_cheaper_costliest_stage():
 
 def test_a_costly_head_leaves_its_stage_fewer_blocks():
     config = config_from_hf(SHAPE)
-    world = SimpleNamespace(layout=pipeline())
-    assert stages_of(config, world) == [range(5), range(5, 8)]  # the head costs 1.3 blocks
-    assert stages_of(replace(config, vocab_size=32), world) == [range(4), range(4, 8)]
+    assert stages_of(config, 2) == (range(5), range(5, 8))  # the head costs 1.3 blocks
+    assert stages_of(replace(config, vocab_size=32), 2) == (range(4), range(4, 8))
     wide = replace(config, vocab_size=1 << 17)
-    assert stages_of(wide, world) == [range(7), range(7, 8)]
+    assert stages_of(wide, 2) == (range(7), range(7, 8))
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -125,7 +128,7 @@ def test_each_process_keeps_its_blocks_and_the_ends_what_is_outside_of_them(tied
     for index in range(3):
         world = SimpleNamespace(layout=layout, index=lambda _, i=index: i, group=lambda _: None)
         model = Transformer(config)
-        keep_stages(model, world, stages_of(config, world))
+        keep_stages(model, world, stages_of(config, layout.stages))
         kept.append({name for name, _ in model.named_parameters()})
         assert model.blocks_part.head == ("norm.weight" in kept[-1])
     whole = {name for name, _ in Transformer(config).named_parameters()}

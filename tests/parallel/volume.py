@@ -27,6 +27,8 @@ SMALL = 4096
 class Sent(TorchDispatchMode):
     """Bytes that this process sends, by a ring's count, by kind of operation."""
 
+    KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "sent")
+
     def __init__(self) -> None:
         super().__init__()
         self.bytes: Counter[str] = Counter()
@@ -40,14 +42,15 @@ class Sent(TorchDispatchMode):
             self.add("all-gather" if name == "_allgather_base_" else "reduce-scatter", whole, parts, 1)
         elif name == "allreduce_":
             for tensor in args[0]:
-                self.add("all-reduce", tensor.nbytes, dist.get_world_size(), 2)
+                self.add("all-reduce", tensor.nbytes, dist.ProcessGroup.unbox(args[1]).size(), 2)
         elif name == "send":
             for tensor in args[0]:
-                self.bytes["send"] += tensor.nbytes * (tensor.nbytes > SMALL)
+                self.bytes["sent"] += tensor.nbytes * (tensor.nbytes > SMALL)
         elif name == "alltoall_base_" and args[1].nbytes > SMALL:
-            _, given, _, _, sent = args[:5]
+            _, given, boxed, _, sent = args[:5]
+            group = dist.ProcessGroup.unbox(boxed)
             self.bytes["rows"] += given.nbytes
-            own = sent[dist.get_rank()] * given[0].nbytes
+            own = sent[group.rank()] * given[0].nbytes if sent else given.nbytes // group.size()
             self.bytes["all-to-all"] += given.nbytes - own
         return function(*args, **(kwargs or {}))
 
@@ -88,8 +91,8 @@ def main() -> None:
                 routed.all = routed.elsewhere = 0
                 with Sent() as sent:
                     train_step(job, batches)
-        weights = sum(p.numel() * p.element_size() for p in job.built.model.parameters())
-        found[name] = {**sent.bytes, "weights": weights, "sent": world.everywhere([sent.bytes["send"]])[0]}
+        sums = world.everywhere([sent.bytes[kind] for kind in Sent.KINDS])
+        found[name] = {kind: n / world.size for kind, n in zip(Sent.KINDS, sums, strict=True) if n}
         if world.layout.expert > 1:
             numbers = [sent.bytes["rows"], sent.bytes["all-to-all"], routed.all, routed.elsewhere]
             found[name]["everywhere"] = world.everywhere(numbers)

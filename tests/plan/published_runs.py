@@ -79,6 +79,7 @@ def megatron_2021(folder: Path) -> Iterator[Run]:
             accumulation=batch // data,
             checkpointing="full",
             fused_attention=False,
+            fused_loss=False,
             sequence_parallel=False,
         )
         where = cluster(f"{devices}xA100-80GB-SXM", "8x200Gb/s")
@@ -102,6 +103,7 @@ def recomputation_2022(folder: Path) -> Iterator[Run]:
             accumulation=batch // micro,
             checkpointing="full",
             fused_attention=False,
+            fused_loss=False,
             sequence_parallel=False,
         )
         both = replace(full, checkpointing="selective", sequence_parallel=True)
@@ -111,6 +113,9 @@ def recomputation_2022(folder: Path) -> Iterator[Run]:
 
 
 SHAPES = {
+    "125m": (768, 12, 12),
+    "350m": (1024, 24, 16),
+    "760m": (1536, 24, 12),
     "1b": (2048, 24, 16),
     "3b": (2560, 32, 20),
     "7b": (4096, 32, 32),
@@ -121,9 +126,9 @@ SHAPES = {
 DEVICES = {"a100_40gb": "A100-40GB-SXM", "a100_80gb": "A100-80GB-SXM", "h100_80gb": "H100-80GB-SXM"}
 
 
-def llm_foundry(folder: Path) -> Iterator[Run]:
+def llm_foundry(table: Path) -> Iterator[Run]:
     """MPT models under FSDP, fused attention; gradients in 16 bits where all is (PURE), else in 32."""
-    for row in rows(folder / "llm_foundry_fsdp.csv"):
+    for row in rows(table):
         sequence, devices = int(row["SeqLen (T)"]), int(row["# GPUs"])
         micro, accumulation = int(row["MicroBatchSize"]), int(row["GradAccum"])
         work = Work(
@@ -135,13 +140,14 @@ def llm_foundry(folder: Path) -> Iterator[Run]:
             precision="float8" if "fp8" in row["Precision"] else "bfloat16",
             checkpointing="full" if row["Activation Checkpointing"] == "True" else "none",
             reduce_bytes=2 if row["MP Mode"] == "PURE" else 4,
+            fused_loss=False,
         )
         device = DEVICES[row["GPU"]]
         where = cluster(f"{devices}x{device}", "8x200Gb/s" if "A100" in device else "8x400Gb/s")
         seconds = micro * accumulation * sequence / float(row["Throughput (T/s/GPU)"])
-        table = f"llm-foundry {device[:4]}" + (" FP8" if work.precision == "float8" else "")
+        kind = f"llm-foundry {device[:4]}" + (" FP8" if work.precision == "float8" else "")
         yield Run(
-            table,
+            kind,
             row["Model"],
             f"{row['Model']} {sequence} x{devices} {micro}x{accumulation}",
             where,
@@ -152,4 +158,8 @@ def llm_foundry(folder: Path) -> Iterator[Run]:
 
 def published(folder: Path) -> list[Run]:
     """All of them."""
-    return [*megatron_2021(folder), *recomputation_2022(folder), *llm_foundry(folder)]
+    return [
+        *megatron_2021(folder),
+        *recomputation_2022(folder),
+        *llm_foundry(folder / "llm_foundry_fsdp.csv"),
+    ]

@@ -123,6 +123,9 @@ def _lines(made: "Plan") -> list[str]:
         f"time     {_seconds(run.step_seconds)} a step, {run.tokens_per_second:,.0f} tokens/s"
         f"; {100 * run.mfu_causal:.1f}% of the peak in model FLOPs ({100 * run.mfu:.1f}% by all pairs)",
     ]
+    if sent := run.sent:
+        said = ", ".join(f"{kind} {_gib(size)}" for kind, size in sent.items())
+        lines.append(f"sends    {said} a step, of each device")
     if (price := run.dollars_per_hour) is not None:
         million = price / 3600 / run.tokens_per_second * 1e6
         lines.append(f"price    ${price:,.2f} an hour, ${million:,.3f} a million tokens, at list prices")

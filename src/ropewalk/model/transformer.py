@@ -39,6 +39,8 @@ class Block(nn.Module):
         self.post_mlp_norm = make_norm(config, size) if after else None
         self.tile: int | None = None
         """In training, rows of more than twice as many tokens go through the MLP by that many at a time."""
+        self.recomputed = False
+        """Whether the backward pass runs it once more: what it keeps till then is not here to decide."""
 
     def forward(self, hidden: Tensor, context: Context) -> tuple[Tensor, RouterStatistics | None]:
         """hidden `[B, S, hidden_size]` -> (the same shape, statistics of the router if there is one)."""

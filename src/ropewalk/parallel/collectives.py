@@ -26,9 +26,9 @@ def summed(x: Tensor, group: Any) -> Tensor:
     return exchanged(x, total, _same)
 
 
-def all_gather(out: Tensor, x: Tensor, group: Any) -> None:
-    """Everyone's `x`, by process along the first dimension of `out`."""
-    _newest("all_gather_single", "all_gather_into_tensor")(out, x, group=group)
+def all_gather(out: Tensor, x: Tensor, group: Any, *, wait: bool = True) -> Any:
+    """Everyone's `x`, by process along the first dimension of `out`. Without `wait`: what to wait for."""
+    return _newest("all_gather_single", "all_gather_into_tensor")(out, x, group=group, async_op=not wait)
 
 
 def reduce_scatter(out: Tensor, x: Tensor, group: Any) -> None:

@@ -7,6 +7,7 @@ their names, so that nothing else need know.
 
 from collections.abc import Sequence
 from functools import cache
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch.distributed as dist
@@ -38,6 +39,15 @@ def spans(costs: Sequence[float], head: float, stages: int) -> list[range]:
     of squares, which is the most even one.
     """
     count = len(costs)
+    if len(set(costs)) == 1 and stages > 1:  # the last stage has some, the others as many as one another
+        ways = []
+        for last in range(1, count - stages + 2):
+            each, more = divmod(count - last, stages - 1)
+            sizes = [each] * (stages - 1 - more) + [each + 1] * more + [last]
+            loads = [size * costs[0] + head * (i == stages - 1) for i, size in enumerate(sizes)]
+            ways.append((max(loads), sum(load * load for load in loads), sizes))
+        ends = tuple(accumulate(min(ways)[2]))
+        return [range(start, stop) for start, stop in pairwise((0, *ends))]
     sums = [sum(costs[:i]) for i in range(count + 1)]
 
     @cache
@@ -54,7 +64,7 @@ def spans(costs: Sequence[float], head: float, stages: int) -> list[range]:
         return min(found)
 
     ends = best(0, stages)[2]
-    return [range(start, stop) for start, stop in zip((0, *ends), ends, strict=False)]
+    return [range(start, stop) for start, stop in pairwise((0, *ends))]
 
 
 def keep_stages(model: Transformer, world: World, stages: Sequence[range]) -> None:

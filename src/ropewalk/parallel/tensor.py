@@ -4,12 +4,16 @@ A block's matrices come in pairs. Of the first (q, k, v; gate and up) each proce
 transposed weight: some heads, some inner channels. Of the second (o; down) it has the rows that belong to
 them. So a pair needs one exchange where the hidden states enter it and one where they leave it. Between the
 pairs each process keeps some tokens of each row only; these it gives to whole experts, where an MLP is a
-mixture. The vocabulary of embedding and head is divided, too.
+mixture. Of what enters a pair, too, it keeps only these for the backward pass, where all are gathered again.
+The vocabulary of embedding and head is divided, too.
 
 A process has plain tensors, its slices, under the names of the whole ones: every operation, adapter and
 optimizer works on them as on a smaller model's. (With DTensor parameters none of our own operations would.)
 """
 
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -70,9 +74,20 @@ class _Exchange:
             return exchanged(x, self.gathered, self.scattered)
         return exchanged(x, lambda x: x.view_as(x), self.summed)
 
-    def leave(self, x: Tensor) -> Tensor:
-        """The sum of what the second matrices' parts gave: for all tokens, or for this process's."""
-        return exchanged(x, self.scattered, self.gathered) if self.apart else self.summed(x)
+    def leave(self, x: Tensor, entered: "_Own | None" = None) -> Tensor:
+        """The sum of what the second matrices' parts gave: for all tokens, or for this process's. Its
+        gradient's coming begins the gathering of what `entered` the pair."""
+        if not self.apart:
+            return self.summed(x)
+        kept = None if entered is None else weakref.ref(entered)
+
+        def back(gradient: Tensor) -> Tensor:
+            whole = self.gathered(gradient)
+            if kept is not None and (own := kept()) is not None:
+                own.begin()
+            return whole
+
+        return exchanged(x, self.scattered, back)
 
     def split(self, x: Tensor) -> Tensor:
         """Of all tokens, which every process has, this one's."""
@@ -83,14 +98,21 @@ class _Exchange:
 
     def gathered(self, x: Tensor) -> Tensor:
         """`[B, S / degree, H]` of each -> `[B, S, H]`."""
-        if x.shape[0] == 1:  # nothing to turn; and fully_shard warns of a model whose result is a view
-            whole = x.new_empty(1, self.degree * x.shape[1], x.shape[2])
-            all_gather(whole[0], x[0].contiguous(), self.group)
-            return whole
-        mine = x.transpose(0, 1).contiguous()
-        out = mine.new_empty(self.degree * mine.shape[0], *mine.shape[1:])
-        all_gather(out, mine, self.group)
-        return out.transpose(0, 1).contiguous()
+        return self.gathering(x)()
+
+    def gathering(self, x: Tensor) -> Callable[[], Tensor]:
+        """Begins it; what is returned waits for the result."""
+        alone = x.shape[0] == 1  # nothing to turn; and fully_shard warns of a model whose result is a view
+        mine = x[0].contiguous() if alone else x.transpose(0, 1).contiguous()
+        shape = self.degree * mine.shape[0], *mine.shape[1:]
+        whole = mine.new_empty(1, *shape) if alone else mine.new_empty(shape)
+        work = all_gather(whole[0] if alone else whole, mine, self.group, wait=False)
+
+        def gathering_wait() -> Tensor:  # `Watchdog` knows it by this name
+            work.wait()
+            return whole if alone else whole.transpose(0, 1).contiguous()
+
+        return gathering_wait
 
     def scattered(self, x: Tensor) -> Tensor:
         """`[B, S, H]` of each -> their sum for this one's tokens, `[B, S / degree, H]`."""
@@ -105,6 +127,53 @@ class _Exchange:
         return x[:, self.index * size : (self.index + 1) * size].contiguous()
 
 
+class _Own:
+    """This process's tokens of what entered a pair, and all of them while its backward pass reads them."""
+
+    def __init__(self, exchange: _Exchange, own: Tensor) -> None:
+        self.exchange, self.own = exchange, own
+        self.readers = self.left = 0
+        self.coming: Callable[[], Tensor] | None = None
+        self.whole: Tensor | None = None
+
+    def begin(self) -> None:
+        if self.coming is None and self.whole is None:
+            self.coming = self.exchange.gathering(self.own)
+
+    def read(self) -> Tensor:
+        self.begin()
+        if self.coming is not None:
+            self.whole, self.coming, self.left = self.coming(), None, self.readers
+        whole, self.left = self.whole, self.left - 1
+        assert whole is not None
+        if not self.left:
+            self.whole = None
+        return whole
+
+
+@contextmanager
+def _kept_apart(own: _Own, whole: Tensor) -> Iterator[None]:
+    """Whatever keeps `whole` for the backward pass keeps `own` (arXiv 2205.05198, 4.2.2). The processes read
+    in the same order, as their graphs are the same."""
+    kept = [own]
+    numbers, place = whole.numel(), whole.untyped_storage().data_ptr()
+
+    def pack(tensor: Tensor) -> Any:
+        if type(tensor) is not Tensor or tensor.numel() != numbers:
+            return tensor
+        if tensor.untyped_storage().data_ptr() != place:
+            return tensor
+        kept[0].readers += 1
+        return kept[0], tensor.shape
+
+    def unpack(found: Any) -> Tensor:
+        return found if isinstance(found, Tensor) else found[0].read().view(found[1])
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
+    kept.clear()  # whatever was kept refers to these functions
+
+
 def _connect(model: Transformer, exchange: _Exchange) -> None:
     """Hooks where hidden states enter and leave the pairs; embedding, loss and logits over the vocabulary."""
 
@@ -117,17 +186,22 @@ def _connect(model: Transformer, exchange: _Exchange) -> None:
     def first(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         return (exchange.split(inputs[0]) if exchange.apart else inputs[0], *inputs[1:])
 
-    def enter(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (exchange.enter(inputs[0]), *inputs[1:])
+    def shared(block: nn.Module, pair: nn.Module, last: nn.Module) -> Callable[..., Tensor]:
+        forward = pair.forward
 
-    def leave(last: str) -> Any:
-        def hook(module: nn.Module, _: Any, output: Tensor) -> Tensor:
-            output = exchange.leave(output)
-            bias = _bias(module.get_submodule(last))
+        def run(x: Tensor, *others: Any) -> Tensor:
+            whole = exchange.enter(x)
+            if exchange.apart and not block.recomputed:  # what runs again gathers them there
+                own = _Own(exchange, x.detach())
+                with _kept_apart(own, whole):
+                    output = exchange.leave(forward(whole, *others), own)
+            else:
+                output = exchange.leave(forward(whole, *others))
+            bias = _bias(last)
             # every process has added it
             return output if bias is None else output - (exchange.degree - 1) * bias.detach()
 
-        return hook
+        return run
 
     model.register_forward_pre_hook(begin)
     next(model.blocks.children()).register_forward_pre_hook(first)
@@ -151,9 +225,9 @@ def _connect(model: Transformer, exchange: _Exchange) -> None:
             block.mlp.register_forward_pre_hook(routed)
             block.mlp.register_forward_hook(counted)
             pairs.pop()
-        for pair, last in pairs:
-            block.get_submodule(pair).register_forward_pre_hook(enter)
-            block.get_submodule(pair).register_forward_hook(leave(last))
+        for name, last in pairs:
+            pair = block.get_submodule(name)
+            pair.forward = shared(block, pair, pair.get_submodule(last))
     model.norm.register_forward_hook(lambda _, __, output: exchange.enter(output))
 
     rows = model.config.vocab_size // exchange.degree

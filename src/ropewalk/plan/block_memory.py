@@ -10,7 +10,7 @@ from typing import Literal, cast
 
 from ropewalk.plan.attention_memory import AttentionLayers
 from ropewalk.plan.layer_memory import Shape
-from ropewalk.plan.tape import Arrival, Node, Tape, Value
+from ropewalk.plan.tape import Arrival, Node, Part, Tape, Value
 from ropewalk.plan.weights import Parameter
 from ropewalk.plan.work import Work
 from ropewalk.train.activations import _TILE, _within
@@ -40,6 +40,7 @@ def block_memory(shape: Shape, mode: Mode) -> BlockMemory:
     tape = Tape(shape.arrival)
     tape.forgets, tape.kept = mode != "none", [] if mode == "selective" else None
     block = Block(shape, tape)
+    block.recomputed = mode != "none"
     block.tiled = mode == "full" and shape.tokens // shape.tensor > 2 * _TILE
     hidden: Value | None = tape.value(block.outside, shape.input_needs_gradient)
     assert hidden is not None
@@ -67,6 +68,8 @@ def block_memory(shape: Shape, mode: Mode) -> BlockMemory:
 class Block(AttentionLayers):
     """`model.transformer.Block` on sizes."""
 
+    recomputed = True
+    """what enters a pair of matrices is gathered anew when the block runs again"""
     tiled = False
     """the MLP takes some tokens of a long row at a time"""
 
@@ -96,13 +99,19 @@ class Block(AttentionLayers):
         if self.shape.tensor == 1:
             return x
         whole = x.room.size * self.shape.tensor
-        return self.tape.operation([x], whole, temporary=0 if self.shape.rows == 1 else whole, back=whole)
+        made = self.tape.operation([x], whole, temporary=0 if self.shape.rows == 1 else whole, back=whole)
+        if not self.recomputed:
+            made.part = Part(x.room, whole)
+        return made
 
-    def leave(self, x: Value) -> Value:
+    def leave(self, x: Value, entered: Value) -> Value:
         """Their sums, of this process's tokens."""
         if self.shape.tensor == 1:
             return x
-        return self.tape.operation([x], self.outside, temporary=x.room.size)
+        out = self.tape.operation([x], self.outside, temporary=x.room.size)
+        if out.node is not None:
+            out.node.entered = entered.part
+        return out
 
     def attention(self, hidden: Value) -> Value:
         shape = self.shape
@@ -120,12 +129,12 @@ class Block(AttentionLayers):
             q, k = self.rope(q), self.rope(k)
         out = self.attend(q, k, v)
         y = self.linear(out, "attention.o_proj", width, shape.hidden)
-        return self.leave(y)
+        return self.leave(y, x)
 
     def mlp_pair(self, x: Value) -> Value:
         y = self.enter(x)
         del x
-        return self.leave(self.mlp(y, "mlp", self.shape.inner, self.count))
+        return self.leave(self.mlp(y, "mlp", self.shape.inner, self.count), y)
 
     def tiles(self, x: Value) -> Value:
         """Each tile is computed again in the backward pass, when nothing is kept of the others; the tiles'

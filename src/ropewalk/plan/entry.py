@@ -318,5 +318,6 @@ def estimate_json(one: Estimate) -> dict[str, Any]:
         "phases": one.time.phases,
         **{name: getattr(one, name) for name in ("tokens_per_second", "mfu", "mfu_causal", "hfu", "fits")},
         "memory": asdict(one.memory),
+        "sent": one.sent,
         "dollars_per_hour": one.dollars_per_hour,
     }

@@ -14,6 +14,7 @@ from ropewalk.plan.inputs import counted
 from ropewalk.plan.memory import DeviceMemory, memory_of
 from ropewalk.plan.sizes import config_from, step_flops
 from ropewalk.plan.step_time import BlockTime, StepTime, step_time
+from ropewalk.plan.traffic import traffic
 from ropewalk.plan.work import Work, work_value
 
 METHODS = ("full", "lora", "qlora", "dora", "prompt", "prefix", "bottleneck", "ia3", "bitfit")
@@ -62,6 +63,11 @@ class Estimate:
     def hfu(self) -> float:
         """With what is recomputed, all pairs counted."""
         return self._share(step_flops(self.work, causal=False, recomputed=True))
+
+    @property
+    def sent(self) -> dict[str, float]:
+        """Bytes that a device sends in a step, by kind; see `traffic`."""
+        return traffic(self.work)
 
     @property
     def dollars_per_hour(self) -> float | None:

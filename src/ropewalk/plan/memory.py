@@ -14,6 +14,7 @@ from ropewalk.plan.pipeline_schedule import chunks_held
 from ropewalk.plan.step_memory import step_memory
 from ropewalk.plan.step_time import SCHEDULES
 from ropewalk.plan.work import Work
+from ropewalk.train.flops import stages_of
 
 FRAGMENTS = 0.06
 """Upper end of what is lost between tensors, as a share of them; the lower is nothing."""
@@ -64,14 +65,18 @@ def memory_of(work: Work, where: Cluster) -> DeviceMemory:
 
 
 def first_stage(work: Work) -> tuple[int, float]:
-    """Layers of a pipeline's first process, and for how many micro-batches it holds their activations."""
+    """Layers of the process of a pipeline that has most, and for how many micro-batches the first one, which
+    holds them longest, has their activations."""
     layout, layers = work.layout, work.config.num_hidden_layers
     if layout.pipeline == 1:
         return layers, 1.0
     each = layout.stages_each
     schedule = SCHEDULES[layout.pipeline_schedule]
     held = chunks_held(schedule, 0, layout.pipeline, work.accumulation, each) / each
-    return -(-layers // layout.stages) * each, held
+    here = [0] * layout.pipeline
+    for stage, blocks in enumerate(stages_of(work.config, layout.stages)):
+        here[layout.place(stage)] += len(blocks)
+    return max(here), held
 
 
 def of_first_stage(work: Work) -> tuple[Work, float]:

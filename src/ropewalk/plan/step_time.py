@@ -12,6 +12,7 @@ from ropewalk.plan.blocks import Product, attended, block_products, layer_kinds,
 from ropewalk.plan.hardware import Cluster
 from ropewalk.plan.kernels import Kernels
 from ropewalk.plan.pipeline_schedule import step_seconds
+from ropewalk.plan.traffic import block_exchanges
 from ropewalk.plan.weights import LOW_RANK, parameters
 from ropewalk.plan.wires import collective
 from ropewalk.plan.work import Work
@@ -146,7 +147,7 @@ def block_time(work: Work, kernels: Kernels, cluster: Cluster, moe: bool, window
     apart = kernels.moved(10 * near, 4) + kernels.moved((1 + gates) * active) + rotary
     apart_back = kernels.moved(12 * near, 4) + kernels.moved((1 + 2 * gates) * active) + rotary
     core, core_back = _attention(work, kernels, window)
-    sent, sent_back = _exchanges(work, cluster, kernels.width, moe)
+    sent, sent_back, _ = _exchanges(work, cluster, kernels.width, moe)
     back = trained(work).reached * (to_inputs + apart_back + core_back)
     return BlockTime(forward + apart + core, back, to_weights, 0.0, sent, sent_back)
 
@@ -157,18 +158,23 @@ def _unpacked(kind: str, weights: float, kernels: Kernels) -> float:
     return weights / rate if rate else kernels.copied((CODE_BYTES[kind] + 2) * weights)
 
 
-def _recomputed(work: Work, kernels: Kernels, block: BlockTime, moe: bool, window: int | None) -> BlockTime:
-    """The same with what the recipe's checkpointing does once more, on average over the blocks."""
+def _recomputed(
+    work: Work, kernels: Kernels, block: BlockTime, sent: float, moe: bool, window: int | None
+) -> BlockTime:
+    """The same with what the recipe's checkpointing does once more, on average over the blocks; `sent`:
+    seconds of what is sent then."""
     share = work.recomputed_share
     if work.checkpointing == "full" or work.checkpointing_budget is not None:
-        return block + BlockTime(recomputed=share * block.forward, exchanged_back=share * block.exchanged)
+        return block + BlockTime(recomputed=share * block.forward, exchanged_back=share * sent)
     if work.checkpointing == "selective" and not work.fused_attention:
         return block + BlockTime(recomputed=share * _attention(work, kernels, window)[0])
     if work.checkpointing == "selective":
         products = products_of(work, moe)
         kept = _attention(work, kernels, window)[0] + sum(kernels.product(*one) for one in products)
         kept -= (len(products) + 1) * kernels.device.launch  # each is asked for, and given what was kept
-        return block + BlockTime(recomputed=share * max(0.0, block.forward - kept))
+        return block + BlockTime(
+            recomputed=share * max(0.0, block.forward - kept), exchanged_back=share * sent
+        )
     return block
 
 
@@ -186,27 +192,18 @@ def _attention(work: Work, kernels: Kernels, window: int | None) -> tuple[float,
     return forward + kernels.moved(4.5 * scores, 2), 2 * forward + kernels.moved(5.5 * scores, 2)
 
 
-def _exchanges(work: Work, cluster: Cluster, width: int, moe: bool) -> tuple[float, float]:
-    """Seconds of what a block sends, forward and backward: none of it can hide, the next product waits."""
-    layout, config, h = work.layout, work.config, work.config.hidden_size
-    forward = backward = 0.0
-    if layout.tensor > 1:
-        both = 2 * collective("all_reduce", work.own_tokens * h * width, cluster, layout.tensor, 1)
-        forward, backward = forward + both, backward + both
-    if layout.context > 1:
-        row = 2 * config.num_key_value_heads * config.head_dim / layout.tensor
-        count = work.micro_batch_size * work.sequence_length * row
-
-        def keys(operation: str, size: int) -> float:
-            return collective(operation, count * size, cluster, layout.context, layout.tensor)
-
-        gathered = keys("all_gather", width)
-        forward, backward = forward + gathered, backward + gathered + keys("reduce_scatter", 4)
-    if moe and layout.expert > 1:
-        sent = work.own_tokens * config.num_experts_per_tok * h * width
-        both = 2 * collective("all_to_all", sent, cluster, layout.expert, 1)
-        forward, backward = forward + both, backward + both
-    return forward, backward
+def _exchanges(work: Work, cluster: Cluster, width: int, moe: bool) -> tuple[float, float, float]:
+    """Seconds of what a block sends, forward, backward, and when it is run again. Little of it can hide: the
+    next product waits."""
+    forward = backward = again = 0.0
+    for one in block_exchanges(work, moe, width):
+        operation = "all_gather" if one.operation == "ring" else one.operation
+        seconds = collective(operation, one.size, cluster, one.among, one.stride)
+        seconds *= CONTENTION if one.beside else 1
+        forward += one.forward * seconds
+        backward += one.backward * seconds
+        again += one.again * seconds
+    return forward, backward, again
 
 
 def head_time(work: Work, kernels: Kernels) -> BlockTime:
@@ -216,7 +213,10 @@ def head_time(work: Work, kernels: Kernels) -> BlockTime:
     product, back = kernels.product(tokens, vocabulary, h), kernels.product(tokens, h, vocabulary)
     whole = work.method == "full" and trained(work).head
     to_weight = kernels.product(h, vocabulary, tokens) if whole else 0.0
-    return BlockTime(product + kernels.moved(4 * tokens * vocabulary, 3), back, to_weight)
+    # values of a plain one: cast (2 + 4 bytes), softmax (4 + 4), its gradient (4 + 4 + 4), cast back (4 + 2)
+    size = 4 * kernels.width if work.fused_loss else 32
+    loss = kernels.copied(size * tokens * vocabulary) + 3 * kernels.device.launch
+    return BlockTime(product + loss, back, to_weight)
 
 
 def blocks_of(work: Work, cluster: Cluster) -> BlockTime:
@@ -224,8 +224,9 @@ def blocks_of(work: Work, cluster: Cluster) -> BlockTime:
     kernels = Kernels(cluster.accelerator, work.precision)
     blocks = BlockTime()
     for moe, window, count in layer_kinds(work.config):
-        one = _recomputed(work, kernels, block_time(work, kernels, cluster, moe, window), moe, window)
-        blocks += one.times(count)
+        one = block_time(work, kernels, cluster, moe, window)
+        again = _exchanges(work, cluster, kernels.width, moe)[2]
+        blocks += _recomputed(work, kernels, one, again, moe, window).times(count)
     return blocks
 
 

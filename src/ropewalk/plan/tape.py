@@ -30,16 +30,42 @@ class Room:
         self.tape.alive -= self.size
 
 
+class Part:
+    """What is kept of a storage of which others have the rest: it is put together when gradients come to what
+    was made of it, and let go when it is last read (`parallel.tensor`)."""
+
+    __slots__ = ("left", "own", "readers", "size", "whole")
+
+    def __init__(self, own: Room, size: int) -> None:
+        self.own, self.size = own, size
+        self.readers = self.left = 0
+        self.whole: Room | None = None
+
+    def begin(self) -> None:
+        if self.readers and self.whole is None:
+            self.whole, self.left = Room(self.own.tape, self.size), self.readers
+
+    def read(self) -> Room:
+        self.begin()
+        whole, self.left = self.whole, self.left - 1
+        assert whole is not None
+        if not self.left:
+            self.whole = None
+        return whole
+
+
 class Node:
     """What an operation leaves for its backward pass."""
 
-    __slots__ = ("back", "gradient", "inputs", "saved", "through", "trained")
+    __slots__ = ("back", "entered", "gradient", "inputs", "saved", "through", "trained")
 
     def __init__(
         self, inputs: list[tuple["Node | None", int]], trained: int, back: int, through: bool
     ) -> None:
         self.inputs, self.trained, self.back, self.through = inputs, trained, back, through
-        self.saved: list[Room] = []
+        self.saved: list[Room | Part] = []
+        self.entered: Part | None = None
+        """what begins to be put together when a gradient comes"""
         self.gradient: Room | None = None
 
     def receive(self, tape: "Tape", found: Room) -> None:
@@ -51,12 +77,13 @@ class Node:
 
 
 class Value:
-    """A tensor: its storage, and the node that made it (None: nothing before it needs a gradient)."""
+    """A tensor: its storage, the node that made it (None: nothing before it needs a gradient), and what is
+    kept where all of it would be."""
 
-    __slots__ = ("node", "room")
+    __slots__ = ("node", "part", "room")
 
-    def __init__(self, room: Room, node: Node | None) -> None:
-        self.room, self.node = room, node
+    def __init__(self, room: Room, node: Node | None, part: Part | None = None) -> None:
+        self.room, self.node, self.part = room, node, part
 
 
 class StopRecomputingError(Exception):
@@ -117,7 +144,7 @@ class Tape:
         """
         needs = trained > 0 or any(value.node is not None for value in inputs)
         holds = needs and bool(saves or saves_out or extra or weight)
-        held = [value.room for value in saves] if holds else []
+        held: list[Room | Part] = [value.part or value.room for value in saves] if holds else []
         if holds and not (saves_out or extra):
             self._stop_if_last(held)
         room = self._made(size, product)
@@ -134,6 +161,9 @@ class Tape:
             self._stop_if_last(held)
         sources = [(value.node, value.room.size) for value in inputs]
         node = Node(sources, trained, back, through)
+        for kept in held:
+            if isinstance(kept, Part):
+                kept.readers += 1
         if self.place is not None:
             node.saved = held  # until the recomputation ends
             if holds:
@@ -165,7 +195,7 @@ class Tape:
             self.kept.append(room)
         return room
 
-    def _stop_if_last(self, held: list[Room]) -> None:
+    def _stop_if_last(self, held: list[Room | Part]) -> None:
         if self.place is not None and self.place == len(self.holders) - 1:
             self.holders[self.place].saved = held
             raise StopRecomputingError
@@ -206,13 +236,17 @@ class Tape:
         if incoming is None:
             node.saved.clear()
             return
+        read = [kept.read() for kept in node.saved if isinstance(kept, Part)]
         made: list[tuple[Node, Room]] = []
         for source, size in node.inputs:
             if source is not None:
                 made.append((source, incoming if node.through else self.room(size)))
         arrived = self.room(node.trained) if node.trained else None
         self.most = max(self.most, self.alive + node.back)
+        if node.entered is not None:
+            node.entered.begin()
         node.saved.clear()
+        read.clear()
         del incoming
         if arrived is not None:
             self._arrive(arrived)

@@ -1,45 +1,115 @@
-"""Bytes that a step sends, by kind of collective: closed forms, equal to what is counted in real steps.
+"""What the processes of a layout send each other in a step, collective by collective.
 
-A ring's count, of one process: (t - 1) / t of the tensor for a gathering or a scattering among t, twice that
-for adding up. Gradients travel in float32. `tests/parallel/test_volume.py` counts a real step of each layout.
+`step_time` puts seconds to these, and `traffic` adds up their bytes: closed forms, equal to what is counted
+in real steps (`tests/parallel/test_volume.py`). A ring's count, of one process: (t - 1) / t of the tensor for
+a gathering, a scattering or rows to single processes among t, twice that for adding up.
 """
 
-from ropewalk.plan.sizes import parameters
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ropewalk.parallel.slices import is_expert
+from ropewalk.plan.blocks import layer_kinds
+from ropewalk.plan.weights import parameters
 from ropewalk.plan.work import Work
 
 GRADIENT = 4
 
 
+@dataclass(frozen=True)
+class Exchange:
+    """A collective of one block and micro-batch, over `among` devices that are `stride` apart: how often
+    forward, backward, and besides in a backward pass that runs the block again."""
+
+    operation: str
+    """one of `collectives`, or `ring`: parts go from each process to the next"""
+    size: float
+    """bytes, as in `collectives`; a ring's as those of a gathering"""
+    among: int
+    stride: int
+    forward: int
+    backward: int
+    again: int
+    beside: bool = False
+    """while products are computed"""
+
+
+def block_exchanges(work: Work, moe: bool, width: int) -> Iterator[Exchange]:
+    """All of a block. width: bytes of a number of the hidden states."""
+    layout, config = work.layout, work.config
+    tensor, context = layout.tensor, layout.context
+    numbers = work.own_tokens * config.hidden_size
+    pairs = 1 if moe else 2  # whole experts get each process's own tokens
+    if tensor > 1 and work.sequence_parallel:
+        # of a block that runs again nothing needs the last result
+        last = 1 if moe or config.norm_placement != "pre" else 0
+        yield Exchange("all_gather", width * numbers, tensor, 1, pairs, pairs, pairs)
+        yield Exchange("reduce_scatter", width * numbers, tensor, 1, pairs, pairs, pairs - 1 + last)
+        # what entered a pair, for its weights' gradients, where the block does not run again
+        yield Exchange("all_gather", width * numbers, tensor, 1, 0, pairs, -pairs, beside=True)
+    elif tensor > 1:
+        yield Exchange("all_reduce", width * numbers, tensor, 1, pairs, pairs, pairs)
+    q, kv = (n * config.head_dim / tensor for n in (config.num_attention_heads, config.num_key_value_heads))
+    if context > 1 and layout.context_exchange == "ulysses":
+        yield Exchange("all_to_all", width * work.own_tokens * (q + 2 * kv), context, tensor, 1, 1, 1)
+        yield Exchange("all_to_all", width * work.own_tokens * q, context, tensor, 1, 1, 1)
+    elif context > 1:
+        rows = 2 * kv * work.own_tokens * context
+        ring = layout.context_exchange == "ring"
+        yield Exchange("ring" if ring else "all_gather", width * rows, context, tensor, 1, 1, 1)
+        if ring:  # gradients go all the way round
+            yield Exchange("ring", GRADIENT * rows * context / (context - 1), context, tensor, 0, 1, 0)
+        else:
+            yield Exchange("reduce_scatter", GRADIENT * rows, context, tensor, 0, 1, 0)
+    if moe and layout.expert > 1:
+        own = numbers / tensor if work.sequence_parallel else numbers
+        yield Exchange("all_to_all", width * own * config.num_experts_per_tok, layout.expert, 1, 2, 2, 2)
+
+
 def traffic(work: Work) -> dict[str, float]:
-    """Bytes of an optimizer step: `all-gather`, `reduce-scatter` and `all-reduce` of each process; `sent`
-    from stage to stage by all processes of a pipeline together. Every weight trained, none in a mixture;
-    `context_exchange: all_gather` where rows are divided."""
-    layout, config, m = work.layout, work.config, work.accumulation
-    width, layers = work.parameter_bytes, config.num_hidden_layers
-    whole = parameters(config) / (layout.tensor * layout.pipeline)
-    ends = 1 if config.tie_word_embeddings else 2
-    outside = (ends * config.vocab_size + 1) * config.hidden_size / layout.tensor
+    """Bytes that a process sends in an optimizer step, on average over those of a pipeline, by kind:
+    `all-gather`, `reduce-scatter`, `all-reduce`, `all-to-all`, `ring`, and `sent` from stage to stage.
+
+    Experts get as many rows each. Not counted: clipping, checks, validation, and what is under a kilobyte.
+    """
+    layout, config, m, width = work.layout, work.config, work.accumulation, work.parameter_bytes
+    found: defaultdict[str, float] = defaultdict(float)
+
+    def add(operation: str, size: float, among: int, times: float = 1) -> None:
+        found[operation] += times * size * (1 - 1 / among) * (2 if operation == "all_reduce" else 1)
+
+    weights = parameters(work)
+    own = 1 / layout.pipeline  # of all blocks, and of what is at the two ends, on average
+    apart = layout.pipeline > 1 and layout.place(layout.stages - 1) != layout.place(0)
+    for unit in (weights.outside, *weights.blocks):
+        # at stage 3 blocks are gathered for each pass, what is outside of them for each micro-batch
+        times = own * (1 if layout.stage < 3 else m if unit is weights.outside else 2 * m)
+        reduced = own * (1 if layout.stage == 1 else m)
+        for p in unit:
+            parts = layout.expert_parts if layout.expert > 1 and is_expert(p.name) else layout.parts
+            twice = apart and config.tie_word_embeddings and p.name == "embed.weight"
+            count = 2 * p.count if twice else p.count
+            each = p.size * width if p.quantized == "none" else sum(p.quantized_bytes())
+            add("all_gather", each * count, parts, times)
+            if p.trained:
+                gradient = work.reduce_bytes * p.size * count
+                add("reduce_scatter", gradient, parts, reduced)
+                add("all_reduce", gradient / parts, layout.replicate, reduced)
+                if twice:
+                    found["sent"] += own * gradient / parts
+    recomputes = work.checkpointing != "none" or work.checkpointing_budget is not None
+    again = work.recomputed_share if recomputes else 0.0
+    for moe, _, count in layer_kinds(config):
+        for one in block_exchanges(work, moe, width):
+            times = own * m * count * (one.forward + one.backward + again * one.again)
+            add(one.operation, one.size, one.among, times)
     hidden = width * m * work.own_tokens * config.hidden_size
-    found = dict.fromkeys(("all-gather", "reduce-scatter", "all-reduce", "sent"), 0.0)
-    ring = 1 - 1 / layout.parts
-    if layout.stage == 3:  # weights of blocks twice for each micro-batch, what is outside of them once
-        found["all-gather"] += ring * m * width * (2 * whole - outside)
-    else:
-        found["all-gather"] += ring * width * whole
-    found["reduce-scatter"] += ring * GRADIENT * whole * (1 if layout.stage == 1 else m)
-    found["all-reduce"] += 2 * (1 - 1 / layout.replicate) * m * GRADIENT * whole / layout.parts
-    if layout.tensor > 1:  # in each block two forward and two backward; and at both ends
-        share = 1 - 1 / layout.tensor
-        found["all-gather"] += share * hidden * (4 * layers + 2)
-        found["reduce-scatter"] += share * hidden * (4 * layers + 1)
-    if layout.context > 1:  # keys and values of whole rows, forward and backward, and their gradients
-        heads = config.num_key_value_heads * config.head_dim / layout.tensor
-        rows = 2 * heads * m * work.micro_batch_size * work.sequence_length * layers
-        found["all-gather"] += 2 * (1 - 1 / layout.context) * width * rows
-        found["reduce-scatter"] += (1 - 1 / layout.context) * GRADIENT * rows
-    if layout.pipeline > 1:
-        hops = sum(layout.place(stage) != layout.place(stage + 1) for stage in range(layout.stages - 1))
-        found["sent"] += 2 * hidden * hops
-        if config.tie_word_embeddings and layout.place(layout.stages - 1) != layout.place(0):
-            found["sent"] += 2 * GRADIENT * config.vocab_size * config.hidden_size
-    return {kind: size for kind, size in found.items() if size}
+    # no gradient gets to an embedding that is frozen
+    embeds = any(p.trained for p in weights.outside if p.name.startswith("embed"))
+    add("all_reduce", hidden, layout.tensor, own)  # the embedding
+    add("all_gather", hidden, layout.tensor, own * (1 + embeds))  # out of the last block, and into the first
+    add("reduce_scatter", hidden, layout.tensor, own * embeds)
+    hops = sum(layout.place(stage) != layout.place(stage + 1) for stage in range(layout.stages - 1))
+    found["sent"] += own * 2 * hidden / layout.tensor * hops
+    return {kind.replace("_", "-"): size for kind, size in found.items() if size}

@@ -68,6 +68,9 @@ class Work:
     device: Literal["cpu", "cuda"] = "cuda"
     fused_attention: bool = True
     """scores are never written; False for systems from before FlashAttention (arXiv 2205.14135)"""
+    fused_loss: bool = True
+    """logits are made of some rows at a time and become gradients in place; False for a plain softmax of all
+    of them in float32"""
     sequence_parallel: bool = True
     """tensor-parallel processes divide what is between the products, too (arXiv 2205.05198)"""
     reduce_bytes: Count = 4

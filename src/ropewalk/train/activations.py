@@ -74,7 +74,7 @@ def save_activations(
 
     for block, mode in zip(model.blocks, modes, strict=True):
         assert isinstance(block, Block)
-        block.tile = _TILE if mode == "full" else None
+        block.tile, block.recomputed = _TILE if mode == "full" else None, mode != "none"
     model.run_block = run if set(modes) != {"none"} else None
     return modes
 

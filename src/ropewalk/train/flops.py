@@ -13,13 +13,14 @@ for (recomputed activations do not: this is model, not hardware, utilization, ar
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
 from ropewalk.data.batch import Batch
 from ropewalk.errors import UserError
 from ropewalk.model.config import ModelConfig
-from ropewalk.parallel import World
+from ropewalk.parallel import World, spans
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,14 @@ def block_parameters(config: ModelConfig, layer: int) -> int:
         experts = config.num_experts_per_tok * matrices * config.moe_intermediate_size + config.num_experts
         return attention + config.hidden_size * experts
     return attention + matrices * config.hidden_size * config.intermediate_size
+
+
+@lru_cache(maxsize=256)
+def stages_of(config: ModelConfig, count: int) -> tuple[range, ...]:
+    """The blocks of each of `count` stages of a pipeline: as even as they can be made by the weights that a
+    token is multiplied with, those of the head included. (Looking up an embedding is free.)"""
+    costs = [float(block_parameters(config, layer)) for layer in range(config.num_hidden_layers)]
+    return tuple(spans(costs, float(config.vocab_size * config.hidden_size), count))
 
 
 def step_flops(config: ModelConfig, counts: TokenCounts, adapter_parameters: int | None = None) -> int:

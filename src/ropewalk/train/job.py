@@ -22,10 +22,11 @@ from ropewalk.track.environment import git_commit
 from ropewalk.train.build import DTYPES, Built, build
 from ropewalk.train.cadence import young_interval
 from ropewalk.train.checkpoint import load_state, random_state, set_random_state
+from ropewalk.train.flops import stages_of
 from ropewalk.train.host_memory import give_back_large_blocks
 from ropewalk.train.metrics import Meter
 from ropewalk.train.optim import Optimizer, OptimizerConfig
-from ropewalk.train.pipelined import PipelinedSteps, stages_of
+from ropewalk.train.pipelined import PipelinedSteps
 from ropewalk.train.saving import Contents, Saver, check_room
 from ropewalk.train.schedule import learning_rate
 from ropewalk.train.self_check import SelfCheck, check_compiled, self_check
@@ -226,7 +227,7 @@ def open_job(
     # before the optimizer, which takes gradients away
     checked = check(recipe, built, loader, steps) if train.self_check and not checkpoint else None
     warm_up = warm(recipe, built, loader) if train.compile else None
-    stages = stages_of(built.model.config, world)
+    stages = stages_of(built.model.config, world.layout.stages)
     shard(built.model, world, stages)
     optimizer = Optimizer(
         built.model,

@@ -9,21 +9,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ropewalk.data import Batch
-from ropewalk.model import ModelConfig, Transformer
+from ropewalk.model import Transformer
 from ropewalk.model.moe import load_balancing_loss
-from ropewalk.parallel import World, spans
-from ropewalk.train.flops import block_parameters
+from ropewalk.parallel import World
 from ropewalk.train.objective import head_loss_sum
 from ropewalk.train.optim import Optimizer
 
 TIED = "embed.weight"
-
-
-def stages_of(config: ModelConfig, world: World) -> list[range]:
-    """The blocks of each stage: as even as they can be made by the weights that a token is multiplied with,
-    those of the head included. (Looking up an embedding is free.)"""
-    costs = [float(block_parameters(config, layer)) for layer in range(config.num_hidden_layers)]
-    return spans(costs, float(config.vocab_size * config.hidden_size), world.layout.stages)
 
 
 def without_values(model: Transformer) -> Transformer:

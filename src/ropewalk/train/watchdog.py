@@ -27,7 +27,7 @@ LEAST, FIRST, TIMES = 60.0, 1800.0, 10
 multiple of the longest so far."""
 PACKAGE = Path(__file__).resolve().parents[1]
 SAID = "hang.txt"
-WAITING = ("ring_receive", "_wait_batch_p2p")
+WAITING = ("ring_receive", "gathering_wait", "_wait_batch_p2p")
 """functions that wait for other processes, besides torch.distributed's own: ours, and its pipelines'"""
 
 
