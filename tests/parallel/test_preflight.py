@@ -121,6 +121,20 @@ def test_nothing_wrong_is_nothing_said() -> None:
     assert problems(facts("node1", 0, 1), "runs") == []  # on CPUs
 
 
+def test_where_processes_meet_is_nobody_elses(tmp_path: Path) -> None:
+    """Many runs begin at once on a machine: a port that was only looked for may be another's by then."""
+    script = tmp_path / "taken.py"
+    script.write_text(
+        "import os, socket\n"
+        "try:\n"
+        "    socket.create_server(('127.0.0.1', int(os.environ['MASTER_PORT'])))\n"
+        "except OSError:\n"
+        "    raise SystemExit(0)\n"
+        "raise SystemExit(3)\n"
+    )
+    assert launch([str(script)], 2) == 0
+
+
 def test_two_processes_on_one_gpu_are_named() -> None:
     (said,) = problems([*facts("node1", 0, 1, gpu="GPU-a"), *facts("node1", 2, gpu="GPU-b")], "runs")
     assert said.startswith("one GPU for several: processes 0-1 on node1 have GPU-a;")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ropewalk.data import prepare
-from ropewalk.model import ModelConfig, Transformer, config_from_fields
+from ropewalk.model import ModelConfig, config_from_fields
 from ropewalk.ops import QuantizedTensor, product, quantized
 from ropewalk.parallel.launch import launch
 from ropewalk.plan import block_memory
@@ -147,6 +147,9 @@ SLOW = {
     "gemma2, selective": work(GEMMA2, checkpointing="selective"),
     "gemma3": work(GEMMA3),
     "gemma3, LoRA": work(GEMMA3, method="lora"),
+    "gemma2, prefix": work(GEMMA2, method="prefix"),
+    "gemma3, prompt": work(GEMMA3, method="prompt", document_length=200),
+    "DoRA, half of it kept": work(method="dora", checkpointing_budget=0.5),
     "mixture": work(MIXTRAL),
     "mixture, recomputed": work(MIXTRAL, checkpointing="full"),
     "mixture, LoRA": work(MIXTRAL, method="lora"),
@@ -309,11 +312,12 @@ def test_parameters_are_those_of_the_model(one: Work) -> None:
     assert sum(sum(p.quantized_bytes()) * p.count for p in few) == held
 
 
+@pytest.mark.parametrize("method", ["full", "lora", "dora"])
 @pytest.mark.parametrize("config", [LLAMA, GPT2, OLMO2, GEMMA3], ids=["llama", "gpt2", "olmo2", "gemma3"])
-def test_the_share_of_selective_blocks_is_the_models(config: ModelConfig) -> None:
+def test_the_share_of_selective_blocks_is_the_models(config: ModelConfig, method: Any) -> None:
     """So that a budget comes to the same modes."""
-    one = work(config, checkpointing_budget=0.5)
-    model = Transformer(config).to(torch.bfloat16)
+    one = work(config, checkpointing_budget=0.5, method=method)
+    model = model_of(replace(one, checkpointing_budget=None))
     assert kept_share(_Step(one).shapes[0]) == pytest.approx(activations._kept_share(model), abs=0.01)
 
 

@@ -2,13 +2,14 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+
+from torch.distributed import TCPStore
 
 from ropewalk.errors import UserError
 
@@ -31,11 +32,15 @@ def launch(arguments: list[str], processes: int, variables: Mapping[str, str] | 
             f"parallel: {processes} processes on this machine of {cores} cores; at most "
             f"{max(FEW, PER_CORE * cores)} are started here, more by torchrun on several machines"
         )
+    # they meet here, as torchrun's do at their agent: a port that is only looked for may be taken by then
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     shared = dict(variables or {}) | {
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
         "OMP_NUM_THREADS": str(max(1, cores // processes)),
     }
     command = [sys.executable, *arguments]
@@ -86,9 +91,3 @@ def _forwarding(running: list[subprocess.Popen[bytes]]) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

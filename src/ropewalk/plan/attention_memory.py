@@ -51,8 +51,9 @@ class AttentionLayers(Layers):
         trained = 2 * shape.prefix * shape.kv_heads * shape.dim * shape.bytes if shape.prefix else 0
         numbers, others = size // shape.bytes, k.room.size // shape.bytes
         if shape.device == "cpu":
-            if shape.prefix:
+            if shape.prefix:  # attended to apart
                 temporary = 2 * size + sums
+                self.tape.keep(size + sums)
             if shape.bytes == 2 and (float32_is_faster() or (shape.prefix and length <= SHORT)):
                 back = max(14 * numbers + 12 * others, 16 * numbers + 8 * others)
         elif shape.bytes == 4 and shape.heads != shape.kv_heads:
@@ -89,16 +90,27 @@ class AttentionLayers(Layers):
         """Blocks of queries, each with the keys it sees; masks are the batch's."""
         block = min(max(window, 128), _QUERY_BLOCK)
         size, sums = q.room.size, 4 * self.count * self.shape.heads
+        inputs = [q, k, v] if length > block or not self.shape.prefix else [q]
+        if self.shape.prefix:  # the first block's keys begin with them
+            inputs += [self.after(x, min(block, length), length, window) for x in (k, v)]
         pieces = self.tape.operation(
-            [q, k, v],
+            inputs,
             size,
-            saves=[q, k, v],
+            saves=inputs,
             saves_out=True,
             extra=sums,
             product=True,
             back=k.room.size + v.room.size + size if length > block else 0,
         )
         return self.tape.operation([pieces], size, through=True) if length > block else pieces
+
+    def after(self, x: Value, keys: int, length: int, window: int | None) -> Value:
+        """Keys or values of each document, the first `keys` of its `length`, after the virtual tokens."""
+        shape = self.shape
+        before = shape.prefix if window is None else min(shape.prefix, window - 1)
+        each = shape.kv_heads * shape.dim * shape.bytes
+        documents = max(1, self.count // length)
+        return self.tape.operation([x], documents * (before + keys) * each, trained=before * each)
 
     def written_out(self, q: Value, k: Value, v: Value, length: int, window: int | None) -> Value:
         """Scores of a block of queries at a time; where there is more than one block, each is made again."""
@@ -107,7 +119,7 @@ class AttentionLayers(Layers):
         scores = Scores(
             max(1, self.count // length),
             block,
-            length if window is None else min(length, window - 1 + block),
+            shape.prefix + length if window is None else min(shape.prefix + length, window - 1 + block),
             shape.heads,
             shape.kv_heads,
             shape.dim,
@@ -116,6 +128,8 @@ class AttentionLayers(Layers):
         )
         if length <= block:
             self.tape.most = max(self.tape.most, self.tape.alive + 11 * block * length)  # making the mask
+            if shape.prefix:
+                k, v = (self.after(x, length, length, window) for x in (k, v))
             return scores.run(self.tape, q, k, v)
         forward, backward = scores.apart()
         pair = k.room.size + v.room.size
@@ -125,7 +139,12 @@ class AttentionLayers(Layers):
         self.tape.capture(q, k, v)
         self.tape.keep(scores.products() * -(-length // block))
         pieces = self.tape.operation(
-            [q, k, v], out, saves=[q, k, v], temporary=forward, back=backward + out + pair
+            [q, k, v],
+            out,
+            saves=[q, k, v],
+            temporary=forward,
+            trained=2 * shape.prefix * shape.kv_heads * shape.dim * shape.bytes,
+            back=backward + out + pair,
         )
         return self.tape.operation([pieces], out, through=True)
 

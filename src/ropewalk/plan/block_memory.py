@@ -267,8 +267,15 @@ def modes_of(work: Work, shapes: list[Shape]) -> tuple[Mode, ...]:
 
 
 def kept_share(shape: Shape) -> float:
-    """`train.activations._kept_share`, which looks at 64 tokens."""
-    small = replace(shape, rows=1, tokens=64, document=64, tensor=1, context=1, input_needs_gradient=True)
-    everything = block_memory(small, "none").kept + int(128 * shape.dim * shape.rotated / 2) * shape.bytes
-    products = block_memory(small, "selective").kept - 64 * shape.hidden * shape.bytes
+    """`train.activations._kept_share`."""
+    few, many = (_kept_bytes(shape, tokens) for tokens in (64, 128))
+    everything, products = (more - less for more, less in zip(many, few, strict=True))
     return min(1.0, products / everything) if everything else 1.0
+
+
+def _kept_bytes(shape: Shape, tokens: int) -> tuple[int, int]:
+    alone = replace(shape, tensor=1, context=1, input_needs_gradient=True)
+    small = replace(alone, rows=1, tokens=tokens, document=tokens)
+    tables = int(2 * tokens * shape.dim * shape.rotated / 2) * shape.bytes
+    products = block_memory(small, "selective").kept - tokens * shape.hidden * shape.bytes
+    return block_memory(small, "none").kept + tables, products

@@ -108,7 +108,15 @@ def _within(budget: float, count: int, selective: float) -> tuple[Mode, ...]:
 
 
 def _kept_share(model: Transformer) -> float:
-    """Of what a block keeps, the share that `selective` keeps: counted on 64 tokens."""
+    """Of what a block keeps, the share that `selective` keeps: of what 64 tokens more add, for some of it
+    (DoRA's) does not grow with them."""
+    few, many = (_kept_bytes(model, tokens) for tokens in (64, 128))
+    everything, products = (more - less for more, less in zip(many, few, strict=True))
+    return min(1.0, products / everything) if everything else 1.0
+
+
+def _kept_bytes(model: Transformer, tokens: int) -> tuple[int, int]:
+    """Of all that a block keeps for its backward pass, and of what `selective` keeps."""
     block, config = model.blocks[0], model.config
     plain = [p for p in model.parameters() if not isinstance(p, QuantizedTensor)]
     parameters = {p.untyped_storage().data_ptr() for p in plain}
@@ -134,9 +142,8 @@ def _kept_share(model: Transformer) -> float:
                         count(1, part)
             return out
 
-    hidden = torch.zeros(
-        1, 64, config.hidden_size, device=model.embed.weight.device, dtype=model.embed.weight.dtype
-    )
+    like = model.embed.weight
+    hidden = torch.zeros(1, tokens, config.hidden_size, device=like.device, dtype=like.dtype)
     captured: list[Context] = []
 
     def catch(_: Block, hidden: Tensor, context: Context) -> tuple[Tensor, None]:
@@ -145,13 +152,12 @@ def _kept_share(model: Transformer) -> float:
 
     before, training = model.run_block, model.training
     model.run_block = catch
-    model.train()(torch.zeros(1, 64, dtype=torch.long, device=hidden.device))
+    model.train()(torch.zeros(1, tokens, dtype=torch.long, device=hidden.device))
     model.run_block = before
     with torch.autograd.graph.saved_tensors_hooks(partial(count, 0), lambda x: x), Products():
         block(hidden.requires_grad_(), captured[0])
     model.train(training)
-    everything = sum(seen[0].values())
-    return min(1.0, sum(seen[1].values()) / everything) if everything else 1.0
+    return sum(seen[0].values()), sum(seen[1].values())
 
 
 class Offload:
