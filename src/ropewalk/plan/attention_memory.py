@@ -1,6 +1,6 @@
 """What attention takes: torch's kernels, and the formula written out; on sizes (see `tape`)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from ropewalk.ops.attention_cpu import parts, possible
@@ -137,7 +137,11 @@ class AttentionLayers(Layers):
         # the inner recomputation holds what it begins from even where the block forgets it; and what
         # selective checkpointing keeps, it keeps of what is made again as well
         self.tape.capture(q, k, v)
-        self.tape.keep(scores.products() * -(-length // block))
+        for start in range(0, length, block):
+            stop = min(start + block, length)
+            first = 0 if window is None else max(0, shape.prefix + start - window + 1)
+            part = replace(scores, queries=stop - start, keys=shape.prefix + stop - first)
+            self.tape.keep(part.products())
         pieces = self.tape.operation(
             [q, k, v],
             out,

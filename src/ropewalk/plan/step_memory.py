@@ -16,7 +16,7 @@ from ropewalk.plan.block_memory import BlockMemory, Mode, block_memory, block_sh
 from ropewalk.plan.layer_memory import Shape, scratch_bytes
 from ropewalk.plan.sharded_memory import Sharding
 from ropewalk.plan.tape import Arrival
-from ropewalk.plan.update_memory import Held, held, update_peak
+from ropewalk.plan.update_memory import Held, held, piece_bytes, update_peak
 from ropewalk.plan.weights import Parameter, parameters, part_of
 from ropewalk.plan.work import Work
 
@@ -174,7 +174,9 @@ class _Step:
 
     def loss(self) -> int:
         kept = sum(self.kept) + self._last_norm() + self.hidden
-        return self.base + self.sharding.gathered("loss") + kept + sum(self._loss().values())
+        made = self._loss()
+        most = max(made["loss chunk"], self._head_arrives())
+        return self.base + self.sharding.gathered("loss") + kept + most + made["loss gradients"]
 
     def _last_norm(self) -> int:
         """What the last norm keeps."""
@@ -240,6 +242,16 @@ class _Step:
             whole = sharding.sent(outside)
             most = max(most, pending + sent + whole + whole * self.bytes // 4 + sharding.arrived(outside))
         return base + most
+
+    def _head_arrives(self) -> int:
+        """What the coming of the head's gradient takes beside it: one in float32 in the place of what is
+        there, or a piece's update. (A tied one waits for the embedding's.)"""
+        head = next((p for p in self.parameters.outside if p.name == "head.weight"), None)
+        if head is None or not head.trained or self.sharding.divided:
+            return 0
+        if self.work.in_backward:
+            return piece_bytes(self.work, head)
+        return 4 * head.size if self.arrival == "widen" else 0
 
     def _tied(self) -> bool:
         return self.work.config.tie_word_embeddings

@@ -94,6 +94,12 @@ def update_peak(work: Work, held: Held) -> int:
     return most
 
 
+def piece_bytes(work: Work, parameter: Parameter) -> int:
+    """What AdamW and Lion take to update one parameter in backward, beside its gradient."""
+    slot = _slot(parameter, work)
+    return _elementwise(work, [slot], work.parameter_bytes) if slot.rule in ("adamw", "lion") else 0
+
+
 def _elementwise(work: Work, slots: list[Slot], each: int) -> int:
     """Of AdamW and Lion: pieces in float32 of what has fewer bits; Lion's directions."""
     plain = work.precision == "float32" and work.state_bits == 32
