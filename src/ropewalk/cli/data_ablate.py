@@ -5,15 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ropewalk.cli.options import (
-    INTERRUPTED,
-    Json,
-    Overrides,
-    RecipeFile,
-    checked,
-    print_json,
-    print_table,
-)
+from ropewalk.cli.options import INTERRUPTED, Json, Overrides, RecipeFile, checked, print_json, print_table
 
 if TYPE_CHECKING:
     from ropewalk.evaluate.ablation import Ablation

@@ -12,8 +12,7 @@ from ropewalk.errors import UserError
 
 def classifier(
     good: Annotated[
-        str,
-        typer.Argument(metavar="GOOD", help="Good texts: file, folder, glob.", show_default=False),
+        str, typer.Argument(metavar="GOOD", help="Good texts: file, folder, glob.", show_default=False)
     ],
     other: Annotated[
         str, typer.Argument(metavar="OTHER", help="Source of what there is otherwise.", show_default=False)

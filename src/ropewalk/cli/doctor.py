@@ -12,8 +12,7 @@ if TYPE_CHECKING:
 
 def command(
     calibrate: Annotated[
-        bool,
-        typer.Option("--calibrate", help="Measure for half a minute what `ropewalk plan` needs; kept."),
+        bool, typer.Option("--calibrate", help="Measure for half a minute what `ropewalk plan` needs; kept.")
     ] = False,
     seconds: Annotated[
         float, typer.Option(min=0, help="Calibrate for so long in each of two precisions.")

@@ -32,12 +32,7 @@ def command(
         raise UserError("nothing to continue: give a text, or lines on standard input")
     loaded, tokenizer = load(model, dtype, device)
     completions = generate(
-        loaded,
-        tokenizer,
-        texts,
-        max_new_tokens=max_new_tokens,
-        stop=stop or (),
-        **drawing,
+        loaded, tokenizer, texts, max_new_tokens=max_new_tokens, stop=stop or (), **drawing
     )
     if json:
         answers = [

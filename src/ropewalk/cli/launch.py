@@ -41,16 +41,7 @@ def command(
     from ropewalk.launch import launch
 
     result = launch(
-        recipe,
-        overrides or (),
-        on,
-        nodes,
-        processes_per_node,
-        cores,
-        sbatch or (),
-        image,
-        volume,
-        dry_run,
+        recipe, overrides or (), on, nodes, processes_per_node, cores, sbatch or (), image, volume, dry_run
     )
     if json:
         print_json(result)

@@ -20,11 +20,7 @@ def train(recipe: RecipeFile, overrides: Overrides = None, json: Json = False) -
     _finish(train(found), json)
 
 
-def resume(
-    run: Run,
-    overrides: Overrides = None,
-    json: Json = False,
-) -> None:
+def resume(run: Run, overrides: Overrides = None, json: Json = False) -> None:
     """Go on with an interrupted run.
 
     The result is bit for bit that of a run that never stopped; parallel.shard=4 and the like spread it anew.

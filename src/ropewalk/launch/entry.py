@@ -96,12 +96,7 @@ def _check_options(
 
 
 def plan(
-    source: str,
-    overrides: Sequence[str],
-    on: Place,
-    nodes: int,
-    processes: int | None,
-    cores: int | None,
+    source: str, overrides: Sequence[str], on: Place, nodes: int, processes: int | None, cores: int | None
 ) -> Start:
     """What is to be started. UserError where the recipe cannot be spread over so many processes."""
     if on not in get_args(Place):

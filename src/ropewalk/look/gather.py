@@ -76,10 +76,7 @@ def gather(view: View, tasks: Sequence[ProfileUnit], packing: str) -> dict[str, 
             "in_validation_and_training": duplicates.leaked(),
             "clusters": [_cluster(view, cluster, wanted) for cluster in duplicates.clusters()],
         },
-        "wrong": {
-            **everything.wrong,
-            "samples": [wanted.sample(*place) for place in everything.mojibake],
-        },
+        "wrong": {**everything.wrong, "samples": [wanted.sample(*place) for place in everything.mojibake]},
         "edits": [_edit(what, found, wanted) for what, found in sorted(everything.edits.items())],
         "samples": report["samples"],
     }
@@ -163,11 +160,7 @@ def _octaves(tokens: Quantiles) -> dict[str, Any]:
 
 
 def _rule(
-    view: View,
-    rule: Mapping[str, Any],
-    everything: Total,
-    sources: Mapping[str, Total],
-    wanted: Wanted,
+    view: View, rule: Mapping[str, Any], everything: Total, sources: Mapping[str, Total], wanted: Wanted
 ) -> dict[str, Any]:
     columns = sorted(columns_of(rule["keeps"]))
     samples = []

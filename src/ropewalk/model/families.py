@@ -128,12 +128,7 @@ FAMILIES: dict[str, Family] = {
         _keys(num_key_value_heads=8, max_position_embeddings=_LONG, sliding_window=4096, **_SPECIAL_1_2),
         windows="all",
     ),
-    "qwen2": Family(
-        "Qwen2ForCausalLM",
-        _keys(**_QWEN),
-        fixed={"qkv_bias": True},
-        windows="layer_types",
-    ),
+    "qwen2": Family("Qwen2ForCausalLM", _keys(**_QWEN), fixed={"qkv_bias": True}, windows="layer_types"),
     "qwen3": Family(
         "Qwen3ForCausalLM",
         _keys(**_QWEN, head_dim=128, **_BIASES),
@@ -143,10 +138,7 @@ FAMILIES: dict[str, Family] = {
     "gemma2": Family(
         "Gemma2ForCausalLM",
         _keys(
-            **_GEMMA,
-            max_position_embeddings=8192,
-            attn_logit_softcapping=50.0,
-            final_logit_softcapping=30.0,
+            **_GEMMA, max_position_embeddings=8192, attn_logit_softcapping=50.0, final_logit_softcapping=30.0
         ),
         fixed=_GEMMA_FIXED,
         # Hub configs carry hidden_act beside hidden_activation; transformers reads only the latter.

@@ -23,12 +23,7 @@ CHUNK_VALUES = 1 << 15
 """Values read at once: they stay in the cache, and torch does not spread so few over threads. On a busy
 machine, thousands of short parallel loops that wait for each other take a hundred times as long."""
 
-FLOATS = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NAMES = {dtype: name for name, dtype in FLOATS.items()} | {
     torch.int64: "I64",
     torch.int32: "I32",

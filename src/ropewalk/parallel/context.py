@@ -140,8 +140,7 @@ class _Attend(torch.autograd.Function):
     ) -> Tensor:
         partial = PartialAttention(q, scores)
         exchange.visit(
-            torch.stack((k, v)),
-            lambda kv, source: partial.add(kv, exchange.tiles(layout, q, source, scores)),
+            torch.stack((k, v)), lambda kv, source: partial.add(kv, exchange.tiles(layout, q, source, scores))
         )
         out = partial.result()
         ctx.save_for_backward(q, k, v, out, partial.logsumexp)
@@ -154,8 +153,7 @@ class _Attend(torch.autograd.Function):
         exchange, layout, scores = ctx.rest
         gradient = AttentionGradient(q, out, logsumexp, grad, scores)
         dk, dv = exchange.collect(
-            torch.stack((k, v)),
-            lambda kv, source: gradient.of(kv, exchange.tiles(layout, q, source, scores)),
+            torch.stack((k, v)), lambda kv, source: gradient.of(kv, exchange.tiles(layout, q, source, scores))
         )
         return gradient.queries(), dk.to(k.dtype), dv.to(v.dtype), None, None, None
 
