@@ -95,6 +95,7 @@ def test_four_processes_in_two_ways_at_once_send_what_the_closed_forms_say(make_
         "tensor, sharded": ({"tensor": 2, "shard": 2}, {}),
         "tensor, context": ({"tensor": 2, "context": 2, "shard": 1}, {"checkpointing": "full"}),
         "tensor, pipeline": ({"tensor": 2, "pipeline": 2}, {}),
+        "tensor, zbv": ({"tensor": 2, "pipeline": 2, "pipeline_schedule": "zbv"}, {}),
         "pipeline, sharded": ({"pipeline": 2, "shard": 2, "stage": 2}, {"batch_size": 16}),
         "pipeline, context": ({"pipeline": 2, "context": 2, "shard": 1}, {}),
         "replicated, sharded": ({"replicate": 2, "shard": 2}, {}),

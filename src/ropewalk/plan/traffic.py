@@ -28,9 +28,9 @@ class Exchange:
     """bytes, as in `collectives`; a ring's as those of a gathering"""
     among: int
     stride: int
-    forward: int
-    backward: int
-    again: int
+    forward: float
+    backward: float
+    again: float
     beside: bool = False
     """while products are computed"""
 
@@ -46,8 +46,10 @@ def block_exchanges(work: Work, moe: bool, width: int) -> Iterator[Exchange]:
         last = 1 if moe or config.norm_placement != "pre" else 0
         yield Exchange("all_gather", width * numbers, tensor, 1, pairs, pairs, pairs)
         yield Exchange("reduce_scatter", width * numbers, tensor, 1, pairs, pairs, pairs - 1 + last)
-        # what entered a pair, for its weights' gradients, where the block does not run again
-        yield Exchange("all_gather", width * numbers, tensor, 1, 0, pairs, -pairs, beside=True)
+        # what entered a pair, for its weights' gradients, where the block does not run again; where those are
+        # made apart it is read twice, but in the first stage, whose input needs no gradient
+        reads = 2 - 1 / layout.stages if layout.split_backward else 1
+        yield Exchange("all_gather", width * numbers, tensor, 1, 0, reads * pairs, -pairs, beside=True)
     elif tensor > 1:
         yield Exchange("all_reduce", width * numbers, tensor, 1, pairs, pairs, pairs)
     q, kv = (n * config.head_dim / tensor for n in (config.num_attention_heads, config.num_key_value_heads))
