@@ -23,9 +23,9 @@ from ropewalk.train import parity_steps
 
 right, calls = tensor._Exchange.leave, []
 
-def wrong(self, x):
+def wrong(self, *arguments):
     calls.append(1)
-    return right(self, x) * (1.01 if len(calls) % 4 == 0 else 1.0)  # the second MLP of two blocks
+    return right(self, *arguments) * (1.01 if len(calls) % 4 == 0 else 1.0)  # the second MLP of two blocks
 
 tensor._Exchange.leave = wrong
 steps = parity_steps(json.loads(Path(sys.argv[1]).read_text()))
