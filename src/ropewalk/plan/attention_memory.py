@@ -15,6 +15,11 @@ _QUERY_BLOCK = 1024  # of ops.attention
 class AttentionLayers(Layers):
     """`ops.rope` and `ops.attention`."""
 
+    @property
+    def virtual(self) -> int:
+        """Bytes of the virtual tokens' keys and values."""
+        return 2 * self.shape.prefix * self.shape.kv_heads * self.shape.dim * self.shape.bytes
+
     def rope(self, x: Value) -> Value:
         """Tables are there anyway. Four half products and two sums before the result, and after it."""
         share = self.shape.rotated
@@ -48,7 +53,6 @@ class AttentionLayers(Layers):
         if window is not None and shape.device == "cpu":
             return self.windowed(q, k, v, length, window)
         back = temporary = 0
-        trained = 2 * shape.prefix * shape.kv_heads * shape.dim * shape.bytes if shape.prefix else 0
         numbers, others = size // shape.bytes, k.room.size // shape.bytes
         if shape.device == "cpu":
             if shape.prefix:  # attended to apart
@@ -66,7 +70,7 @@ class AttentionLayers(Layers):
             saves=[q, k, v],
             saves_out=True,
             extra=sums,
-            trained=trained,
+            trained=self.virtual,
             temporary=temporary,
             back=back,
             product=True,
@@ -147,7 +151,7 @@ class AttentionLayers(Layers):
             out,
             saves=[q, k, v],
             temporary=forward,
-            trained=2 * shape.prefix * shape.kv_heads * shape.dim * shape.bytes,
+            trained=self.virtual,
             back=backward + out + pair,
         )
         return self.tape.operation([pieces], out, through=True)

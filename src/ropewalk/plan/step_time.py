@@ -117,9 +117,9 @@ def _partly(work: Work) -> Trained:
     return Trained(mine / most if most else 0.0, 1 - first / len(found.blocks), head, numbers)
 
 
-def block_time(work: Work, kernels: Kernels, cluster: Cluster, moe: bool, window: int | None) -> BlockTime:
-    """One block that is not recomputed. Products are divided by the tensor degree, tokens by the context
-    degree."""
+def block_time(work: Work, kernels: Kernels, moe: bool, window: int | None) -> BlockTime:
+    """One block that is not recomputed, without what it sends. Products are divided by the tensor degree,
+    tokens by the context degree."""
     config, t = work.config, work.layout.tensor
     products = products_of(work, moe)
     forward = sum(kernels.product(m, n, k, c) for m, n, k, c in products)
@@ -147,9 +147,8 @@ def block_time(work: Work, kernels: Kernels, cluster: Cluster, moe: bool, window
     apart = kernels.moved(10 * near, 4) + kernels.moved((1 + gates) * active) + rotary
     apart_back = kernels.moved(12 * near, 4) + kernels.moved((1 + 2 * gates) * active) + rotary
     core, core_back = _attention(work, kernels, window)
-    sent, sent_back, _ = _exchanges(work, cluster, kernels.width, moe)
     back = trained(work).reached * (to_inputs + apart_back + core_back)
-    return BlockTime(forward + apart + core, back, to_weights, 0.0, sent, sent_back)
+    return BlockTime(forward + apart + core, back, to_weights)
 
 
 def _unpacked(kind: str, weights: float, kernels: Kernels) -> float:
@@ -224,8 +223,8 @@ def blocks_of(work: Work, cluster: Cluster) -> BlockTime:
     kernels = Kernels(cluster.accelerator, work.precision)
     blocks = BlockTime()
     for moe, window, count in layer_kinds(work.config):
-        one = block_time(work, kernels, cluster, moe, window)
-        again = _exchanges(work, cluster, kernels.width, moe)[2]
+        sent, sent_back, again = _exchanges(work, cluster, kernels.width, moe)
+        one = block_time(work, kernels, moe, window) + BlockTime(exchanged=sent, exchanged_back=sent_back)
         blocks += _recomputed(work, kernels, one, again, moe, window).times(count)
     return blocks
 

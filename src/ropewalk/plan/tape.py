@@ -82,8 +82,9 @@ class Value:
 
     __slots__ = ("node", "part", "room")
 
-    def __init__(self, room: Room, node: Node | None, part: Part | None = None) -> None:
-        self.room, self.node, self.part = room, node, part
+    def __init__(self, room: Room, node: Node | None) -> None:
+        self.room, self.node = room, node
+        self.part: Part | None = None
 
 
 class StopRecomputingError(Exception):

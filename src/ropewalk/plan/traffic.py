@@ -58,12 +58,11 @@ def block_exchanges(work: Work, moe: bool, width: int) -> Iterator[Exchange]:
         yield Exchange("all_to_all", width * work.own_tokens * q, context, tensor, 1, 1, 1)
     elif context > 1:
         rows = 2 * kv * work.own_tokens * context
-        ring = layout.context_exchange == "ring"
-        yield Exchange("ring" if ring else "all_gather", width * rows, context, tensor, 1, 1, 1)
-        if ring:  # gradients go all the way round
-            yield Exchange("ring", GRADIENT * rows * context / (context - 1), context, tensor, 0, 1, 0)
-        else:
-            yield Exchange("reduce_scatter", GRADIENT * rows, context, tensor, 0, 1, 0)
+        there, back, hops = "all_gather", "reduce_scatter", context - 1
+        if layout.context_exchange == "ring":  # gradients go all the way round
+            there, back, hops = "ring", "ring", context
+        yield Exchange(there, width * rows, context, tensor, 1, 1, 1)
+        yield Exchange(back, GRADIENT * rows * hops / (context - 1), context, tensor, 0, 1, 0)
     if moe and layout.expert > 1:
         own = numbers / tensor if work.sequence_parallel else numbers
         yield Exchange("all_to_all", width * own * config.num_experts_per_tok, layout.expert, 1, 2, 2, 2)
@@ -100,11 +99,9 @@ def traffic(work: Work) -> dict[str, float]:
                 add("all_reduce", gradient / parts, layout.replicate, reduced)
                 if twice:
                     found["sent"] += own * gradient / parts
-    recomputes = work.checkpointing != "none" or work.checkpointing_budget is not None
-    again = work.recomputed_share if recomputes else 0.0
     for moe, _, count in layer_kinds(config):
         for one in block_exchanges(work, moe, width):
-            times = own * m * count * (one.forward + one.backward + again * one.again)
+            times = own * m * count * (one.forward + one.backward + work.recomputed_share * one.again)
             add(one.operation, one.size, one.among, times)
     hidden = width * m * work.own_tokens * config.hidden_size
     # no gradient gets to an embedding that is frozen

@@ -88,10 +88,10 @@ class Work:
 
     @property
     def recomputed_share(self) -> float:
-        """Of the blocks, those that checkpointing recomputes where it does at all."""
+        """Of the blocks, those that checkpointing recomputes."""
         if self.checkpointing_budget is not None:
             return 1 - self.checkpointing_budget
-        return 1 / self.checkpointing_every
+        return 0.0 if self.checkpointing == "none" else 1 / self.checkpointing_every
 
     @property
     def batch_size(self) -> int:
