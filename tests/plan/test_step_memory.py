@@ -22,8 +22,8 @@ from ropewalk.plan.update_memory import held, update_peak
 from ropewalk.plan.weights import parameters
 from ropewalk.plan.work import Work, work_of
 from ropewalk.recipe import load_recipe, resolve
-from ropewalk.train import activations
-from ropewalk.train.compiling import compile_blocks
+from ropewalk.train import activations, compiling
+from ropewalk.train.compiling import compile_blocks, worth_float8
 from ropewalk.train.job import Job, open_job
 from ropewalk.train.loop import ahead, train_step
 
@@ -204,12 +204,28 @@ def test_fake_tensors_take_what_real_ones_do(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.slow
-@pytest.mark.parametrize("fields", [{}, {"method": "lora"}, {"checkpointing": "selective"}], ids=str)
-def test_compiled_blocks_keep_what_is_counted(fields: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"method": "lora"},
+        {"checkpointing": "selective"},
+        {"precision": "float8"},
+        {"precision": "float8", "checkpointing": "selective"},
+    ],
+    ids=str,
+)
+def test_compiled_blocks_keep_what_is_counted(fields: dict[str, Any], monkeypatch) -> None:
     """No dispatcher sees what a compiled block makes, but what it keeps goes through autograd's hooks."""
+    monkeypatch.setattr(compiling, "FLOAT8_LEAST", 0)
     one = work(compile=True, **fields)
     model = model_of(one)
+    if one.precision == "float8":  # as `use_float8`, but that needs a GPU
+        float8 = pytest.importorskip("torchao.float8")
+        config = float8.Float8LinearConfig(emulate=True)
+        float8.convert_to_float8_training(
+            model.blocks, config=config, module_filter_fn=lambda module, _: worth_float8(module)
+        )
     model.run_block = None
     compile_blocks(model, sparing=one.checkpointing == "selective")
     tokens = torch.randint(0, 1024, (one.micro_batch_size, one.sequence_length))

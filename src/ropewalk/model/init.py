@@ -16,15 +16,17 @@ from ropewalk.model.layers import RMSNorm
 from ropewalk.model.transformer import Transformer
 
 
-def from_config(config: Mapping[str, Any] | str | Path | ModelConfig, seed: int) -> Transformer:
-    """A float32 model with random weights that depend on config and seed only.
+def from_config(
+    config: Mapping[str, Any] | str | Path | ModelConfig, seed: int, device: str | torch.device = "cpu"
+) -> Transformer:
+    """A float32 model with random weights that depend on config, seed and kind of device only.
 
     `config` holds Hugging Face config fields (`model_type` and the sizes at least), or is the path of a
     JSON or YAML file with them. Raises UserError naming file and field.
     """
     with torch.device("meta"):
         model = Transformer(config if isinstance(config, ModelConfig) else config_from_fields(config))
-    model.to_empty(device="cpu")
+    model.to_empty(device=device)
     init_weights(model, seed)
     return model
 
@@ -43,7 +45,7 @@ def init_weights(model: Transformer, seed: int) -> None:
     Those of what writes into the residual stream (o_proj, down_proj) are divided by sqrt(2 * layers), so that
     depth does not make it grow (GPT-2).
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(model.embed.weight.device).manual_seed(seed)
     deviation = model.config.initializer_range
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) or (isinstance(module, nn.Linear) and module is not model.head):

@@ -4,6 +4,8 @@ Gradients of the head's inputs are made where a chunk's logits still exist (the 
 2410.10989, and of Cut Cross-Entropy, arXiv 2411.09009). Rows that are not scored never meet the head.
 """
 
+import functools
+import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -170,7 +172,25 @@ class _HeadLoss(torch.autograd.Function):
             raise RuntimeError("the graph of this loss can be walked backward once only")
         ctx.gradients = None
         finished = (gradients.hidden, gradients.weight, gradients.bias)
-        return *(g if g is None else g.mul_(slope) for g in finished), None, None, None, None, None, None
+        return *(g if g is None else _scale(g, slope) for g in finished), None, None, None, None, None, None
+
+
+def _scale(gradient: Tensor, factor: Tensor) -> Tensor:
+    if on_gpu(gradient) and gradient.dtype != torch.float64 and gradient.is_contiguous():
+        from ropewalk.ops.elementwise_kernel import scale_
+
+        return scale_(gradient, factor)
+    return gradient.mul_(factor)
+
+
+def on_gpu(x: Tensor) -> bool:
+    """Whether Triton's kernels are there for it."""
+    return x.is_cuda and has_triton()
+
+
+@functools.cache
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def capped(logits: Tensor, softcap: float | None) -> tuple[Tensor, Tensor | None]:

@@ -1,15 +1,12 @@
 """Cross-entropy of a linear output head without a [tokens, vocab] matrix, and the plain form beside it."""
 
-import functools
-import importlib.util
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ropewalk.errors import UserError
 from ropewalk.ops.cross_entropy_cpu import native_rows
-from ropewalk.ops.head import VocabularyPart, by_blocks, capped, head_loss, plain_logits, uncap_, wide
+from ropewalk.ops.head import VocabularyPart, by_blocks, capped, head_loss, on_gpu, plain_logits, uncap_, wide
 from ropewalk.ops.native import takes
 from ropewalk.ops.reference import using_references
 
@@ -108,7 +105,7 @@ def cross_entropy_rows(
     factors: Tensor | None = None,
 ) -> Tensor:
     """Losses [c] of rows; `logits` [c, V] becomes their gradient where `slopes`, times `factors` [c]."""
-    if logits.is_cuda and logits.dtype != torch.float64 and has_triton():
+    if on_gpu(logits) and logits.dtype != torch.float64:
         from ropewalk.ops.cross_entropy_kernel import run_kernel
 
         return run_kernel(logits, targets, softcap, z_loss, slopes, factors)
@@ -120,11 +117,6 @@ def cross_entropy_rows(
         return _plain_rows(logits, targets[some], softcap, z_loss, wanted, few)
 
     return by_blocks(block, logits, slopes)
-
-
-@functools.cache
-def has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def _plain_rows(

@@ -223,6 +223,7 @@ def block_shape(work: Work, layer: int, block: tuple[Parameter, ...], needs: boo
         bytes=work.parameter_bytes,
         device=work.device,
         compiled=work.compile,
+        float8=work.precision == "float8",
         hidden=config.hidden_size,
         inner=config.moe_intermediate_size if moe else config.intermediate_size // layout.tensor,
         heads=config.num_attention_heads // layout.tensor,

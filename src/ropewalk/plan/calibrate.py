@@ -116,7 +116,7 @@ def measured_step(work: Work, device: torch.device) -> tuple[float, float]:
     On random weights and tokens, in one process; what `work` says of sharing is not looked at.
     """
     torch.manual_seed(0)
-    model = model_of(work).to(device)
+    model = model_of(work, device).to(device)
     optimizer = Optimizer(model, OptimizerConfig())
     tokens = torch.randint(0, work.config.vocab_size, (work.micro_batch_size, work.sequence_length))
     positions = torch.arange(work.sequence_length).expand(work.micro_batch_size, -1)

@@ -82,7 +82,7 @@ def plan(
     config = config_of(whole)
     folder, rows = _prepared(whole)
     work = work_of(whole, config, where.devices, rows)
-    where = _running(work, where)
+    where = where.ours()
     run = point(work, where)
     return Plan(
         whole.name,
@@ -103,7 +103,7 @@ def propose(recipe: Recipe, processes: int) -> list[str]:
     machine = replace(Machine.here(), processes=processes)
     whole = resolve(recipe, machine=machine).recipe
     work = work_of(whole, config_of(whole), processes)
-    where = _running(work, plain(processes, work.device))
+    where = plain(processes, work.device).ours()
     found = search(work, where, count=1, accept=_trainable(recipe, (), machine))
     return spread(found[0].work) if found else []
 
@@ -149,11 +149,6 @@ def spread(work: Work) -> list[str]:
         f"train.micro_batch_size={work.micro_batch_size}",
         f"train.checkpointing={work.checkpointing}",
     ]
-
-
-def _running(work: Work, where: Cluster) -> Cluster:
-    """The cluster with the rates that this project's own blocks reach there, as the work has them."""
-    return replace(where, accelerator=where.accelerator.compiled()) if work.compile else where
 
 
 def _machine(where: Cluster) -> Machine:
@@ -207,7 +202,7 @@ def foreseen(recipe: Recipe, processes: int, report: Mapping[str, Any]) -> dict[
     """
     rows = Rows.of(report["train"], recipe.data.packing, recipe.data.sequence_length)
     work = work_of(recipe, config_of(recipe), processes, rows)
-    where = _running(work, here(processes, recipe.train.precision, work.device))
+    where = here(processes, recipe.train.precision, work.device).ours()
     run = point(work, where)
     return {
         "device": where.accelerator.name,

@@ -56,7 +56,7 @@ class Accelerator:
     context: float
     matmul_float8: float | None = None
     own: Mapping[str, float] | None = None
-    """shares that this project's compiled blocks reach, where they were measured"""
+    """shares that this project's blocks reach, where they were measured"""
     update: float | None = None
     """bytes/s of the optimizer's updates, where they were measured"""
     unpack: Mapping[str, float] | None = None
@@ -68,11 +68,6 @@ class Accelerator:
     source: str = ""
     calibrated: bool = False
     """measured on the machine itself"""
-
-    def compiled(self) -> "Accelerator":
-        """The same with the shares of this project's compiled blocks."""
-        own: dict[str, Any] = dict(self.own or {})
-        return self if self.calibrated else replace(self, **own)
 
     def peak_of(self, precision: str) -> float:
         """FLOP/s of products. UserError where the device has no such type."""
@@ -111,6 +106,12 @@ class Cluster:
 
     def __str__(self) -> str:
         return self.label or f"{self.devices}x{self.accelerator.name}"
+
+    def ours(self) -> "Cluster":
+        """The same with the rates of this project's own blocks, compiled or not."""
+        own: dict[str, Any] = dict(self.accelerator.own or {})
+        calibrated = self.accelerator.calibrated
+        return self if calibrated else replace(self, accelerator=replace(self.accelerator, **own))
 
     def of(self, devices: int) -> "Cluster":
         """The same kind of cluster of another size."""

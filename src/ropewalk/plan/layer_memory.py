@@ -12,6 +12,7 @@ from ropewalk.ops.nf4_codes import _DEVICE_CHUNK
 from ropewalk.ops.norm import _PARTS
 from ropewalk.ops.product import _LEAST, _PANEL, float32_is_faster
 from ropewalk.plan.tape import Arrival, Tape, Value
+from ropewalk.train import compiling
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Shape:
     """of a number"""
     device: Literal["cpu", "cuda"]
     compiled: bool
+    float8: bool
     hidden: int
     inner: int
     heads: int
@@ -189,10 +191,16 @@ class Layers:
         weight, bias = f"{name}.weight" in shape.trained, f"{name}.bias" in shape.trained
         made = shape.bytes * (weight * inputs * outputs + bias * outputs)
         dense = self.dense(inputs, outputs)
+        saved = weight or (self.widens and shape.quantized == "none")
+        cast = weight and shape.float8 and shape.compiled and inputs * outputs >= compiling.FLOAT8_LEAST
+        if cast and not name.startswith("attention"):
+            saved = False  # a compiler makes what is cast again from what is kept before it
+        result = count * inputs if cast and name.endswith("o_proj") else 0  # as cast, beside attention's own
         return self.tape.operation(
             [x],
             count * outputs * shape.bytes,
-            saves=[x] if weight or (self.widens and shape.quantized == "none") else [],
+            saves=[x] if saved else [],
+            extra=result,
             weight=True,
             trained=made,
             temporary=dense,

@@ -244,12 +244,12 @@ def _fake_mode() -> Any:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
-def model_of(work: Work) -> Transformer:
+def model_of(work: Work, device: torch.device | str = "cpu") -> Transformer:
     """The model of a run as `train.build` makes it, with random weights (fake ones in a fake mode)."""
     dtype = DTYPES[work.precision]
     pretends = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
     if not pretends:
-        model = from_config(work.config, seed=0).to(dtype=dtype)
+        model = from_config(work.config, seed=0, device=device).to(dtype=dtype)
     else:  # fake parameters can be replaced, not converted
         model = Transformer(work.config)
         for module in model.modules():

@@ -39,8 +39,8 @@ def compile_blocks(model: Transformer, graphs: bool = False, sparing: bool = Fal
 def use_float8(model: Transformer) -> None:
     """Large linear layers of the blocks multiply in float8 (arXiv 2209.05433; torchao), in place.
 
-    Weights stay as they are and are cast for each product, scaled by row. Raises UserError where the GPU or
-    torchao is missing.
+    Weights stay as they are; each factor of a product is cast for it, with one scale. Raises UserError where
+    the GPU or torchao is missing.
     """
     capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
     if capability < (8, 9):
@@ -51,7 +51,7 @@ def use_float8(model: Transformer) -> None:
 
     convert_to_float8_training(
         model.blocks,
-        config=Float8LinearConfig.from_recipe_name("rowwise"),
+        config=Float8LinearConfig.from_recipe_name("tensorwise"),
         module_filter_fn=lambda module, _: worth_float8(module),
     )
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ropewalk.ops.linear_cross_entropy import has_triton
+from ropewalk.ops.head import has_triton
 from ropewalk.train.optim_lowbit import LowBitState
 from ropewalk.train.optim_slot import Slot, batches, full, pieces
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ropewalk.ops.head import on_gpu
 from ropewalk.parallel import local
 from ropewalk.train.optim_lowbit import LowBitState, stochastic_round
 
@@ -63,7 +64,7 @@ class Slot:
 
     def add(self, gradient: Tensor) -> None:
         """A first gradient is kept as it is, bfloat16 too; from the second on they add up in float32."""
-        self.gradient = gradient if self.gradient is None else full(self.gradient).add_(gradient)
+        self.gradient = gradient if self.gradient is None else _summed(self.gradient, gradient)
 
     def is_plain(self) -> bool:
         """Whether the update can work on the tensors themselves: all in float32, no master."""
@@ -171,6 +172,15 @@ class Host:
             if event is not None:
                 event.synchronize()
             deliver(host)
+
+
+def _summed(total: Tensor, part: Tensor) -> Tensor:
+    """Of gradients, in float32; `total` is used up."""
+    if on_gpu(total) and part.dtype in LOW and total.is_contiguous() and part.is_contiguous():
+        from ropewalk.ops.elementwise_kernel import add
+
+        return add(total, part)
+    return full(total).add_(part)
 
 
 def full(tensor: Tensor) -> Tensor:
