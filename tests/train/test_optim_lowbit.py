@@ -193,6 +193,14 @@ def test_rounding_keeps_what_bfloat16_can_hold() -> None:
     assert torch.equal(target.view(torch.int16), exact.view(torch.int16))
 
 
+def test_rounding_keeps_nan() -> None:
+    """Also one with all bits set, as a GPU makes it, and one whose bits are all cut off."""
+    nan = torch.tensor([2**31 - 1, -1, 0x7F800001], dtype=torch.int32).view(torch.float32).repeat(1000)
+    target = torch.empty(3000, dtype=torch.bfloat16)
+    stochastic_round(nan, target, (0,))
+    assert target.isnan().all()
+
+
 def test_draws_depend_on_the_seed_only_and_are_independent() -> None:
     given = torch.full((4099,), 1.0 + 2**-8)  # the middle of two
     first, second, other = (torch.empty(4099, dtype=torch.bfloat16) for _ in range(3))

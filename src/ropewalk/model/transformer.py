@@ -17,6 +17,7 @@ from ropewalk.model.moe import MixtureOfExperts, RouterStatistics, load_balancin
 from ropewalk.model.virtual import VirtualTokens
 from ropewalk.ops.attention import AttentionLayout, attention
 from ropewalk.ops.attention_parts import RowPart
+from ropewalk.ops.embedding import Embedding
 from ropewalk.ops.head import VocabularyPart
 from ropewalk.ops.linear import Linear
 from ropewalk.ops.rope import depends_on_length, effective_length, rope_frequencies, rope_tables
@@ -359,7 +360,7 @@ class Transformer(nn.Module):
 
 def _embedding(count: int, size: int) -> nn.Embedding:
     """Without values: drawing normal numbers on the meta device imports torch's compiler, 2 seconds."""
-    return nn.Embedding.from_pretrained(torch.empty(count, size), freeze=False)
+    return Embedding.from_pretrained(torch.empty(count, size), freeze=False)
 
 
 def _restarting(segments: Tensor) -> Tensor:

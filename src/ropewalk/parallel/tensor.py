@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -26,6 +25,7 @@ from ropewalk.errors import RopewalkError
 from ropewalk.model import Transformer
 from ropewalk.model.moe import MixtureOfExperts, RouterStatistics
 from ropewalk.ops import QuantizedTensor, VocabularyPart
+from ropewalk.ops.embedding import embedding
 from ropewalk.parallel.collectives import all_gather, exchanged, reduce_scatter, summed
 from ropewalk.parallel.sharding import replace
 from ropewalk.parallel.slices import sliced_along
@@ -236,7 +236,7 @@ def _connect(model: Transformer, exchange: _Exchange) -> None:
     def embed(tokens: Tensor) -> Tensor:
         here = tokens - start
         inside = (here >= 0) & (here < rows)
-        found = F.embedding(here.clamp(0, rows - 1), model.embed.weight)
+        found = embedding(here.clamp(0, rows - 1), model.embed.weight)
         return exchange.summed(found * inside.unsqueeze(-1))
 
     def logits(_: nn.Module, __: Any, output: Tensor) -> Tensor:

@@ -184,7 +184,7 @@ def _of_tensor(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if train.precision == "float8":
         yield (
             "train.precision",
-            "float8 scales whole rows, and each process has slices; set parallel.tensor: 1",
+            "float8 scales whole tensors, and each process has slices; set parallel.tensor: 1",
         )
     if train.compile:
         yield "train.compile", "not with parallel.tensor: blocks exchange hidden states; set it to false"

@@ -116,13 +116,15 @@ def stochastic_round(values: Tensor, target: Tensor, seed: tuple[int, ...]) -> N
     """Writes float32 `values [n]` into bfloat16 `target [n]`, up or down at random: the mean is right.
 
     16 random bits are added below the last one kept, and carry into it the more often the larger the part cut
-    off (arXiv 2010.06192); what bfloat16 can hold stays as it is. The same `seed` draws the same bits.
+    off (arXiv 2010.06192); what bfloat16 can hold stays as it is, and NaN is NaN. The same `seed` draws the
+    same bits.
     """
     generator = torch.Generator(values.device).manual_seed(draw_seed(seed))
     words = torch.empty((len(values) + 3) // 4, dtype=torch.int64, device=values.device)
     words.random_(-(2**63), None, generator=generator)  # all 64 bits: four draws each
     bits = words.view(torch.int16)[: len(values)].int().bitwise_and_(0xFFFF)
     bits += values.view(torch.int32)
+    bits.masked_fill_(values.isnan(), 0x7FC00000)  # a GPU's has all bits set: a carry makes it -0.0
     target.view(torch.int16).copy_(bits >> 16)
 
 
