@@ -15,7 +15,7 @@ from ropewalk.ops.attention import AttentionLayout, attention, attention_cached,
 from ropewalk.ops.gated import gated_silu
 from ropewalk.ops.linear import Linear
 from ropewalk.ops.native import takes
-from ropewalk.ops.norm import rms_norm
+from ropewalk.ops.norm import layer_norm, rms_norm
 from ropewalk.ops.rope import apply_rope
 
 
@@ -103,10 +103,17 @@ class RMSNorm(nn.Module):
         return rms_norm(x, scale, self.eps)
 
 
+class LayerNorm(nn.LayerNorm):
+    """torch's, by `ops.norm`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_norm(x, self.weight, self.bias, self.eps)
+
+
 def make_norm(config: ModelConfig, size: int) -> nn.Module:
     """The norm that the config asks for, over `size` elements."""
     if config.norm == "layer":
-        return nn.LayerNorm(size, eps=config.norm_eps)
+        return LayerNorm(size, eps=config.norm_eps)
     return RMSNorm(size, config.norm_eps, config.norm == "rms_plus_one")
 
 

@@ -1,4 +1,8 @@
-"""RMSNorm (arXiv 1910.07467)."""
+"""RMSNorm (arXiv 1910.07467) and LayerNorm (1607.06450).
+
+Gradients of scales and biases are summed in float32. torch's LayerNorm sums them in bfloat16 on a CPU: over
+4,096 rows a bias's gradient was 10% off, over 16,384 58%.
+"""
 
 from typing import Any
 
@@ -9,6 +13,8 @@ from torch import Tensor
 from ropewalk.ops.native import run_on, takes
 from ropewalk.ops.reference import using_references
 
+_BLOCK = 1 << 18
+"""Numbers of a block of rows in float32, whose share of a scale's gradient is summed at once."""
 _PARTS = 64
 """Parts of the rows that a scale's gradient is summed over, by any number of threads: always the same sum."""
 
@@ -67,13 +73,53 @@ class _RMSNorm(torch.autograd.Function):
         if takes(x):
             dx, dscale = _native_slopes(grad, x.contiguous(), factor, r, need_scale)
             return dx if need_x else None, dscale.to(scale.dtype) if need_scale else None, None
-        dx, dscale, _ = torch.ops.aten.native_layer_norm_backward(
-            grad, x, [size], torch.zeros_like(r), r, factor, None, [need_x, need_scale, False]
-        )
+        zero, dx = torch.zeros_like(r), None
         if need_x:
+            dx, _, _ = torch.ops.aten.native_layer_norm_backward(
+                grad, x, [size], zero, r, factor, None, [True, False, False]
+            )
             mean = grad.to(r.dtype) @ (factor / size)
             dx.add_(mean.unsqueeze(-1).mul_(r).to(dx.dtype))
-        return dx if need_x else None, dscale.to(scale.dtype) if need_scale else None, None
+        return dx, _scale_slope(grad, x, zero, r).to(scale.dtype) if need_scale else None, None
+
+
+def _scale_slope(grad: Tensor, x: Tensor, mean: Tensor, r: Tensor) -> Tensor:
+    """Sum over the rows of `grad * (x - mean) * r`."""
+    rows, total = max(1, _BLOCK // x.shape[-1]), r.new_zeros(x.shape[-1])
+    parts = (t.flatten(0, -2).split(rows) for t in (grad, x, mean, r))
+    for g, some, m, inverse in zip(*parts, strict=True):
+        total += (some.to(r.dtype) - m).mul_(inverse).mul_(g).sum(0)
+    return total
+
+
+def layer_norm(x: Tensor, scale: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """torch's: `(x - mean) / sqrt(variance + eps) * scale + bias` over the last dimension."""
+    low = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
+    if low and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        y: Tensor = _LayerNorm.apply(x, scale, bias, eps)
+        return y
+    return F.layer_norm(x, scale.shape, scale, bias, eps)
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, bias: Tensor, eps: float) -> Tensor:
+        y, mean, r = torch.native_layer_norm(x, scale.shape, scale, bias, eps)
+        ctx.save_for_backward(x, scale, bias, mean, r)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        x, scale, bias, mean, r = ctx.saved_tensors
+        need_x, need_scale, need_bias, _ = ctx.needs_input_grad
+        dx = dscale = None
+        if need_x:
+            dx, _, _ = torch.ops.aten.native_layer_norm_backward(
+                grad, x, scale.shape, mean, r, scale, bias, [True, False, False]
+            )
+        if need_scale:
+            dscale = _scale_slope(grad, x, mean.float(), r.float()).to(scale.dtype)
+        return dx, dscale, grad.flatten(0, -2).sum(0) if need_bias else None, None
 
 
 @torch.library.custom_op("ropewalk::norm", mutates_args=())
