@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from ropewalk.errors import UserError
 from ropewalk.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from ropewalk.ops.linear_logprobs import linear_logprobs
 
 module = import_module("ropewalk.ops.head")
 
@@ -188,6 +189,22 @@ def test_unscored_rows_never_meet_the_head():
     check_equal(
         loss_and_gradients(linear_cross_entropy, poisoned, weight, None, labels), clean, rtol=0, atol=0
     )
+
+
+@pytest.mark.parametrize("function", [linear_cross_entropy, lambda *a, **k: -linear_logprobs(*a, **k).sum()])
+@pytest.mark.parametrize("chunks", [33, 600, 2047])
+def test_many_chunks_add_up(function, chunks):
+    """In bfloat16, where each chunk's part is the smaller beside the sum the more there are."""
+    torch.manual_seed(0)
+    share = 1 / torch.arange(1, 101).float()
+    labels = torch.multinomial(share, 8 * chunks, replacement=True)
+    hidden, weight = (torch.randn(n, 16).bfloat16() for n in (8 * chunks, 100))
+    hidden += 0.3
+    found, exact = (
+        torch.autograd.grad(function(hidden.to(of.dtype), of.requires_grad_(), labels, chunk=8), of)[0]
+        for of in (weight, weight.double())
+    )
+    assert (found - exact).norm() < 0.01 * exact.norm()
 
 
 def test_a_non_finite_logit_is_not_hidden():

@@ -116,6 +116,7 @@ QUICK = {
     "in backward": work(in_backward=True, sequence_length=128, micro_batch_size=1),
     "gpt2": work(GPT2, sequence_length=256),
     "packed": work(document_length=96),
+    "many chunks": work(loss_chunk=8),
 }
 SLOW = {
     "4096 tokens": work(sequence_length=4096, micro_batch_size=1, checkpointing="full"),

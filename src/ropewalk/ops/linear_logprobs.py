@@ -74,9 +74,9 @@ class _LinearLogprobs(torch.autograd.Function):
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, index, targets = ctx.saved_tensors
         factors = -(slope if index is None else slope[index])  # those of the negated log-probabilities
-        count = len(targets)
-        gradients = HeadGradients(hidden, weight, bias, ctx.needs_input_grad[:3], count)
-        for place, where, rows, logits in HeadChunks(hidden, weight, bias, index, count, ctx.chunk):
+        chunks = HeadChunks(hidden, weight, bias, index, len(targets), ctx.chunk)
+        gradients = HeadGradients(hidden, weight, bias, ctx.needs_input_grad[:3], chunks)
+        for place, where, rows, logits in chunks:
             cross_entropy_rows(logits, targets[place], ctx.softcap, 0.0, slopes=True, factors=factors[place])
             gradients.add(where, rows, logits)
         return gradients.hidden, gradients.weight, gradients.bias, None, None, None, None

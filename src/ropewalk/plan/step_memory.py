@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 
-from ropewalk.ops.head import _CHUNK_BYTES, _CPU_BLOCK, _DEVICE_CHUNK_BYTES
+from ropewalk.ops.head import _CHUNK_BYTES, _CPU_BLOCK, _DEVICE_CHUNK_BYTES, SEVERAL
 from ropewalk.ops.native import library
 from ropewalk.ops.product import float32_is_faster
 from ropewalk.plan.block_memory import BlockMemory, Mode, block_memory, block_shape, modes_of
@@ -210,6 +210,8 @@ class _Step:
             block = min(rows, max(1, (_CPU_BLOCK if work.device == "cpu" else 1 << 24) // vocabulary))
             copies = 3 if capped else 2 if self.bytes == 2 else 1
             chunk += copies * 4 * block * vocabulary
+        if self.bytes == 2 and scored > SEVERAL * rows:
+            chunk += self._head()  # sums of some chunks
         if scored < self.tokens:
             chunk += rows * config.hidden_size * self.bytes + 16 * scored
         gradients = self.hidden * self.needs[-1] + self._head()
