@@ -1,6 +1,7 @@
 """Mixture of experts: top-k routing, and the load-balancing loss of Switch Transformer (arXiv 2101.03961)."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,10 +58,9 @@ class MixtureOfExperts(nn.Module):
         # Sort the (token, expert) pairs by expert, so that each expert reads one contiguous slice.
         order = chosen.flatten().argsort(stable=True)
         counts = torch.bincount(chosen.flatten(), minlength=self.num_experts)
-        token = order // self.top_k
-        outputs = self.run_experts(self.experts, x[token], counts)
+        outputs = self.run_experts(self.experts, _Copies.apply(x, order, self.top_k), counts)
         weighted = outputs * weights.flatten()[order].to(x.dtype).unsqueeze(-1)
-        result = torch.zeros_like(x).index_add(0, token, weighted)
+        result = _Sums.apply(weighted, order, self.top_k)
         return result.view(hidden.shape), self._statistics(probabilities, chosen, counts, real)
 
     def _statistics(
@@ -70,6 +70,43 @@ class MixtureOfExperts(nn.Module):
             return probabilities.sum(0), counts.float()
         counts = torch.bincount(chosen[real].flatten(), minlength=self.num_experts)
         return (probabilities * real.unsqueeze(-1)).sum(0), counts.float()
+
+
+class _Copies(torch.autograd.Function):
+    """`copies` [N * each, H] of each of N rows, in an order; the gradient is their `sums`, and the other way
+    round. torch's would be added one by one in the rows' own type, on a GPU in any order."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor, each: int) -> Tensor:
+        ctx.save_for_backward(order)
+        ctx.each = each
+        return _copies(rows, order, each)
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None, None]:
+        (order,) = ctx.saved_tensors
+        return _sums(slope, order, ctx.each), None, None
+
+
+class _Sums(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor, each: int) -> Tensor:
+        ctx.save_for_backward(order)
+        ctx.each = each
+        return _sums(rows, order, each)
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None, None]:
+        (order,) = ctx.saved_tensors
+        return _copies(slope, order, ctx.each), None, None
+
+
+def _copies(rows: Tensor, order: Tensor, each: int) -> Tensor:
+    return rows[order // each]
+
+
+def _sums(rows: Tensor, order: Tensor, each: int) -> Tensor:
+    return torch.empty_like(rows).index_copy_(0, order, rows).unflatten(0, (-1, each)).sum(1)
 
 
 def _here(experts: Experts, rows: Tensor, counts: Tensor) -> Tensor:

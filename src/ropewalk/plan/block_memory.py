@@ -183,12 +183,14 @@ class Block(AttentionLayers):
         probabilities = tape.operation([router], 4 * numbers, saves_out=True, temporary=4 * numbers)
         weights = tape.operation([probabilities], 4 * pairs, extra=8 * pairs)
         order = tape.room(16 * pairs)
-        copies = tape.operation([x], pairs * shape.hidden * size, weight=True)
+        copies = tape.operation(
+            [x], pairs * shape.hidden * size, weight=True, back=pairs * shape.hidden * size
+        )
         joined = self.traded(copies, pairs) if shape.expert > 1 else self.each(copies, pairs)
         del copies
         weighted = tape.operation([joined, weights], joined.room.size, saves=[joined, weights])
         del joined, order
-        return tape.operation([x, weighted], self.outside, saves=[weighted], temporary=self.outside)
+        return tape.operation([weighted], self.outside, weight=True, temporary=weighted.room.size)
 
     def each(self, rows: Value, count: int) -> Value:
         """Each expert that is here takes its share of so many rows."""
