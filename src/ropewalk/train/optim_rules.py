@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ropewalk.ops.head import has_triton
 from ropewalk.train.optim_lowbit import LowBitState
-from ropewalk.train.optim_slot import Slot, batches, full, pieces
+from ropewalk.train.optim_slot import LOW, Slot, batches, full, gradients, pieces, show
 
 
 @dataclass(frozen=True)
@@ -113,17 +113,19 @@ def _elementwise(
         steps[slot.count] = torch.full((), float(slot.count), device=slot.weight.device)
     for batch in batches(slots):
         weights = [piece.weight() for piece in batch]
-        gradients = [piece.gradient() for piece in batch]
+        slopes = gradients(batch)
         if update.scale != 1.0:
-            torch._foreach_mul_(gradients, update.scale)  # in place: they are used this once
+            torch._foreach_mul_(slopes, update.scale)  # in place: they are used this once
         states = [[piece.state(kind) for piece in batch] for kind in kinds]
-        kernel(weights, gradients, states, [steps[piece.slot.count] for piece in batch])
+        kernel(weights, slopes, states, [steps[piece.slot.count] for piece in batch])
         for i, piece in enumerate(batch):
             for kind, numbers in zip(kinds, states, strict=True):
                 piece.keep(kind, numbers[i])
-            piece.store(weights[i], update.seed)
+            if piece.slot.weight.dtype in LOW:
+                piece.store(weights[i], update.seed)
             if piece.stop == piece.slot.parameter.numel():
                 piece.slot.gradient = None
+        show(batch)
 
 
 def muon(slots: list[Slot], update: Update) -> None:

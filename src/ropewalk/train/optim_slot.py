@@ -101,7 +101,8 @@ class Piece(NamedTuple):
     stop: int
 
     def of(self, tensor: Tensor) -> Tensor:
-        return tensor.view(-1)[self.start : self.stop]
+        flat = tensor.view(-1)
+        return flat if self.stop - self.start == len(flat) else flat[self.start : self.stop]
 
     def weight(self) -> Tensor:
         """In float32, for `store`: the weight itself, or a copy where it has fewer bits."""
@@ -186,6 +187,31 @@ def _summed(total: Tensor, part: Tensor) -> Tensor:
 def full(tensor: Tensor) -> Tensor:
     """In float32 where it has fewer bits, else itself."""
     return tensor.float() if tensor.dtype in LOW else tensor
+
+
+def gradients(batch: Sequence[Piece]) -> list[Tensor]:
+    """Of some pieces, each as its `gradient`; those with fewer bits are copied by one kernel on a GPU."""
+    found = []
+    for piece in batch:
+        assert piece.slot.gradient is not None
+        found.append(piece.of(piece.slot.gradient))
+    low = [i for i, gradient in enumerate(found) if gradient.dtype in LOW]
+    copies = [torch.empty_like(found[i], dtype=torch.float32) for i in low]
+    if low:
+        torch._foreach_copy_(copies, [found[i] for i in low])
+    for i, copy in zip(low, copies, strict=True):
+        found[i] = copy
+    return found
+
+
+def show(batch: Sequence[Piece]) -> None:
+    """Writes the updated weights of some pieces to their parameters, where these are other tensors."""
+    near = [p for p in batch if p.slot.host is None and p.slot.weight is not p.slot.parameter]
+    if near:
+        torch._foreach_copy_([p.of(p.slot.parameter) for p in near], [p.of(p.slot.weight) for p in near])
+    for piece in batch:
+        if piece.slot.host is not None:
+            piece.slot.show(piece.start, piece.stop)
 
 
 def pieces(slot: Slot, whole: int = 1) -> Iterator[Piece]:
