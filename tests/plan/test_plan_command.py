@@ -19,6 +19,17 @@ from ropewalk.recipe import Machine, load_recipe, resolve
 from ropewalk.track import RunDirectory
 from ropewalk.train.entry import layout_of, planned
 
+LARGE = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+}
+
 
 @pytest.fixture
 def recipe_file(make_recipe: Any, tmp_path: Path) -> Path:
@@ -53,6 +64,22 @@ def test_a_plan_for_scripts(recipe_file: Path, capsys: pytest.CaptureFixture[str
     assert plan["run"]["memory"]["total_bytes"] <= sum(plan["run"]["memory"]["terms"].values())
     assert plan == json.loads(json.dumps(rw.plan.as_json(rw.plan(recipe_file, on="4xA100"))))
     assert json.loads(said(capsys, recipe_file, "--on", "4xA100", "--by", "cost", "--json"))["ranked"]
+
+
+def test_a_small_model_waits_for_the_host(recipe_file: Path) -> None:
+    """A GPU is faster than what sends it one operation after the other; compiled blocks are not looked at."""
+    waits, blocks = "waiting for the host", 2
+    auto = ["train.device=auto"]
+    small = rw.plan(recipe_file, auto, on="1xH100").run
+    assert small.work.config.num_hidden_layers == blocks
+    assert small.step_seconds > 0.9 * small.work.accumulation * blocks * 2 * 0.5e-3
+    assert small.time.phases[waits] > 0.5 * small.step_seconds
+    assert waits not in rw.plan(recipe_file, [*auto, "train.compile=true"], on="1xH100").run.time.phases
+    assert waits not in rw.plan(recipe_file, auto, on="4xCPU-AMX").run.time.phases
+    big = {"config": LARGE, "tokenizer": load_recipe(recipe_file).model.source}
+    values = {"data.sequence_length": 4096, "model": big, "adapt.method": "full"}
+    changed = auto + [f"{name}={json.dumps(value)}" for name, value in values.items()]
+    assert waits not in rw.plan(recipe_file, changed, on="8xH100").run.time.phases
 
 
 def test_what_changes_the_result_is_searched_where_it_is_asked_for(recipe_file: Path) -> None:

@@ -94,6 +94,8 @@ class Cluster:
     host_memory: float | None = None
     """bytes of a node; None: not known"""
     label: str = ""
+    sends: bool = False
+    """this project's own blocks run there, whose operations the host sends one by one"""
 
     @property
     def nodes(self) -> int:
@@ -110,8 +112,8 @@ class Cluster:
     def ours(self) -> "Cluster":
         """The same with the rates of this project's own blocks, compiled or not."""
         own: dict[str, Any] = dict(self.accelerator.own or {})
-        calibrated = self.accelerator.calibrated
-        return self if calibrated else replace(self, accelerator=replace(self.accelerator, **own))
+        device = self.accelerator if self.accelerator.calibrated else replace(self.accelerator, **own)
+        return replace(self, accelerator=device, sends=True)
 
     def of(self, devices: int) -> "Cluster":
         """The same kind of cluster of another size."""

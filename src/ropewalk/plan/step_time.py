@@ -32,6 +32,9 @@ SCHEDULES = {
 """A layout's schedule -> that of `pipeline_schedule`."""
 CODE_BYTES = {"nf4": 0.52, "int8": 1.0}
 """Of a quantized weight, for each number."""
+SENDING, SENDING_ADAPTED, SENDING_QUANTIZED = 0.5e-3, 0.35e-3, 0.55e-3
+"""Seconds in which the host sends a GPU one pass through a block that is not compiled; what adapters on its
+products, and quantized weights, add: of tiny blocks on a Xeon of 2023, whose time is that of calling."""
 STATE_BYTES = {"adamw": 28, "lion": 20, "muon": 20, "adafactor": 20}
 """Read and written by an update for each parameter: gradient, master, states, the 16-bit weight."""
 
@@ -243,7 +246,17 @@ def step_time(work: Work, cluster: Cluster, blocks: BlockTime | None = None) -> 
         "sharding": _sharding(work, cluster, stage.forward + head.forward, stage.backward + head.backward),
         "optimizer": _optimizer(work, cluster, kernels, m * stage.total),
     }
+    if cluster.sends and work.device == "cuda" and not work.compile:
+        phases["waiting for the host"] = max(0.0, m * _sent(work) - m * stage.total)
     return StepTime({name: seconds for name, seconds in phases.items() if seconds})
+
+
+def _sent(work: Work) -> float:
+    """Seconds in which the host sends the passes of a micro-batch through the blocks of a stage."""
+    each = (
+        SENDING + SENDING_ADAPTED * (work.method in LOW_RANK) + SENDING_QUANTIZED * (work.quantize != "none")
+    )
+    return work.config.num_hidden_layers / work.layout.pipeline * each * (2 + work.recomputed_share)
 
 
 def weights_here(work: Work) -> float:
