@@ -73,8 +73,8 @@ class MixtureOfExperts(nn.Module):
 
 
 class _Copies(torch.autograd.Function):
-    """[N, H] -> [N * each, H]: each row so often, in an order. Its gradient is the sum of the copies', and that
-    of `_Sums` are copies; torch would add them one by one in the rows' own type, on a GPU in any order."""
+    """[N, H] -> [N * each, H]: each row so often, in an order. Its gradient is the copies' sums, and that of
+    `_Sums` are copies; torch would add them one by one in the rows' own type, on a GPU in any order."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, order: Tensor, each: int) -> Tensor:
