@@ -66,7 +66,7 @@ def test_a_plan_for_scripts(recipe_file: Path, capsys: pytest.CaptureFixture[str
     assert json.loads(said(capsys, recipe_file, "--on", "4xA100", "--by", "cost", "--json"))["ranked"]
 
 
-def test_a_small_model_waits_for_the_host(recipe_file: Path) -> None:
+def test_a_small_model_waits_for_the_host(recipe_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A GPU is faster than what sends it one operation after the other; compiled blocks are not looked at."""
     waits, blocks = "waiting for the host", 2
     auto = ["train.device=auto"]
@@ -74,6 +74,7 @@ def test_a_small_model_waits_for_the_host(recipe_file: Path) -> None:
     assert small.work.config.num_hidden_layers == blocks
     assert small.step_seconds > 0.9 * small.work.accumulation * blocks * 2 * 0.5e-3
     assert small.time.phases[waits] > 0.5 * small.step_seconds
+    assert "train.compile: true, are faster" in said(capsys, recipe_file, *auto, "--on", "1xH100")
     assert waits not in rw.plan(recipe_file, [*auto, "train.compile=true"], on="1xH100").run.time.phases
     assert waits not in rw.plan(recipe_file, auto, on="4xCPU-AMX").run.time.phases
     big = {"config": LARGE, "tokenizer": load_recipe(recipe_file).model.source}

@@ -110,6 +110,8 @@ def _traced(made: "Plan") -> list[tuple[str, float, float]]:
 
 
 def _lines(made: "Plan") -> list[str]:
+    from ropewalk.plan.step_time import WAITING
+
     run = made.run
     memory = run.memory
     limit = f"{_gib(memory.limit)} of each device"
@@ -123,6 +125,11 @@ def _lines(made: "Plan") -> list[str]:
         f"time     {_seconds(run.step_seconds)} a step, {run.tokens_per_second:,.0f} tokens/s"
         f"; {100 * run.mfu_causal:.1f}% of the peak in model FLOPs ({100 * run.mfu:.1f}% by all pairs)",
     ]
+    if (waits := run.time.phases.get(WAITING, 0.0) / run.step_seconds) > 0.2:
+        lines.append(
+            f"slow     the GPU waits {waits:.0%} of the step for what the host sends it: "
+            "larger micro-batches, or train.compile: true, are faster"
+        )
     if sent := run.sent:
         said = ", ".join(f"{kind} {_gib(size)}" for kind, size in sent.items())
         lines.append(f"sends    {said} a step, of each device")

@@ -35,6 +35,7 @@ CODE_BYTES = {"nf4": 0.52, "int8": 1.0}
 SENDING, SENDING_ADAPTED, SENDING_QUANTIZED = 0.5e-3, 0.35e-3, 0.55e-3
 """Seconds in which the host sends a GPU one pass through a block that is not compiled; what adapters on its
 products, and quantized weights, add: of tiny blocks on a Xeon of 2023, whose time is that of calling."""
+WAITING = "waiting for the host"
 STATE_BYTES = {"adamw": 28, "lion": 20, "muon": 20, "adafactor": 20}
 """Read and written by an update for each parameter: gradient, master, states, the 16-bit weight."""
 
@@ -247,7 +248,7 @@ def step_time(work: Work, cluster: Cluster, blocks: BlockTime | None = None) -> 
         "optimizer": _optimizer(work, cluster, kernels, m * stage.total),
     }
     if cluster.sends and work.device == "cuda" and not work.compile:
-        phases["waiting for the host"] = max(0.0, m * _sent(work) - m * stage.total)
+        phases[WAITING] = max(0.0, m * _sent(work) - m * stage.total)
     return StepTime({name: seconds for name, seconds in phases.items() if seconds})
 
 
