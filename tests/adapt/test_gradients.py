@@ -64,13 +64,17 @@ def batch() -> Batch:
 
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     (loss_sum(model, batch(), 512) / TOKENS).backward()
-    return {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
+    return {name: p.grad.double().cpu() for name, p in model.named_parameters() if p.grad is not None}
 
 
+ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, ON_GPU])])
 @pytest.mark.parametrize(
     ("shape", "method"), [*((shape, "full") for shape in SHAPES), *(("llama", method) for method in METHODS)]
 )
-def test_they_are_those_of_float64(shape: str, method: str) -> None:
+def test_they_are_those_of_float64(shape: str, method: str, device: str) -> None:
     model = from_config(SHAPES[shape], seed=0).bfloat16()
     if method != "full":
         apply_adapter(model, AdapterConfig(method, 8, 16.0, 0.0, "all-linear", False, 20), seed=0)
@@ -78,7 +82,7 @@ def test_they_are_those_of_float64(shape: str, method: str) -> None:
         for parameter in filter(lambda p: p.requires_grad, model.parameters()):
             parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
     exact = gradients(copy.deepcopy(model.train()).double())
-    found = gradients(model)
+    found = gradients(model.to(device))
     whole = max(float(gradient.norm()) for gradient in exact.values())
     errors = {
         name: float((found[name] - right).norm() / right.norm())

@@ -58,6 +58,8 @@ def test_documents_are_shown_with_why(recipe, capsys):
 def test_an_attribute_that_no_rule_asks_for_can_be_asked_about(recipe, capsys):
     _, out = answer(capsys, "look", recipe, "--where", "duplicate_lines = 0 and words = 5", "--json")
     assert [d["values"] for d in json.loads(out)["documents"]] == [{"duplicate_lines": 0.0, "words": 5}]
+    assert main(["data", "look", recipe, "--where", "words <"]) == 2
+    assert "expression 'words <': syntax error" in capsys.readouterr().err, "it is no rule"
 
 
 def test_tokens_are_shown_with_what_is_scored(recipe, capsys):

@@ -284,7 +284,8 @@ def judge(
     recipe = load_recipe(recipe, overrides)
     data = recipe.data
     plan = plan_of(data.clean.model_dump())
-    plan = replace(plan, asked=(*plan.asked, *(name for one in also for name in columns_of(one))))
+    asked = [name for one in also for name in columns_of(one, "expression")]
+    plan = replace(plan, asked=(*plan.asked, *asked))
     reading = Reading(*_sources(recipe), Path(data.directory), plan, data.max_bad_rows)
     with Makers(data.workers, on, progress) as makers:
         cleaner = reading.judged(makers)
