@@ -6,6 +6,8 @@ Nothing here needs a network, and a model hub is never asked. All fixtures are m
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -63,6 +65,23 @@ def shared() -> Path:
     if not path.is_dir():
         pytest.skip("needs ../shared, which is not here")
     return path
+
+
+@pytest.fixture(scope="session")
+def run_as_script() -> Callable[[str, dict[str, str]], None]:
+    """Runs a file of tests by itself, in an environment that is read when a library is imported."""
+
+    def run(path: str, environment: dict[str, str]) -> None:
+        done = subprocess.run(
+            [sys.executable, path],
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+
+    return run
 
 
 @pytest.fixture(scope="session")

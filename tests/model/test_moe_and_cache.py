@@ -5,7 +5,7 @@ import torch
 
 from ropewalk.errors import RopewalkError, UserError
 from ropewalk.model import KVCache, from_config
-from ropewalk.model.moe import MixtureOfExperts, _Copies, _Sums, load_balancing_loss
+from ropewalk.model.moe import MixtureOfExperts, copies, load_balancing_loss, sums
 from ropewalk.train.activations import save_activations
 
 MOE = [
@@ -72,14 +72,14 @@ def test_what_eight_experts_give_a_token_is_rounded_once():
     exact = torch.zeros(30, 16, dtype=torch.float64).index_add_(0, row, pairs.double()).bfloat16()
     for _ in range(2):
         order = torch.randperm(30 * 8)
-        assert torch.equal(_Sums.apply(pairs[order], order, 8), exact)
+        assert torch.equal(sums(pairs[order], order, 8), exact)
         rows = torch.zeros(30, 16, dtype=torch.bfloat16, requires_grad=True)
-        (gradient,) = torch.autograd.grad(_Copies.apply(rows, order, 8), rows, pairs[order])
+        (gradient,) = torch.autograd.grad(copies(rows, order, 8), rows, pairs[order])
         assert torch.equal(gradient, exact)
-    for function, count in ((_Copies, 3), (_Sums, 6)):
+    for function, count in ((copies, 3), (sums, 6)):
         inputs = torch.randn(count, 2, dtype=torch.float64, requires_grad=True)
         order = torch.randperm(6)
-        assert torch.autograd.gradcheck(lambda x, f=function, o=order: f.apply(x, o, 2), inputs)
+        assert torch.autograd.gradcheck(lambda x, f=function, o=order: f(x, o, 2), inputs)
 
 
 def test_experts_that_no_token_chose_cost_nothing_and_do_no_harm(make_pair):

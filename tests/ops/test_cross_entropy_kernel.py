@@ -2,9 +2,6 @@
 
 import importlib.util
 import itertools
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -43,13 +40,9 @@ def all_of_it() -> None:
             compare(3, vocab, dtype, softcap, z_loss, scaled, slopes)
 
 
-def test_it_equals_the_plain_form():
+def test_it_equals_the_plain_form(run_as_script):
     """In a process of its own: the interpreter is chosen when triton is imported."""
-    environment = {**os.environ, **({} if DEVICE == "cuda" else {"TRITON_INTERPRET": "1"})}
-    done = subprocess.run(
-        [sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_as_script(__file__, {} if DEVICE == "cuda" else {"TRITON_INTERPRET": "1"})
 
 
 @pytest.mark.gpu

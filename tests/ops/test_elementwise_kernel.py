@@ -1,9 +1,6 @@
 """Triton's sums and multiples are torch's: on a GPU, else in Triton's interpreter."""
 
 import importlib.util
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -47,13 +44,9 @@ def multiples() -> None:
                 assert ((x.float() - expected).abs() <= expected.abs() / 128).all()
 
 
-def test_they_are_torchs():
+def test_they_are_torchs(run_as_script):
     """In a process of its own: the interpreter is chosen when triton is imported."""
-    environment = {**os.environ, **({} if DEVICE == "cuda" else {"TRITON_INTERPRET": "1"})}
-    done = subprocess.run(
-        [sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_as_script(__file__, {} if DEVICE == "cuda" else {"TRITON_INTERPRET": "1"})
 
 
 @pytest.mark.gpu

@@ -3,8 +3,6 @@
 import importlib.util
 import math
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
@@ -205,13 +203,9 @@ CHECKS = (masters, neighbours, draws, kept, few_bits)
 
 
 @needs_triton
-def test_in_the_interpreter_it_does_what_it_promises() -> None:
+def test_in_the_interpreter_it_does_what_it_promises(run_as_script: Callable[..., None]) -> None:
     """All checks, in a process of its own: the interpreter is chosen when triton is imported."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_as_script(__file__, {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""})
 
 
 @needs_triton

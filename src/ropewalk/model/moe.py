@@ -58,9 +58,9 @@ class MixtureOfExperts(nn.Module):
         # Sort the (token, expert) pairs by expert, so that each expert reads one contiguous slice.
         order = chosen.flatten().argsort(stable=True)
         counts = torch.bincount(chosen.flatten(), minlength=self.num_experts)
-        outputs = self.run_experts(self.experts, _Copies.apply(x, order, self.top_k), counts)
+        outputs = self.run_experts(self.experts, copies(x, order, self.top_k), counts)
         weighted = outputs * weights.flatten()[order].to(x.dtype).unsqueeze(-1)
-        result = _Sums.apply(weighted, order, self.top_k)
+        result = sums(weighted, order, self.top_k)
         return result.view(hidden.shape), self._statistics(probabilities, chosen, counts, real)
 
     def _statistics(
@@ -72,41 +72,38 @@ class MixtureOfExperts(nn.Module):
         return (probabilities * real.unsqueeze(-1)).sum(0), counts.float()
 
 
-class _Copies(torch.autograd.Function):
-    """[N, H] -> [N * each, H]: each row so often, in an order. Its gradient is the copies' sums, and that of
-    `_Sums` are copies; torch would add them one by one in the rows' own type, on a GPU in any order."""
+class _Regrouped(torch.autograd.Function):
+    """`copies`, or with `back` `sums`: each is the other's gradient. torch's own would add the copies one by
+    one in the rows' own type, on a GPU in any order."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, order: Tensor, each: int) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, order: Tensor, each: int, back: bool) -> Tensor:
         ctx.save_for_backward(order)
-        ctx.each = each
-        return _copies(rows, order, each)
+        ctx.each, ctx.back = each, back
+        return _regrouped(rows, order, each, back)
 
     @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None, None, None]:
         (order,) = ctx.saved_tensors
-        return _sums(slope, order, ctx.each), None, None
+        return _regrouped(slope, order, ctx.each, not ctx.back), None, None, None
 
 
-class _Sums(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, order: Tensor, each: int) -> Tensor:
-        ctx.save_for_backward(order)
-        ctx.each = each
-        return _sums(rows, order, each)
-
-    @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None, None]:
-        (order,) = ctx.saved_tensors
-        return _copies(slope, order, ctx.each), None, None
-
-
-def _copies(rows: Tensor, order: Tensor, each: int) -> Tensor:
-    return rows[order // each]
-
-
-def _sums(rows: Tensor, order: Tensor, each: int) -> Tensor:
+def _regrouped(rows: Tensor, order: Tensor, each: int, back: bool) -> Tensor:
+    if not back:
+        return rows[order // each]
     return torch.empty_like(rows).index_copy_(0, order, rows).unflatten(0, (-1, each)).sum(1)
+
+
+def copies(rows: Tensor, order: Tensor, each: int) -> Tensor:
+    """[N, H] -> [N * each, H]: `each` of every row, in this order."""
+    result: Tensor = _Regrouped.apply(rows, order, each, False)
+    return result
+
+
+def sums(rows: Tensor, order: Tensor, each: int) -> Tensor:
+    """[N * each, H] -> [N, H]: the sums of what stands in the places of `copies`, each rounded once."""
+    result: Tensor = _Regrouped.apply(rows, order, each, True)
+    return result
 
 
 def _here(experts: Experts, rows: Tensor, counts: Tensor) -> Tensor:

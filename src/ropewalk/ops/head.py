@@ -4,8 +4,6 @@ Gradients of the head's inputs are made where a chunk's logits still exist (the 
 2410.10989, and of Cut Cross-Entropy, arXiv 2411.09009). Rows that are not scored never meet the head.
 """
 
-import functools
-import importlib.util
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ropewalk.ops.native import on_gpu
 from ropewalk.ops.product import multiply
 
 _CHUNK_BYTES = 256 << 20
@@ -204,21 +203,11 @@ class _HeadLoss(torch.autograd.Function):
 
 
 def _scale(gradient: Tensor, factor: Tensor) -> Tensor:
-    if on_gpu(gradient) and gradient.dtype != torch.float64 and gradient.is_contiguous():
+    if on_gpu(gradient) and gradient.is_contiguous():
         from ropewalk.ops.elementwise_kernel import scale_
 
         return scale_(gradient, factor)
     return gradient.mul_(factor)
-
-
-def on_gpu(x: Tensor) -> bool:
-    """Whether Triton's kernels are there for it."""
-    return x.is_cuda and has_triton()
-
-
-@functools.cache
-def has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def capped(logits: Tensor, softcap: float | None) -> tuple[Tensor, Tensor | None]:

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from ropewalk.errors import UserError
 from ropewalk.ops.cross_entropy_cpu import native_rows
-from ropewalk.ops.head import VocabularyPart, by_blocks, capped, head_loss, on_gpu, plain_logits, uncap_, wide
-from ropewalk.ops.native import takes
+from ropewalk.ops.head import VocabularyPart, by_blocks, capped, head_loss, plain_logits, uncap_, wide
+from ropewalk.ops.native import on_gpu, takes
 from ropewalk.ops.reference import using_references
 
 IGNORED = -100
@@ -106,7 +106,7 @@ def cross_entropy_rows(
     factors: Tensor | None = None,
 ) -> Tensor:
     """Losses [c] of rows; `logits` [c, V] becomes their gradient where `slopes`, times `factors` [c]."""
-    if on_gpu(logits) and logits.dtype != torch.float64:
+    if on_gpu(logits):
         from ropewalk.ops.cross_entropy_kernel import run_kernel
 
         return run_kernel(logits, targets, softcap, z_loss, slopes, factors)

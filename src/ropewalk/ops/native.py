@@ -2,12 +2,13 @@
 
 They take seconds to compile and are kept in the cache. Their threads are torch's, which has loaded OpenMP
 before and made its names known to all libraries. Without a compiler, or where it fails, everything goes
-through torch's own kernels; `unavailable` says why.
+through torch's own kernels; `unavailable` says why. (Those for GPUs are in Triton: `on_gpu`.)
 """
 
 import ctypes
 import functools
 import hashlib
+import importlib.util
 import os
 import platform
 import shlex
@@ -30,6 +31,16 @@ def takes(x: Tensor) -> bool:
     """Whether there are kernels for tensors such as this one. Not in compiled code, which has its own."""
     known = x.device.type == "cpu" and x.dtype in _NAMES
     return known and not torch.compiler.is_compiling() and library() is not None
+
+
+def on_gpu(x: Tensor) -> bool:
+    """Whether Triton's kernels take it: what is on a GPU, but for float64."""
+    return x.is_cuda and x.dtype != torch.float64 and has_triton()
+
+
+@functools.cache
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def run(name: str, *arguments: Any) -> Any:

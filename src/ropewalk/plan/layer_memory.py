@@ -12,7 +12,7 @@ from ropewalk.ops.nf4_codes import _DEVICE_CHUNK
 from ropewalk.ops.norm import _PARTS
 from ropewalk.ops.product import _LEAST, _PANEL, float32_is_faster
 from ropewalk.plan.tape import Arrival, Tape, Value
-from ropewalk.train import compiling
+from ropewalk.train.compiling import fits_float8
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ class Layers:
         made = shape.bytes * (weight * inputs * outputs + bias * outputs)
         dense = self.dense(inputs, outputs)
         saved = weight or (self.widens and shape.quantized == "none")
-        cast = weight and shape.float8 and shape.compiled and inputs * outputs >= compiling.FLOAT8_LEAST
+        cast = weight and shape.float8 and shape.compiled and fits_float8(outputs, inputs)
         if cast and not name.startswith("attention"):
             saved = False  # a compiler makes what is cast again from what is kept before it
         result = count * inputs if cast and name.endswith("o_proj") else 0  # as cast, beside attention's own

@@ -57,10 +57,10 @@ def use_float8(model: Transformer) -> None:
 
 
 def worth_float8(module: nn.Module) -> bool:
-    """Whether a layer is trained, large enough, and of sizes that the kernels take (multiples of 16)."""
-    return (
-        isinstance(module, nn.Linear)
-        and module.weight.requires_grad
-        and module.weight.numel() >= FLOAT8_LEAST
-        and all(size % 16 == 0 for size in module.weight.shape)
-    )
+    """Whether it is a trained linear layer of a size for float8."""
+    return isinstance(module, nn.Linear) and module.weight.requires_grad and fits_float8(*module.weight.shape)
+
+
+def fits_float8(outputs: int, inputs: int) -> bool:
+    """Whether a matrix is large enough, and of sizes that the kernels take (multiples of 16)."""
+    return outputs * inputs >= FLOAT8_LEAST and outputs % 16 == inputs % 16 == 0

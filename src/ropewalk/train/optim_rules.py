@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ropewalk.ops.head import has_triton
+from ropewalk.ops.native import has_triton
 from ropewalk.train.optim_lowbit import LowBitState
-from ropewalk.train.optim_slot import LOW, Slot, batches, full, gradients, pieces, show
+from ropewalk.train.optim_slot import Slot, batches, full, gradients, pieces, show
 
 
 @dataclass(frozen=True)
@@ -121,8 +121,7 @@ def _elementwise(
         for i, piece in enumerate(batch):
             for kind, numbers in zip(kinds, states, strict=True):
                 piece.keep(kind, numbers[i])
-            if piece.slot.weight.dtype in LOW:
-                piece.store(weights[i], update.seed)
+            piece.round(weights[i], update.seed)
             if piece.stop == piece.slot.parameter.numel():
                 piece.slot.gradient = None
         show(batch)

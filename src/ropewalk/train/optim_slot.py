@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ropewalk.ops.head import on_gpu
+from ropewalk.ops.native import on_gpu
 from ropewalk.parallel import local
 from ropewalk.train.optim_lowbit import LowBitState, stochastic_round
 
@@ -126,10 +126,14 @@ class Piece(NamedTuple):
 
     def store(self, weight: Tensor, seed: int) -> None:
         """The updated `weight` goes back, and on to the parameter."""
+        self.round(weight, seed)
+        self.slot.show(self.start, self.stop)
+
+    def round(self, weight: Tensor, seed: int) -> None:
+        """The updated `weight` goes back, where it is a copy."""
         if self.slot.weight.dtype in LOW:
             draw = (seed, self.slot.count, self.slot.index, self.start)
             stochastic_round(weight, self.of(self.slot.weight.detach()), draw)
-        self.slot.show(self.start, self.stop)
 
 
 class Host:
@@ -195,13 +199,12 @@ def gradients(batch: Sequence[Piece]) -> list[Tensor]:
     for piece in batch:
         assert piece.slot.gradient is not None
         found.append(piece.of(piece.slot.gradient))
-    low = [i for i, gradient in enumerate(found) if gradient.dtype in LOW]
-    copies = [torch.empty_like(found[i], dtype=torch.float32) for i in low]
+    low = [gradient for gradient in found if gradient.dtype in LOW]
+    copies = [torch.empty_like(gradient, dtype=torch.float32) for gradient in low]
     if low:
-        torch._foreach_copy_(copies, [found[i] for i in low])
-    for i, copy in zip(low, copies, strict=True):
-        found[i] = copy
-    return found
+        torch._foreach_copy_(copies, low)
+    coming = iter(copies)
+    return [next(coming) if gradient.dtype in LOW else gradient for gradient in found]
 
 
 def show(batch: Sequence[Piece]) -> None:
