@@ -58,16 +58,26 @@ def overrides(layout: str) -> list[str]:
 
 
 class Forked:
-    """What `launch` needs of subprocess.Popen, for a process of a run."""
+    """What `launch` needs of subprocess.Popen, for a process of a run.
+
+    None does anything before all are forked: the thread of the store in this process would look up the name
+    of one that has come there, and the next one be forked with the resolver's lock held, for ever.
+    """
+
+    gate: tuple[int, int] | None = None
+    """a pipe that is closed when all are forked"""
 
     def __init__(self, command: list[str], env: Mapping[str, str], start_new_session: bool) -> None:
         assert command[1:3] == ["-m", "ropewalk.train.worker"]
         assert start_new_session
         self.returncode: int | None = None
+        read, write = type(self).gate = type(self).gate or os.pipe()
         self.pid = os.fork()
         if not self.pid:
             status = 99
             try:
+                os.close(write)
+                os.read(read, 1)
                 os.setsid()
                 for number in launch.FORWARDED:
                     signal.signal(number, signal.SIG_DFL)
@@ -85,6 +95,10 @@ class Forked:
     plant: Plant = staticmethod(lambda: None)
 
     def poll(self) -> int | None:
+        """`launch` asks when it has started all."""
+        for end in type(self).gate or ():
+            os.close(end)
+        type(self).gate = None
         if self.returncode is None:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
