@@ -74,3 +74,10 @@ class Sharding:
         """A unit's whole gradients in float32, from which others take their parts; the next computes
         meanwhile."""
         return self._wide(unit) if self.divided else 0
+
+    def dividing(self, unit: Unit) -> int:
+        """Those of a block while they are divided: with this process's part of the sums, Gloo's own copy, and
+        without the weights, which are let go before."""
+        copies = 2 if self.work.device == "cpu" else 1
+        parts = 4 * sum(part_of(p, self.work.layout) * p.count for p in unit if p.trained)
+        return copies * self.sent(unit) + parts - self.arriving()

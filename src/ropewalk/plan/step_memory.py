@@ -235,7 +235,9 @@ class _Step:
             block, parts = self.blocks[layer], self.parameters.blocks[layer]
             left -= self.kept[layer]
             arriving = sharding.arriving() if layer else 0
-            most = max(most, left + pending + sent + arriving + block.backward)
+            most = max(most, left + pending + arriving + sent + block.backward)
+            if sharding.divided:
+                most = max(most, left + pending + arriving + sharding.dividing(parts) + self.outside)
             pending += sharding.arrived(parts) if sharding.divided else block.gradients
             sent = sharding.sent(parts)
         most = max(most, self._embedding(pending + sent))
