@@ -1,5 +1,10 @@
 """The CPU's own kernel for packed documents equals the explicit formula, and leaves nothing behind."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,7 +13,7 @@ from hypothesis import strategies as st
 from ropewalk.ops import AttentionLayout, attention, attention_reference
 from ropewalk.ops.attention_cpu import possible
 
-pytestmark = pytest.mark.skipif(not possible(), reason="no AMX here, or no C++ compiler")
+pytestmark = pytest.mark.skipif(not possible(), reason="no AVX-512 here, or no C++ compiler")
 BFLOAT16 = 2.0**-8
 
 
@@ -140,3 +145,17 @@ def test_compiles_into_one_graph():
     slopes = [torch.autograd.grad(out, (q, k, v), grad[0]) for out in outs]
     for a, b in zip(*slopes, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("less", ["-mno-amx-bf16", "-mno-amx-bf16 -mno-avx512bf16"])
+def test_processors_with_less_do_the_same(less, tmp_path):
+    """As compiled for those without AMX, and without AVX512-BF16 too."""
+    names = "equals_the_explicit or closer_than_torch or does_not_see or that_are_none"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", names]
+    compiler = f"{os.environ.get('CXX') or 'g++'} {less}"
+    environment = os.environ | {"CXX": compiler, "ROPEWALK_CACHE": str(tmp_path)}
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith("....")  # and not skipped

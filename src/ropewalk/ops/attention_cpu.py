@@ -1,4 +1,4 @@
-"""Causal attention of packed documents on a CPU with AMX: `cpu/attention.cpp` as operations of torch."""
+"""Causal attention of packed documents on a CPU with AVX-512: `cpu/attention.cpp` as operations of torch."""
 
 import ctypes
 import functools
@@ -31,7 +31,7 @@ class _Problem(ctypes.Structure):
 
 @functools.cache
 def possible() -> bool:
-    """Whether this machine has the kernel: AMX that the system lets us use, and a compiler."""
+    """Whether this machine has the kernel: AVX-512, or AMX if the system lets us use it, and a compiler."""
     kernels = library()
     if kernels is None or not hasattr(kernels, "attention_possible"):
         return False

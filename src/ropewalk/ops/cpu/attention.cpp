@@ -1,4 +1,4 @@
-// Causal attention of packed documents in bfloat16, forward and backward, on processors with AMX.
+// Causal attention of packed documents in bfloat16, forward and backward, on processors with AVX-512 or AMX.
 //
 // The method is FlashAttention-2's (arXiv 2307.08691): blocks of 64 queries against blocks of 64 keys, and no
 // score leaves the cache. Scores are made transposed, [keys, queries]: what belongs to a query (its maximum,
@@ -29,7 +29,7 @@ struct Problem {
   float scale, softcap;  // softcap 0: none
 };
 
-#ifdef __AMX_BF16__
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
 
 #include <immintrin.h>
 #include <omp.h>
@@ -43,6 +43,29 @@ constexpr float LOG2E = 1.44269504f;
 
 int64_t up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
+// Sums of products of pairs; to bfloat16, to nearest, ties to even, and NaN stays NaN.
+#ifdef __AVX512BF16__
+__m512 add_pairs(__m512 sum, __m512i a, __m512i b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+
+__m256i narrow(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
+#else
+__m512 first(__m512i pair) { return _mm512_castsi512_ps(_mm512_slli_epi32(pair, 16)); }
+__m512 second(__m512i pair) { return _mm512_castsi512_ps(_mm512_and_si512(pair, _mm512_set1_epi32(-65536))); }
+__m512 add_pairs(__m512 sum, __m512i a, __m512i b) {
+  return _mm512_fmadd_ps(second(a), second(b), _mm512_fmadd_ps(first(a), first(b), sum));
+}
+
+__m256i narrow(__m512 x) {
+  const __m512i bits = _mm512_castps_si512(x);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+  const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(
+      _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan, _mm512_set1_epi32(0x7fc0)));
+}
+#endif
+
+#ifdef __AMX_BF16__
 // All eight tiles hold 16 rows of 64 bytes. What the thread had before is put back: others keep theirs.
 class Tiles {
   alignas(64) char before[64];
@@ -103,6 +126,44 @@ void product(const bfloat16 *a, int64_t a_step, const uint32_t *b, int64_t b_ste
     }
 }
 
+#else
+struct Tiles {
+  Tiles() {}
+};
+
+template <bool add>
+void product(const bfloat16 *a, int64_t a_step, const uint32_t *b, int64_t b_step, float *c, int64_t c_step,
+             int64_t m, int64_t n, int64_t k) {
+  constexpr int ROWS = 8, VECTORS = 2;  // of sums that stay in registers
+  for (int64_t i = 0; i < m; i += ROWS)
+    for (int64_t j = 0; j < n; j += 16 * VECTORS) {
+      __m512 sums[ROWS][VECTORS];
+#pragma GCC unroll 8
+      for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 2
+        for (int v = 0; v < VECTORS; v++)
+          sums[r][v] = add ? _mm512_loadu_ps(c + (i + r) * c_step + j + 16 * v) : _mm512_setzero_ps();
+      for (int64_t p = 0; p < k; p += 2) {
+        __m512i right[VECTORS];
+#pragma GCC unroll 2
+        for (int v = 0; v < VECTORS; v++) right[v] = _mm512_loadu_si512(b + p / 2 * b_step + j + 16 * v);
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; r++) {
+          int32_t pair;
+          std::memcpy(&pair, a + (i + r) * a_step + p, 4);
+          const __m512i left = _mm512_set1_epi32(pair);
+#pragma GCC unroll 2
+          for (int v = 0; v < VECTORS; v++) sums[r][v] = add_pairs(sums[r][v], left, right[v]);
+        }
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 2
+        for (int v = 0; v < VECTORS; v++) _mm512_storeu_ps(c + (i + r) * c_step + j + 16 * v, sums[r][v]);
+    }
+}
+#endif
+
 // 2 ** x, to 8e-8; 0 for very small x.
 __m512 power(__m512 x) {
   const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -126,8 +187,6 @@ void scale_scores(float *scores, int64_t count, const Problem &p) {
 
 // What a score is multiplied by to be a power of 2.
 float factor_of(const Problem &p) { return p.softcap ? LOG2E : p.scale * LOG2E; }
-
-__m256i narrow(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
 
 // Two rows of 16 numbers, interleaved.
 __m512i interleaved(__m256i even, __m256i odd) {
@@ -431,8 +490,12 @@ bool run(Pass pass, const Problem &p, int most_threads) {
 
 // Asks the system for the tiles, for all threads of the process. Whether it grants them.
 extern "C" bool attention_possible() {
+#ifdef __AMX_BF16__
   constexpr int REQUEST = 0x1023, TILE_DATA = 18;  // arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
   return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+#else
+  return true;
+#endif
 }
 
 // `sums` [heads, tokens] becomes the logarithm of each query's sum of exponentials.
