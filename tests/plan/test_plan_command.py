@@ -50,10 +50,12 @@ def test_a_plan_for_people(recipe_file: Path, capsys: pytest.CaptureFixture[str]
     assert "this machine" in here
     assert "fits     yes" in here
     assert "4 steps in" in here
+    assert "doctor --calibrate" in here  # a table's rates are not this processor's
     there = said(capsys, recipe_file, "train.precision=bfloat16", "--on", "8xH100")
     assert "8xH100" in there
     assert "best layouts for the same step:" in there
     assert "$" in there
+    assert "doctor --calibrate" not in there
 
 
 def test_a_plan_for_scripts(recipe_file: Path, capsys: pytest.CaptureFixture[str]) -> None:

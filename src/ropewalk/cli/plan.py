@@ -125,6 +125,12 @@ def _lines(made: "Plan") -> list[str]:
         f"time     {_seconds(run.step_seconds)} a step, {run.tokens_per_second:,.0f} tokens/s"
         f"; {100 * run.mfu_causal:.1f}% of the peak in model FLOPs ({100 * run.mfu:.1f}% by all pairs)",
     ]
+    device = run.cluster.accelerator
+    if device.name.startswith("CPU") and not device.calibrated:
+        lines.append(
+            f"rates    of a common {device.name}, which others surpass several times; "
+            "`ropewalk doctor --calibrate` measures this machine's"
+        )
     if (waits := run.time.phases.get(WAITING, 0.0) / run.step_seconds) > 0.2:
         lines.append(
             f"slow     the GPU waits {waits:.0%} of the step for what the host sends it: "
