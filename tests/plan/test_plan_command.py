@@ -15,6 +15,7 @@ from ropewalk.plan import accuracy, outcomes
 from ropewalk.plan.calibration import Calibration, Rates, calibration
 from ropewalk.plan.entry import as_overrides
 from ropewalk.plan.hardware import cpu_kind
+from ropewalk.plan.here import here
 from ropewalk.recipe import Machine, load_recipe, resolve
 from ropewalk.track import RunDirectory
 from ropewalk.train.entry import layout_of, planned
@@ -228,3 +229,18 @@ def test_a_run_keeps_its_plan_and_says_how_it_came_true(
     assert (learnt.corrections["float32"] > 1) == slower
     with pytest.raises(UserError, match="no run here"):
         accuracy(tmp_path / "cache")
+
+
+def test_processes_share_what_was_measured_of_a_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Two of two cores are no faster than one of both; and no rate is above the peak."""
+    monkeypatch.setenv("ROPEWALK_CACHE", str(tmp_path))
+    monkeypatch.setattr(Machine, "here", staticmethod(lambda: Machine(cores=2, cpu_bfloat16=True)))
+    rates = Rates(products=1e13, memory=1e10, attention=8e12, launch=1e-5, update=1e10, error=0.1)
+    Calibration("here", cpu_kind(), 2, "2", {"bfloat16": rates}, disk=1e9).save()
+    one, two = (here(processes, "bfloat16", "cpu").accelerator for processes in (1, 2))
+    for device, part in ((one, 1), (two, 0.5)):
+        assert device.matmul == 1
+        assert device.peak_of("bf16") == part * rates.products
+        assert device.attention * device.peak_of("bf16") == pytest.approx(part * rates.attention)
+        assert device.memory_share * device.memory_bandwidth == pytest.approx(part * rates.memory)
+        assert (device.update, device.launch) == (part * rates.update, rates.launch)

@@ -7,7 +7,7 @@ import torch
 
 from ropewalk.errors import UserError
 from ropewalk.plan.calibration import Calibration, calibration
-from ropewalk.plan.hardware import Accelerator, Cluster, accelerator, cpu_kind, of_cores
+from ropewalk.plan.hardware import Accelerator, Cluster, accelerator, cpu_kind, of_cores, precision_name
 from ropewalk.recipe.machine import Machine
 from ropewalk.train.host_memory import free_memory
 
@@ -18,7 +18,7 @@ def here(processes: int = 1, precision: str = "bfloat16", device: str = "auto") 
         return _gpus(processes, precision)
     cores = max(1, Machine.here().cores // processes)
     made = replace(of_cores(accelerator(cpu_kind()), cores), memory=free_memory() / processes)
-    made = calibrated(made, calibration(made.name), precision)
+    made = calibrated(made, calibration(made.name), precision, cores)
     label = f"this machine ({cores * processes} core{'s' * (cores * processes > 1)}, {made.name})"
     return Cluster(made, processes, processes, label=label)
 
@@ -50,26 +50,34 @@ def _gpus(processes: int, precision: str) -> Cluster:
     return Cluster(kind, processes, count, label=label, host_memory=float(free_memory()))
 
 
-def calibrated(device: Accelerator, found: Calibration | None, precision: str) -> Accelerator:
-    """The device with the rates that were measured here in this precision, and what runs have said since."""
+def calibrated(
+    device: Accelerator, found: Calibration | None, precision: str, cores: int | None = None
+) -> Accelerator:
+    """The device with the rates that were measured here in this precision, and what runs have said since.
+
+    cores: those of a CPU that it is; more were measured where processes share them.
+    """
     if found is None or precision not in found.rates:
         return device
     rates, slower = found.rates[precision], found.corrections.get(precision, 1.0)
+    part = (1.0 if cores is None else cores / found.threads) / slower
     link = device.link
     latency = device.latency
     if found.collective is not None:
         _, latency, per_byte = found.collective
         link = 1 / per_byte / device.link_share
-    peak = device.peak_of(precision)
+    # a table of kinds does not know the fastest
+    peak = max(device.peak_of(precision), rates.products * part)
     return replace(
         device,
-        matmul=rates.products / peak / slower,
-        memory_share=rates.memory / device.memory_bandwidth / slower,
-        attention=rates.attention / peak / slower,
-        attention_backward=rates.attention / peak / slower,
+        peak={**device.peak, precision_name(precision): peak},
+        matmul=rates.products * part / peak,
+        memory_share=rates.memory * part / device.memory_bandwidth,
+        attention=rates.attention * part / peak,
+        attention_backward=rates.attention * part / peak,
         launch=rates.launch * slower,
-        update=rates.update / slower,
-        unpack={kind: rate / slower for kind, rate in rates.unpack.items()},
+        update=rates.update * part,
+        unpack={kind: rate * part for kind, rate in rates.unpack.items()},
         link=link,
         latency=latency,
         calibrated=True,
