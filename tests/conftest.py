@@ -20,7 +20,12 @@ ROOT = Path(__file__).resolve().parent.parent
 # Converting a GGUF file takes seconds: tests share one cache, and leave the user's alone.
 os.environ.setdefault("ROPEWALK_CACHE", str(ROOT / ".pytest_cache" / "ropewalk"))
 
+import hypothesis  # noqa: E402
 import pytest  # noqa: E402
+
+# the same examples everywhere; to look for others: --hypothesis-profile=default
+hypothesis.settings.register_profile("seeded", derandomize=True)
+hypothesis.settings.load_profile("seeded")
 
 CHATML = (
     "{% for message in messages %}"

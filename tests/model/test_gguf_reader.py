@@ -120,6 +120,7 @@ LIES: dict[str, tuple[bytes, str]] = {
     "tensor count": (build(tensor_count=HUGE), "claims 4,611,686,018,427,387,904 tensors"),
     "entry count": (build(entry_count=HUGE), "metadata entries, more than"),
     "key length": (build([struct.pack("<Q", HUGE)], entry_count=1, data=bytes(99)), "a metadata key is"),
+    "key of two lines": (build([entry("k\n\0", 4, struct.pack("<I", 1))]), r"a metadata key is 'k\\n"),
     "string length": (build([entry("k", STRING, struct.pack("<Q", HUGE))]), "value of 'k' needs"),
     "array length": (
         build([entry("k", ARRAY, struct.pack("<IQ", UINT32, HUGE))]),

@@ -162,6 +162,8 @@ def _parse(path: Path, header: _Header) -> GgufFile:
     metadata: dict[str, Any] = {}
     for _ in range(metadata_count):
         key = header.string("a metadata key", MAX_KEY_BYTES)
+        if not key.isprintable():  # it stands in messages
+            raise header.fail(f"a metadata key is {key!r}")
         if key in metadata:
             raise header.fail(f"the key {key!r} occurs twice")
         metadata[key] = _value(header, key)
