@@ -57,10 +57,14 @@ class Sharding:
         """Of a unit's whole gradients in float32."""
         return 4 * sum(p.size * p.count for p in unit if p.trained)
 
+    def _own(self, unit: Unit) -> int:
+        """Numbers of a unit's gradients that are this process's."""
+        return sum(part_of(p, self.work.layout) * p.count for p in unit if p.trained)
+
     def arrived(self, unit: Unit) -> int:
         """What more there is when a unit's gradients have been divided: this process's part; and until the
         backward pass ends their float32 sums, which fully_shard holds where it replicates."""
-        numbers = sum(part_of(p, self.work.layout) * p.count for p in unit if p.trained)
+        numbers = self._own(unit)
         each, sums = self.work.parameter_bytes, 4 if self.work.layout.replicate > 1 else 0
         if each == 4:
             stays = 0 if self.work.accumulation > 1 and not self.adds_whole else 4
@@ -79,5 +83,4 @@ class Sharding:
         """Those of a block while they are divided: with this process's part of the sums, Gloo's own copy, and
         without the weights, which are let go before."""
         copies = 2 if self.work.device == "cpu" else 1
-        parts = 4 * sum(part_of(p, self.work.layout) * p.count for p in unit if p.trained)
-        return copies * self.sent(unit) + parts - self.arriving()
+        return copies * self.sent(unit) + 4 * self._own(unit) - self.arriving()

@@ -127,10 +127,11 @@ void product(const bfloat16 *a, int64_t a_step, const uint32_t *b, int64_t b_ste
 }
 
 #else
-struct Tiles {
+struct Tiles {  // there is nothing to set up
   Tiles() {}
 };
 
+// The same in vectors: a pair of a row's numbers with those of 16 columns at a time.
 template <bool add>
 void product(const bfloat16 *a, int64_t a_step, const uint32_t *b, int64_t b_step, float *c, int64_t c_step,
              int64_t m, int64_t n, int64_t k) {
